@@ -1,0 +1,1 @@
+"""Tuned and modelled kernel configurations: data files, described in SCHEMA.md."""

@@ -1,0 +1,18 @@
+"""The algorithms: ways to compute a pass. A new one is a file here, one in kernels/, and a line in REGISTRY.
+
+Each is a module with
+    NAME
+    supports(problem, pass_, target) -> str | None     why it cannot serve, or None
+    candidates(problem, pass_, target) -> list[dict]   configurations worth measuring, pruned
+    tiling(problem, pass_, config, target) -> Tiling   what a launch would ask of the machine, for the model
+    prepare(problem, pass_, config, target, strides) -> callable
+`prepare` binds a pass to its launches. `strides` are element strides of x, w, y, dx and dw by name, and of dy in the
+backward passes. The callable takes the operands, (x, w, bias or None), (dy, w) or (dy, x), and returns a new tensor;
+its `launches` are the `launcher.Launch` objects that it makes. It knows nothing of autograd.
+"""
+
+from types import ModuleType
+
+from . import implicit_gemm
+
+REGISTRY: dict[str, ModuleType] = {algorithm.NAME: algorithm for algorithm in (implicit_gemm,)}

@@ -1,0 +1,102 @@
+"""The public calls: triton_conv and explain."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from . import devices, dispatch, ops
+
+
+def triton_conv(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride=1,
+    padding=0,
+    dilation=1,
+    groups: int = 1,
+    *,
+    activation: str | None = None,
+    residual: Tensor | None = None,
+    shuffle_groups: int = 1,
+    backend: str = "auto",
+) -> Tensor:
+    """Grouped 2-D convolution: F.conv2d, by Triton kernels where they are the better choice.
+
+    Args:
+        input: [N, C_in, H, W] or [C_in, H, W]; fp32, fp16 or bf16 for our kernels, anything F.conv2d takes otherwise.
+            Contiguous, channels_last and sliced tensors are read where they lie.
+        weight: [C_out, C_in / groups, KH, KW], of input's dtype and device.
+        bias: [C_out] or None.
+        stride, dilation: pixels, an int or (vertical, horizontal).
+        padding: pixels of zeros on both sides, an int or (vertical, horizontal); "valid" is 0, and "same" keeps H and
+            W at stride 1, with an even kernel's odd pixel at the bottom and right.
+        groups: channels are split into so many groups, each convolved with its own filters.
+        activation, residual, shuffle_groups: reserved; anything but the default raises NotImplementedError.
+        backend: "auto" takes the planned choice for each pass, F.conv2d among them; "triton" runs our kernels or
+            raises; "triton:ALGORITHM" pins one algorithm; "torch" is F.conv2d.
+
+    Returns:
+        [N, C_out, H_out, W_out] (or [C_out, H_out, W_out]) of input's dtype, with F.conv2d's memory format:
+        channels_last if input or weight is. Differentiable twice and more.
+
+    Raises:
+        What F.conv2d raises for the same bad call. ValueError for a `backend` that is not one. NotImplementedError
+        where `backend` asks for kernels that cannot run this call, saying why.
+
+    Accuracy:
+        fp32 accumulation, one rounding to the result's dtype. fp32 inputs follow
+        torch.backends.cudnn.conv.fp32_precision (TF32 or IEEE). Results and gradients are bitwise repeatable on a
+        device. ||error|| / ||result|| against float64: fp16 5e-4, bf16 4e-3, tf32 1e-3, fp32 2^-23 * sqrt(terms).
+
+    Autocast and torch.compile are followed. Source: own derivation, no code adapted.
+    """
+    if activation is not None or residual is not None or shuffle_groups != 1:
+        raise NotImplementedError("triton_conv: activation, residual and shuffle_groups are not implemented yet")
+    if backend not in dispatch.BACKENDS:
+        raise ValueError(f"triton_conv: backend is {backend!r}, but must be one of {', '.join(dispatch.BACKENDS)}")
+    return ops.conv2d(input, weight, bias, stride, padding, dilation, groups, backend)
+
+
+def explain(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride=1,
+    padding=0,
+    dilation=1,
+    groups: int = 1,
+    *,
+    backend: str = "auto",
+    target: str | None = None,
+) -> dispatch.Plan:
+    """How triton_conv would run a call: the plan of each pass, where it came from and why, and what it must cost.
+
+    Args: as triton_conv. Tensors may be fake or meta ones; only shapes, strides, dtypes and devices are read.
+        target: a device ("nvidia_h200", "NVIDIA H200") or architecture ("sm_90", "gfx942") to plan for. By default
+            the tensors' GPU, or nvidia_h200 where there is none.
+
+    Returns:
+        A Plan: `fprop`, `dgrad` and `wgrad` with algorithm, configuration, source, reason, FLOPs, bytes and floor.
+        print() shows it.
+
+    Raises: what triton_conv raises for the same call; ValueError for an unknown target. Source: own derivation.
+    """
+    if backend not in dispatch.BACKENDS:
+        raise ValueError(f"explain: backend is {backend!r}, but must be one of {', '.join(dispatch.BACKENDS)}")
+    x = input.unsqueeze(0) if input.dim() == 3 else input
+    args = ops.normalise(x.shape, weight.shape, stride, padding, dilation, groups)
+    if args is None or not ops._consistent(x, weight, bias):
+        F.conv2d(input, weight, bias, stride, padding, dilation, groups)
+        raise NotImplementedError("explain: F.conv2d takes this call, but no plan describes it")
+    why_not = ops.refusal(x, weight)
+    if target is not None and x.device.type in ("cpu", "meta"):  # planning for a GPU, wherever the example tensors are
+        why_not = ops.refusal(torch.empty_like(x, device="meta"), weight) if x.dtype not in ops.DTYPES else None
+    return dispatch.plan(
+        ops.make_problem(x, weight, bias is not None, args),
+        devices.named(target) if target is not None else ops.target_of(x.device),
+        backend,
+        why_not,
+    )

@@ -1,0 +1,148 @@
+"""Compiling the library's kernels for GPUs that are not there, through the code that launches them."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import dataclasses
+import multiprocessing
+import os
+
+import torch
+
+from . import configs, devices, resources, stub_driver
+from .algorithms import REGISTRY
+from .problem import PASSES, ConvProblem, dense_strides
+
+TORCH_DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+OPERANDS = {"fprop": ("x", "w", None), "dgrad": ("dy", "w"), "wgrad": ("dy", "x")}
+
+
+def dense_operand_strides(problem: ConvProblem) -> dict:
+    """The strides that `prepare` takes, of dense tensors in the problem's layouts; the weight is as x."""
+    nhwc, out_nhwc = problem.layout == "nhwc", problem.out_layout == "nhwc"
+    weight = dense_strides(problem.w_shape, nhwc)
+    return {
+        "x": dense_strides(problem.x_shape, nhwc),
+        "w": weight,
+        "y": dense_strides(problem.y_shape, out_nhwc),
+        "dy": dense_strides(problem.y_shape, out_nhwc),
+        "dx": dense_strides(problem.x_shape, out_nhwc),
+        "dw": weight,
+    }
+
+
+def compile_pass(
+    problem: ConvProblem, pass_: str, algorithm: str, config: dict, target: str
+) -> list[resources.Resources]:
+    """Compile one pass for a target as a call would, and say what each of its kernels takes. One target a process."""
+    strides = dense_operand_strides(problem)
+    shapes = {"x": problem.x_shape, "w": problem.w_shape, "dy": problem.y_shape}
+    dtype = TORCH_DTYPES[problem.dtype]
+    operands = [
+        None if name is None else torch.empty_strided(shapes[name], strides[name], dtype=dtype, device="meta")
+        for name in OPERANDS[pass_]
+    ]
+    with stub_driver.active(target):
+        call = REGISTRY[algorithm].prepare(problem, pass_, config, devices.named(target), strides)
+        call(*operands)
+        return [resources.of(launch.compiled) for launch in call.launches]
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """A shipped configuration to compile for a problem of its class on a target."""
+
+    default: configs.ModelledDefault
+    problem: ConvProblem
+    target: str
+
+    @property
+    def pass_(self) -> str:
+        return self.default.pass_
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """What came of a job: the resources of its main kernel, and the faults that fail it."""
+
+    job: Job
+    resources: resources.Resources | None
+    faults: tuple[str, ...]
+    excluded: str | None = None
+
+
+def jobs(targets: list[str], only_pass: str | None = None, only_dtype: str | None = None) -> list[Job]:
+    """Every shipped configuration on every target that may take it: both layouts, every dtype of its element size."""
+    found = []
+    for target in targets:
+        arch = devices.named(target).arch_name
+        for default in configs.modelled_defaults():
+            if only_pass not in (None, default.pass_):
+                continue
+            for dtype in ("fp16", "bf16") if default.element_bytes == 2 else ("fp32", "tf32"):
+                if only_dtype not in (None, dtype):
+                    continue
+                for layout in ("nhwc", "nchw"):
+                    problem = _problem(default, dtype, layout)
+                    n = problem.gemm(default.pass_)[1]
+                    chosen = configs.modelled(default.algorithm, default.pass_, default.element_bytes, n, arch)
+                    if chosen == default:
+                        found.append(Job(default, problem, target))
+    return found
+
+
+def _problem(default: configs.ModelledDefault, dtype: str, layout: str) -> ConvProblem:
+    """A 3x3 layer whose GEMM N is the largest that the default is for."""
+    width = default.most_n // 9 if default.pass_ == "wgrad" else default.most_n
+    width = max(1, width // 8 * 8 if width >= 8 else width)
+    pad = (1, 1, 1, 1)
+    return ConvProblem(
+        32, 4 * width, 28, 28, 4 * width, 3, 3, (1, 1), pad, (1, 1), 4, dtype, layout, layout, bias=False
+    )
+
+
+def run(job: Job) -> Outcome:
+    """Compile a job and judge it."""
+    target = devices.named(job.target)
+    lack = REGISTRY[job.default.algorithm].supports(job.problem, job.pass_, target)
+    if lack is not None:
+        return Outcome(job, None, (), excluded=lack)
+    try:
+        used = compile_pass(job.problem, job.pass_, job.default.algorithm, job.default.config, job.target)[0]
+    except Exception as error:  # whatever the compiler raises is the finding
+        return Outcome(job, None, (f"{type(error).__name__}: {str(error).splitlines()[0]}",))
+    faults = []
+    if used.spill_bytes:
+        faults.append(f"{used.spill_bytes} bytes of spills")
+    if used.shared_bytes > target.shared_bytes:
+        faults.append(f"{used.shared_bytes} bytes of shared memory of {target.shared_bytes}")
+    if job.problem.dtype in ("fp16", "bf16") and not used.matrix_count:
+        faults.append("no matrix instructions")
+    return Outcome(job, used, tuple(faults))
+
+
+def _run_all(batch: list[Job]) -> list[Outcome]:
+    return [run(job) for job in batch]
+
+
+def run_parallel(work: list[Job], on_done, processes: int | None = None) -> list[Outcome]:
+    """Run jobs in fresh processes, one target in each; `on_done(count)` after every few. Outcomes in the jobs' order."""
+    size = 6
+    batches = []
+    for target in dict.fromkeys(job.target for job in work):
+        mine = [job for job in work if job.target == target]
+        batches += [mine[i : i + size] for i in range(0, len(mine), size)]
+    # A fresh interpreter a batch: Triton's own caches hold kernels by device number, not by target.
+    pool = concurrent.futures.ProcessPoolExecutor(
+        processes or os.cpu_count(), mp_context=multiprocessing.get_context("spawn"), max_tasks_per_child=1
+    ) if multiprocessing else None
+    outcomes: dict[Job, Outcome] = {}
+    with pool:
+        for done in concurrent.futures.as_completed([pool.submit(_run_all, batch) for batch in batches]):
+            for outcome in done.result():
+                outcomes[outcome.job] = outcome
+            on_done(len(done.result()))
+    return [outcomes[job] for job in work]
+
+
+__all__ = ["PASSES", "Job", "Outcome", "compile_pass", "jobs", "run", "run_parallel"]

@@ -1,0 +1,233 @@
+"""Configuration files: reading, checking and looking up. Schema: autotune_configs/SCHEMA.md."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+import importlib.resources
+import json
+import math
+import os
+import pathlib
+import warnings
+
+from .problem import PASSES, ConvProblem
+
+SCHEMA = 1
+BLOCKS = ("BLOCK_M", "BLOCK_N", "BLOCK_K")
+CONFIG_FIELDS = (*BLOCKS, "num_warps", "num_stages")
+KEY_FIELDS = tuple(ConvProblem(1, 1, 1, 1, 1, 1, 1).config_key("fprop"))
+# Fields in which a measurement may differ and still speak for a problem; all others must be equal.
+SCALED_FIELDS = ("groups_bucket", "m_bucket")
+FARTHEST = 4.0  # of a nearest entry, in powers of two
+
+
+class DamagedFile(ValueError):
+    """A configuration file that does not follow the schema."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """A measurement: the fastest algorithm of a problem class, beside F.conv2d's time. Times in microseconds."""
+
+    key: dict
+    algorithm: str
+    config: dict
+    time_us: float
+    torch_time_us: float
+
+
+@dataclasses.dataclass(frozen=True)
+class DeviceFile:
+    """The measurements of one device."""
+
+    path: str
+    device: str
+    entries: tuple[Entry, ...]
+
+    def lookup(self, problem: ConvProblem, pass_: str) -> tuple[Entry, str] | None:
+        """(entry, "exact") or the ("nearest") one in log space with every discrete field equal; None if none is."""
+        wanted = problem.config_key(pass_)
+        best, distance = None, FARTHEST
+        for entry in self._by_class.get(_discrete(wanted), ()):
+            apart = math.hypot(*(math.log2(entry.key[f] / wanted[f]) for f in SCALED_FIELDS))
+            if apart == 0:
+                return entry, "exact"
+            if apart <= distance:
+                best, distance = entry, apart
+        return None if best is None else (best, "nearest")
+
+    @functools.cached_property
+    def _by_class(self) -> dict[str, list[Entry]]:
+        found: dict[str, list[Entry]] = {}
+        for entry in self.entries:
+            found.setdefault(_discrete(entry.key), []).append(entry)
+        return found
+
+
+def _discrete(key: dict) -> str:
+    return json.dumps({field: value for field, value in key.items() if field not in SCALED_FIELDS}, sort_keys=True)
+
+
+def kernels_sha256() -> dict[str, str]:
+    """The hash of every kernel source file: a measurement holds only for the kernels it was made with."""
+    folder = importlib.resources.files("groupconv.kernels")
+    sources = sorted((f.name, f.read_bytes()) for f in folder.iterdir() if f.name.endswith(".py"))
+    return {name: hashlib.sha256(text).hexdigest() for name, text in sources if name != "__init__.py"}
+
+
+def parse_device(text: str, path: str) -> DeviceFile:
+    """Read a device's file; DamagedFile names what is wrong with it."""
+    data = _object(text, path)
+    _require(isinstance(data.get("device"), str), path, "device must be a string")
+    stale = {name for name, sha in kernels_sha256().items() if data.get("kernels_sha256", {}).get(name) != sha}
+    _require(not stale, path, f"measured with another version of {', '.join(sorted(stale))}")
+    _require(isinstance(data.get("entries"), list), path, "entries must be a list")
+    entries = []
+    for number, raw in enumerate(data["entries"]):
+        where = f"entry {number}"
+        _require(isinstance(raw, dict) and isinstance(raw.get("key"), dict), path, f"{where} has no key")
+        key = raw["key"]
+        _require(sorted(key) == sorted(KEY_FIELDS), path, f"{where}: key must have exactly {', '.join(KEY_FIELDS)}")
+        _require(key["pass"] in PASSES, path, f"{where}: pass {key['pass']!r} is not one of {', '.join(PASSES)}")
+        for field in SCALED_FIELDS:
+            _require(_positive_int(key[field]), path, f"{where}: {field} must be a positive integer")
+        _check_config(raw.get("config"), path, where)
+        _require(isinstance(raw.get("algorithm"), str), path, f"{where} has no algorithm")
+        for field in ("time_us", "torch_time_us"):
+            time = raw.get(field)
+            good = isinstance(time, (int, float)) and math.isfinite(time) and time > 0
+            _require(good, path, f"{where}: {field} must be a positive number")
+        entries.append(Entry(key, raw["algorithm"], raw["config"], float(raw["time_us"]), float(raw["torch_time_us"])))
+    return DeviceFile(path, data["device"], tuple(entries))
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelledDefault:
+    """A configuration chosen without measurement, for a pass, element size and GEMM N of up to `most_n`.
+
+    only: the architectures it is for, or None for every one that no other entry names.
+    """
+
+    algorithm: str
+    pass_: str
+    element_bytes: int
+    most_n: int
+    config: dict
+    only: tuple[str, ...] | None
+
+    def __str__(self) -> str:
+        tile = "x".join(str(self.config[b]) for b in BLOCKS)
+        return (
+            f"{self.algorithm} {self.pass_} {self.element_bytes * 8}-bit N<={self.most_n} {tile} "
+            f"w{self.config['num_warps']} s{self.config['num_stages']}"
+        )
+
+
+def parse_modelled(text: str, path: str) -> tuple[ModelledDefault, ...]:
+    """Read the modelled defaults; DamagedFile names what is wrong."""
+    data = _object(text, path)
+    _require(data.get("source") == "modelled", path, 'source must be "modelled"')
+    _require(isinstance(data.get("defaults"), list), path, "defaults must be a list")
+    found = []
+    for number, raw in enumerate(data["defaults"]):
+        where = f"default {number}"
+        _require(isinstance(raw, dict), path, f"{where} must be an object")
+        _check_config(raw.get("config"), path, where)
+        _require(raw.get("pass") in PASSES, path, f"{where}: pass {raw.get('pass')!r} is not one of {', '.join(PASSES)}")
+        _require(_positive_int(raw.get("element_bytes")), path, f"{where}: element_bytes must be a positive integer")
+        _require(_positive_int(raw.get("most_n")), path, f"{where}: most_n must be a positive integer")
+        only = raw.get("only")
+        _require(only is None or isinstance(only, list), path, f"{where}: only must be a list of architectures")
+        found.append(
+            ModelledDefault(
+                raw["algorithm"], raw["pass"], raw["element_bytes"], raw["most_n"], raw["config"],
+                None if only is None else tuple(only),
+            )  # fmt: skip
+        )
+    return tuple(found)
+
+
+def _object(text: str, path: str) -> dict:
+    try:
+        data = json.loads(text)
+    except ValueError as error:
+        raise DamagedFile(f"{path}: not JSON: {error}") from None
+    _require(isinstance(data, dict), path, "must be a JSON object")
+    _require(data.get("schema") == SCHEMA, path, f"schema {data.get('schema')!r}, this version reads {SCHEMA}")
+    return data
+
+
+def _require(condition: bool, path: str, rule: str) -> None:
+    if not condition:
+        raise DamagedFile(f"{path}: {rule}")
+
+
+def _positive_int(value) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+
+
+def _check_config(config, path: str, where: str) -> None:
+    named = isinstance(config, dict) and sorted(config) == sorted(CONFIG_FIELDS)
+    _require(named, path, f"{where}: config must have exactly {', '.join(CONFIG_FIELDS)}")
+    for field, value in config.items():
+        _require(_positive_int(value), path, f"{where}: {field} must be a positive integer")
+        if field != "num_stages":
+            _require(value & (value - 1) == 0, path, f"{where}: {field} must be a power of two")
+    for field in BLOCKS:
+        _require(16 <= config[field] <= 512, path, f"{where}: {field} must be from 16 to 512")
+    _require(config["num_warps"] <= 16 and config["num_stages"] <= 8, path, f"{where}: too many warps or stages")
+
+
+def user_folder() -> pathlib.Path:
+    """Where a user's own files lie, read before the shipped ones: GROUPCONV_CONFIG_DIR, or the XDG folder."""
+    named = os.environ.get("GROUPCONV_CONFIG_DIR")
+    if named:
+        return pathlib.Path(named)
+    return pathlib.Path(os.environ.get("XDG_CONFIG_HOME") or pathlib.Path.home() / ".config") / "groupconv"
+
+
+@functools.lru_cache(maxsize=None)
+def device_files(slug: str) -> tuple[DeviceFile, ...]:
+    """The files of a device, the user's first. One that cannot be trusted is named in a warning, and skipped."""
+    shipped = importlib.resources.files("groupconv.autotune_configs")
+    found = []
+    for folder in (user_folder(), shipped):
+        file = folder.joinpath(f"{slug}.json")
+        try:
+            if not file.is_file():
+                continue
+            found.append(parse_device(file.read_text(encoding="utf-8"), str(file)))
+        except (DamagedFile, OSError, UnicodeDecodeError) as error:
+            warnings.warn(f"groupconv: skipping a configuration file: {error}", stacklevel=2)
+    return tuple(found)
+
+
+@functools.lru_cache(maxsize=None)
+def modelled_defaults() -> tuple[ModelledDefault, ...]:
+    """The shipped defaults, chosen by model and compiler, not measured."""
+    file = importlib.resources.files("groupconv.autotune_configs").joinpath("modelled.json")
+    return parse_modelled(file.read_text(encoding="utf-8"), str(file))
+
+
+def modelled(algorithm: str, pass_: str, element_bytes: int, n: int, arch: str) -> ModelledDefault | None:
+    """The default of the smallest class that holds a GEMM of `n` columns, or of the largest class; None if none fits."""
+    serving = [
+        d
+        for d in modelled_defaults()
+        if (d.algorithm, d.pass_, d.element_bytes) == (algorithm, pass_, element_bytes)
+        and (d.only is None or arch in d.only)
+    ]
+    named = {d.most_n for d in serving if d.only is not None}
+    serving = [d for d in serving if d.only is not None or d.most_n not in named]
+    if not serving:
+        return None
+    holding = [d for d in serving if d.most_n >= n]
+    return min(holding, key=lambda d: d.most_n) if holding else max(serving, key=lambda d: d.most_n)
+
+
+def reset() -> None:
+    """Forget the files read so far."""
+    device_files.cache_clear()
+    modelled_defaults.cache_clear()

@@ -1,0 +1,89 @@
+"""The analytic model: what a pass must cost (its floor), and what a tiling of it would."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import TYPE_CHECKING
+
+from .problem import ConvProblem
+
+if TYPE_CHECKING:
+    from .devices import Target
+
+LAUNCH_US = 2.5  # a launch's own time on the device, start to end; a guess, in the modelled times only
+
+
+def floor_us(problem: ConvProblem, pass_: str, target: Target) -> float:
+    """The larger of the time to move `min_bytes` once and the time of the useful FLOPs on the matrix unit."""
+    memory = problem.min_bytes(pass_) / (target.copy_gbps * 1e3)
+    rate = target.matrix_rate(problem.dtype) or target.matrix_rate("fp32")
+    return max(memory, problem.flops(pass_) / (rate * 1e6))
+
+
+@dataclasses.dataclass(frozen=True)
+class Estimate:
+    """A modelled time and what bounds it: "memory", "l2", "matrix" or "issue"."""
+
+    time_us: float
+    bound: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Tiling:
+    """What a launch asks of the machine, counted by the algorithm that would make it.
+
+    programs: of the grid. matrix_flops: done on the matrix unit, padding included. l2_bytes: asked of L2, whole
+    32-byte sectors. loads: global load instructions of one thread each. dram_bytes: what must move, workspaces too.
+    warps: of a program. resident: programs that fit a multiprocessor at once. launches: kernels.
+    """
+
+    programs: int
+    matrix_flops: float
+    l2_bytes: float
+    loads: float
+    dram_bytes: float
+    warps: int
+    resident: int
+    launches: int = 1
+
+
+CLOCK_GHZ = 1.7
+INSTRUCTIONS_A_LOAD = 8  # a masked load, its address and predicates
+ISSUE_SLOTS = 4 * 32  # thread instructions a clock and multiprocessor
+MATRIX_EFFICIENCY = 0.6  # of the rate of a large matrix product, for products fed by gathers
+
+
+def estimate(problem: ConvProblem, tiling: Tiling, target: Target) -> Estimate:
+    """The modelled time of a tiling: its slowest resource, stretched by the unfilled part of the last wave."""
+    rate = target.matrix_rate(problem.dtype) or target.matrix_rate("fp32")
+    parts = {
+        "memory": tiling.dram_bytes / (target.copy_gbps * 1e3),
+        "l2": tiling.l2_bytes / (target.l2_gbps * 1e3),
+        "matrix": tiling.matrix_flops / (rate * MATRIX_EFFICIENCY * 1e6),
+        "issue": tiling.loads * INSTRUCTIONS_A_LOAD / (ISSUE_SLOTS * target.multiprocessors * CLOCK_GHZ * 1e3),
+    }
+    bound = max(parts, key=parts.__getitem__)
+    slots = target.multiprocessors * tiling.resident
+    waves = tiling.programs / slots
+    stretch = math.ceil(waves) / waves if waves else 1.0
+    # Below one wave, idle multiprocessors cost only what is bound inside a multiprocessor; memory needs about half.
+    idle = stretch if bound != "memory" else max(1.0, stretch / 2)
+    return Estimate(parts[bound] * idle + LAUNCH_US * tiling.launches, bound)
+
+
+# PyTorch's time over the floor where nobody measured it: (narrow up to 32, wide), by pass. A prior, to decide what
+# "auto" does before a measurement does: cuDNN is near the floor for wide groups and several times above it for narrow
+# ones; PyTorch's depthwise wgrad re-reads its input for every tap.
+TORCH_OVER_FLOOR = {
+    "depthwise": {"fprop": 2.5, "dgrad": 2.5, "wgrad": 6.0},
+    "narrow": {"fprop": 4.0, "dgrad": 4.0, "wgrad": 5.0},
+    "wide": {"fprop": 1.6, "dgrad": 1.8, "wgrad": 1.8},
+}
+
+
+def torch_prior_us(problem: ConvProblem, pass_: str, target: Target) -> float:
+    """A modelled time of F.conv2d for devices and layers that nobody measured: a prior over the floor, no more."""
+    width = max(problem.cin_g, problem.cout_g)
+    kind = "depthwise" if problem.cin_g == 1 else "narrow" if width <= 32 else "wide"
+    return TORCH_OVER_FLOOR[kind][pass_] * floor_us(problem, pass_, target) + LAUNCH_US

@@ -1,0 +1,153 @@
+"""GPUs that the library knows: how they are called, what they can hold, and how fast they are."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import re
+
+import torch
+
+
+@dataclasses.dataclass(frozen=True)
+class Target:
+    """A GPU to plan for. Rates are what a program reaches, not a datasheet's peak: `source` says how they are known.
+
+    matrix_tflops: dense rate by ConvProblem.dtype; 0 where the matrix unit lacks the type.
+    """
+
+    slug: str
+    backend: str  # Triton's: "cuda" or "hip"
+    arch: int | str  # 90, "gfx942"
+    multiprocessors: int
+    shared_bytes: int  # shared memory (LDS) that one program can have
+    copy_gbps: float
+    l2_gbps: float
+    matrix_tflops: tuple[tuple[str, float], ...]
+    source: str
+
+    @property
+    def arch_name(self) -> str:
+        return f"sm_{self.arch}" if self.backend == "cuda" else str(self.arch)
+
+    @property
+    def warp_size(self) -> int:
+        return 64 if self.backend == "hip" and not str(self.arch).startswith("gfx1") else 32
+
+    def matrix_rate(self, dtype: str) -> float:
+        """TFLOP/s for a ConvProblem dtype."""
+        return dict(self.matrix_tflops)[dtype]
+
+    def precision(self, dtype: str) -> str:
+        """Triton's input_precision for a ConvProblem dtype."""
+        tf32 = self.backend == "cuda" and int(self.arch) >= 80 or self.arch == "gfx942"
+        return "tf32" if dtype == "tf32" and tf32 else "ieee"
+
+
+# A datasheet's peak that a good copy and a good matrix product reach. One H200 measured here: 0.90 and 0.80.
+COPY_FRACTION, MATRIX_FRACTION = 0.90, 0.80
+
+
+def _datasheet(slug, backend, arch, multiprocessors, shared_bytes, gbps, l2_gbps, fp16, bf16, tf32, fp32):
+    rates = {"fp16": fp16, "bf16": bf16, "tf32": tf32, "fp32": fp32}
+    scaled = tuple((dtype, rate * MATRIX_FRACTION) for dtype, rate in rates.items())
+    return Target(
+        slug, backend, arch, multiprocessors, shared_bytes, gbps * COPY_FRACTION, l2_gbps, scaled, "datasheet, derated"
+    )
+
+
+# One device for each architecture that Triton compiles for: the one planned for where only the architecture is named.
+REPRESENTATIVES = (
+    _datasheet("nvidia_t4", "cuda", 75, 40, 65536, 320, 1000, 65, 0, 8.1, 8.1),
+    _datasheet("nvidia_a100_sxm", "cuda", 80, 108, 166912, 2039, 4000, 312, 312, 156, 19.5),
+    _datasheet("nvidia_geforce_rtx_3090", "cuda", 86, 82, 101376, 936, 2500, 71, 71, 35.6, 35.6),
+    _datasheet("nvidia_l40s", "cuda", 89, 142, 101376, 864, 4000, 362, 362, 183, 91.6),
+    Target(
+        "nvidia_h200", "cuda", 90, 132, 232448, 4300, 5500,
+        (("fp16", 790.0), ("bf16", 790.0), ("tf32", 395.0), ("fp32", 53.0)),
+        "copy and bf16 rate measured, others derived",
+    ),
+    _datasheet("nvidia_b200", "cuda", 100, 148, 232448, 8000, 10000, 2250, 2250, 1125, 75),
+    _datasheet("nvidia_geforce_rtx_5090", "cuda", 120, 170, 101376, 1792, 5000, 209, 209, 104.8, 104.8),
+    _datasheet("amd_instinct_mi250x", "hip", "gfx90a", 110, 65536, 1638, 3500, 191, 191, 47.9, 47.9),
+    _datasheet("amd_instinct_mi300x", "hip", "gfx942", 304, 65536, 5300, 10000, 1307, 1307, 653, 163),
+    _datasheet("amd_instinct_mi355x", "hip", "gfx950", 256, 163840, 8000, 12000, 2500, 2500, 157, 157),
+    _datasheet("amd_radeon_rx_7900_xtx", "hip", "gfx1100", 96, 65536, 960, 3500, 123, 123, 61, 61),
+)  # fmt: skip
+BY_SLUG = {t.slug: t for t in REPRESENTATIVES}
+BY_ARCH = {t.arch_name: t for t in REPRESENTATIVES}
+DEFAULT = BY_SLUG["nvidia_h200"]
+
+# A device's marketing name, reduced by `slugify`, to the slug of its configuration file: boards that differ only in
+# what does not matter here share a file.
+ALIASES = {
+    "nvidia_a100_sxm4_40gb": "nvidia_a100_sxm",
+    "nvidia_a100_sxm4_80gb": "nvidia_a100_sxm",
+    "nvidia_a100_sxm_64gb": "nvidia_a100_sxm",
+    "nvidia_a100_pcie_40gb": "nvidia_a100_pcie",
+    "nvidia_a100_80gb_pcie": "nvidia_a100_pcie",
+    "nvidia_h100_80gb_hbm3": "nvidia_h100_sxm",
+    "nvidia_h100_pcie": "nvidia_h100_pcie",
+    "nvidia_h100_nvl": "nvidia_h100_nvl",
+    "nvidia_h200_nvl": "nvidia_h200_nvl",
+    "tesla_t4": "nvidia_t4",
+    "amd_instinct_mi300x_oam": "amd_instinct_mi300x",
+    "amd_instinct_mi300x_vf": "amd_instinct_mi300x",
+    "amd_instinct_mi250x_mi250": "amd_instinct_mi250x",
+    "radeon_rx_7900_xtx": "amd_radeon_rx_7900_xtx",
+}
+
+
+def slugify(name: str) -> str:
+    """The slug of a device name as torch reports it: "NVIDIA A100-SXM4-80GB" -> "nvidia_a100_sxm"."""
+    slug = re.sub(r"[^a-z0-9]+", "_", name.lower()).strip("_")
+    return ALIASES.get(slug, slug)
+
+
+def named(target: str) -> Target:
+    """The target called by a slug ("nvidia_h200"), device name ("NVIDIA H200") or architecture ("sm_90", "gfx942")."""
+    found = BY_SLUG.get(target) or BY_ARCH.get(target) or BY_SLUG.get(slugify(target))
+    if found is None:
+        known = ", ".join(sorted(BY_SLUG) + sorted(BY_ARCH))
+        raise ValueError(f"target {target!r} is not known; it is one of {known}")
+    return found
+
+
+@functools.lru_cache(maxsize=None)
+def of_device(index: int) -> Target:
+    """The target of a GPU of this machine; rates of a device without an entry are scaled from its architecture's."""
+    props = torch.cuda.get_device_properties(index)
+    slug = slugify(props.name)
+    if torch.version.hip:
+        arch_name = props.gcnArchName.split(":")[0]
+        backend, arch = "hip", arch_name
+    else:
+        backend, arch = "cuda", props.major * 10 + props.minor
+        arch_name = f"sm_{arch}"
+    like = BY_SLUG.get(slug)
+    if like is not None:
+        return dataclasses.replace(like, multiprocessors=props.multi_processor_count)
+    like = BY_ARCH.get(arch_name) or (BY_ARCH["gfx942"] if backend == "hip" else _nearest_cuda(arch))
+    scale = props.multi_processor_count / like.multiprocessors
+    return dataclasses.replace(
+        like,
+        slug=slug,
+        arch=arch,
+        multiprocessors=props.multi_processor_count,
+        shared_bytes=getattr(props, "shared_memory_per_block_optin", like.shared_bytes) or like.shared_bytes,
+        copy_gbps=_datasheet_gbps(props) or like.copy_gbps * scale,
+        l2_gbps=like.l2_gbps * scale,
+        matrix_tflops=tuple((dtype, rate * scale) for dtype, rate in like.matrix_tflops),
+        source=f"scaled from {like.slug}",
+    )
+
+
+def _nearest_cuda(arch: int) -> Target:
+    older = [t for t in REPRESENTATIVES if t.backend == "cuda" and int(t.arch) <= arch]
+    return max(older, key=lambda t: int(t.arch), default=BY_ARCH["sm_75"])
+
+
+def _datasheet_gbps(props) -> float:
+    """Copy rate from the memory clock (kHz) and bus width (bits) that the driver reports, two transfers a clock."""
+    clock, width = getattr(props, "memory_clock_rate", 0), getattr(props, "memory_bus_width", 0)
+    return 2 * clock * width / 8 / 1e6 * COPY_FRACTION

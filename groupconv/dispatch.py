@@ -1,0 +1,139 @@
+"""From a problem to a plan: which algorithm and configuration each pass takes, and why."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from . import configs, cost
+from .algorithms import REGISTRY
+from .devices import Target
+from .problem import PASSES, ConvProblem
+
+BACKENDS = ("auto", "triton", "torch", *(f"triton:{name}" for name in REGISTRY))
+
+
+@dataclasses.dataclass(frozen=True)
+class PassPlan:
+    """What one pass does.
+
+    algorithm: a name of the registry, or "torch" for F.conv2d. source: where the choice came from: "exact" or
+    "nearest" (a measurement of this device), "modelled", "forced" (by `backend`) or "fallback". Times in
+    microseconds; time_source says of what they are: "measured" or "modelled".
+    """
+
+    pass_: str
+    algorithm: str
+    config: dict | None
+    source: str
+    reason: str
+    time_us: float | None
+    torch_time_us: float | None
+    time_source: str
+    flops: int
+    min_bytes: int
+    floor_us: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """The plans of a problem's three passes on a target."""
+
+    problem: ConvProblem
+    target: Target
+    fprop: PassPlan
+    dgrad: PassPlan
+    wgrad: PassPlan
+
+    @property
+    def passes(self) -> tuple[PassPlan, PassPlan, PassPlan]:
+        return self.fprop, self.dgrad, self.wgrad
+
+    def __str__(self) -> str:
+        lines = [f"{self.problem} on {self.target.slug} ({self.target.arch_name})"]
+        for plan in self.passes:
+            config = " ".join(f"{k}={v}" for k, v in (plan.config or {}).items())
+            lines.append(f"  {plan.pass_}: {plan.algorithm} [{plan.source}] {config}".rstrip())
+            lines.append(f"    {plan.reason}")
+            lines.append(
+                f"    {plan.flops / 1e9:.3f} GFLOP, {plan.min_bytes / 1e6:.2f} MB, floor {plan.floor_us:.1f} us"
+                " (modelled)"
+            )
+        return "\n".join(lines)
+
+
+def plan(problem: ConvProblem, target: Target, backend: str = "auto", refusal: str | None = None) -> Plan:
+    """Plan all passes. `refusal`: why no kernel of ours may run (CPU tensors, say), which leaves F.conv2d.
+
+    Raises NotImplementedError where `backend` asks for kernels of ours that cannot serve.
+    """
+    return Plan(problem, target, *(plan_pass(problem, pass_, target, backend, refusal) for pass_ in PASSES))
+
+
+def plan_pass(
+    problem: ConvProblem, pass_: str, target: Target, backend: str = "auto", refusal: str | None = None
+) -> PassPlan:
+    """Plan one pass; see `plan`."""
+    floor = cost.floor_us(problem, pass_, target)
+
+    def made(algorithm, config, source, reason, time=None, torch_time=None, time_source="modelled"):
+        return PassPlan(
+            pass_, algorithm, config, source, reason, time, torch_time, time_source,
+            problem.flops(pass_), problem.min_bytes(pass_), floor,
+        )  # fmt: skip
+
+    if backend == "torch":
+        return made("torch", None, "forced", 'backend="torch"')
+    forced = backend != "auto"
+    names = [backend.removeprefix("triton:")] if backend.startswith("triton:") else list(REGISTRY)
+    refusals = [] if refusal is None else [refusal]
+    able = []
+    if refusal is None:
+        for name in names:
+            lack = REGISTRY[name].supports(problem, pass_, target)
+            if lack is None:
+                able.append(name)
+            else:
+                refusals.append(f"{name}: {lack}")
+    if not able:
+        reason = "; ".join(refusals)
+        if forced:
+            what = f"{pass_} of {problem}" if refusal is None else "this convolution"
+            raise NotImplementedError(f"triton_conv: backend={backend!r} cannot run {what}: {reason}")
+        return made("torch", None, "fallback", reason)
+
+    for file in configs.device_files(target.slug):
+        found = file.lookup(problem, pass_)
+        if found is None:
+            continue
+        entry, tier = found
+        times = (entry.time_us, entry.torch_time_us, "measured")
+        if not forced and entry.torch_time_us <= entry.time_us:
+            reason = f"F.conv2d measured {entry.torch_time_us:.1f} us, {entry.algorithm} {entry.time_us:.1f} us"
+            return made("torch", None, tier, reason, *times)
+        if entry.algorithm in able:
+            reason = f"measured {entry.time_us:.1f} us, F.conv2d {entry.torch_time_us:.1f} us ({file.path})"
+            return made(entry.algorithm, entry.config, tier, reason, *times)
+
+    name, config, estimate = min(
+        (modelled(problem, pass_, target, name) for name in able), key=lambda choice: choice[2].time_us
+    )
+    prior = cost.torch_prior_us(problem, pass_, target)
+    compared = f"modelled {estimate.time_us:.1f} us (bound by {estimate.bound}), F.conv2d's prior {prior:.1f} us"
+    if not forced and prior <= estimate.time_us:
+        return made("torch", None, "modelled", f"{name} {compared}", estimate.time_us, prior)
+    reason = f"{compared}; nothing measured on {target.slug}"
+    return made(name, config, "modelled", reason, estimate.time_us, prior)
+
+
+def modelled(problem: ConvProblem, pass_: str, target: Target, name: str) -> tuple[str, dict, cost.Estimate]:
+    """(algorithm, configuration, modelled time): the shipped default, or the model's choice where none is shipped."""
+    algorithm = REGISTRY[name]
+    default = configs.modelled(name, pass_, problem.element_bytes, problem.gemm(pass_)[1], target.arch_name)
+
+    def estimated(config):
+        return cost.estimate(problem, algorithm.tiling(problem, pass_, config, target), target)
+
+    if default is not None:
+        return name, default.config, estimated(default.config)
+    config = min(algorithm.candidates(problem, pass_, target), key=lambda c: estimated(c).time_us)
+    return name, config, estimated(config)

@@ -1,0 +1,47 @@
+"""Launching: kernels bound to a grid and to their scalar arguments, and the memory they write to."""
+
+from __future__ import annotations
+
+import torch
+import triton
+
+
+def interpreting(kernel) -> bool:
+    """Whether a kernel runs in Triton's interpreter, on the CPU (TRITON_INTERPRET=1 when it was imported)."""
+    return not isinstance(kernel, triton.runtime.JITFunction)
+
+
+def allocate(shape, strides, like: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
+    """Uninitialised memory on the device of `like`, and of its dtype unless another is named."""
+    if dtype is None:
+        return like.new_empty_strided(shape, strides)
+    return like.new_empty_strided(shape, strides, dtype=dtype)
+
+
+class Launch:
+    """One kernel with its grid, scalar arguments and compile options fixed; calling it takes the tensors.
+
+    The first call compiles (or finds) the kernel through Triton's own dispatch; later ones launch the compiled
+    kernel directly. So a Launch serves only calls that agree in all that Triton specialises on: dtypes, 16-byte
+    alignment of each pointer, and on AMD which tensors are under 2 GiB. `groupconv.ops` keys its plans by these.
+    """
+
+    __slots__ = ("kernel", "grid", "scalars", "options", "compiled", "_run")
+
+    def __init__(self, kernel, grid: tuple[int, ...], scalars: dict, **options):
+        names = kernel.arg_names[-len(scalars) :]
+        assert set(names) == set(scalars), sorted(set(names) ^ set(scalars))
+        self.kernel = kernel
+        self.grid = (*grid, 1, 1)[:3]
+        self.scalars = tuple(scalars[name] for name in names)
+        self.options = options
+        self.compiled = None
+        self._run = None
+
+    def __call__(self, *tensors) -> None:
+        if self._run is not None:
+            self._run(*tensors, *self.scalars)
+            return
+        self.compiled = self.kernel[self.grid](*tensors, *self.scalars, **self.options)
+        if self.compiled is not None:  # the interpreter returns nothing
+            self._run = self.compiled[self.grid]

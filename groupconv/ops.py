@@ -1,0 +1,492 @@
+"""The convolution as PyTorch calls it: the eager path, the registered operators, their autograd and autocast.
+
+Eager calls on plain tensors go from `conv2d` through a dictionary of prepared calls to a launch, inside one
+autograd.Function. Everything else (torch.compile, export, functorch, tensor subclasses, dispatch modes) goes through the
+operators groupconv::conv2d and groupconv::conv2d_backward, which end in the same prepared calls.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.autograd.forward_ad
+import torch.nn.functional as F
+import triton
+from torch import Tensor
+
+from . import devices, dispatch, launcher, stub_driver
+from .algorithms import REGISTRY, torch_reference
+from .kernels import implicit_gemm as general_kernels
+from .problem import ConvProblem, dense_strides, output_size, suggests_channels_last
+
+DTYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
+PLAIN = (Tensor, torch.nn.Parameter)
+MOST_CALLS = 4096  # prepared calls kept; a program with more shapes than this starts over
+ON_HIP = torch.version.hip is not None
+
+
+class ConvArgs(NamedTuple):
+    """F.conv2d's arguments in one form: padding is top, bottom, left, right."""
+
+    stride: tuple[int, int]
+    padding: tuple[int, int, int, int]
+    dilation: tuple[int, int]
+    groups: int
+
+
+def _pair(value) -> tuple[int, int] | None:
+    """An int, a pair, or a sequence of one, as PyTorch takes them; None for anything else."""
+    if _is_int(value):
+        return value, value
+    if isinstance(value, (tuple, list)) and len(value) in (1, 2) and all(_is_int(v) for v in value):
+        return value[0], value[-1]
+    return None
+
+
+def _is_int(value) -> bool:
+    return isinstance(value, (int, torch.SymInt)) and not isinstance(value, bool)
+
+
+def normalise(x_shape, w_shape, stride, padding, dilation, groups) -> ConvArgs | None:
+    """The call's arguments in one form, or None if there is no such convolution of 4-D tensors of these shapes."""
+    stride, dilation = _pair(stride), _pair(dilation)
+    if stride is None or dilation is None or not _is_int(groups) or len(x_shape) != 4 or len(w_shape) != 4:
+        return None
+    if min(*stride, *dilation, groups) < 1 or min(w_shape) < 1:
+        return None
+    if padding == "same":
+        if stride != (1, 1):
+            return None
+        # An even kernel's odd pixel of padding goes to the bottom and right.
+        total = [d * (k - 1) for d, k in zip(dilation, w_shape[2:], strict=True)]
+        pad = (total[0] // 2, total[0] - total[0] // 2, total[1] // 2, total[1] - total[1] // 2)
+    else:
+        both = (0, 0) if padding == "valid" else _pair(padding)
+        if both is None or min(both) < 0:
+            return None
+        pad = (both[0], both[0], both[1], both[1])
+    if x_shape[1] != groups * w_shape[1] or w_shape[0] % groups or min(x_shape[1:]) < 1:
+        return None
+    h_out, w_out = _out_pixels(x_shape, w_shape, stride, pad, dilation)
+    if h_out < 1 or w_out < 1:
+        return None
+    return ConvArgs(stride, pad, dilation, groups)
+
+
+def _out_pixels(x_shape, w_shape, stride, padding, dilation):
+    top, bottom, left, right = padding
+    return (
+        output_size(x_shape[2], w_shape[2], stride[0], top + bottom, dilation[0]),
+        output_size(x_shape[3], w_shape[3], stride[1], left + right, dilation[1]),
+    )
+
+
+def _consistent(x: Tensor, w: Tensor, bias: Tensor | None) -> bool:
+    """Whether dtypes, devices and the bias's shape agree, as F.conv2d demands."""
+    if x.dtype != w.dtype or x.device != w.device:
+        return False
+    return bias is None or (bias.dtype == x.dtype and bias.device == x.device and bias.shape == w.shape[:1])
+
+
+def refusal(x: Tensor, w: Tensor) -> str | None:
+    """Why no kernel of ours can run on such tensors at all, or None."""
+    if x.dtype not in DTYPES:
+        return f"dtype {str(x.dtype).removeprefix('torch.')} has no kernels"
+    if x.layout is not torch.strided or w.layout is not torch.strided:
+        return f"layout {x.layout} has no kernels"
+    kind = x.device.type
+    interpreted = launcher.interpreting(general_kernels.fprop_kernel)
+    stubbed = isinstance(triton.runtime.driver._active, stub_driver.StubDriver)
+    if kind == "cuda" or (kind in ("cpu", "meta") and (interpreted or stubbed)):
+        return None
+    return f"tensors are on {x.device}, and the kernels run on GPUs (or on CPU tensors with TRITON_INTERPRET=1)"
+
+
+def target_of(device: torch.device) -> devices.Target:
+    """The GPU to plan for: the tensors' own, the stub driver's, or the default where there is none."""
+    if device.type == "cuda" and torch.cuda.is_available():
+        return devices.of_device(torch.cuda.current_device() if device.index is None else device.index)
+    driver = triton.runtime.driver._active
+    return driver.target if isinstance(driver, stub_driver.StubDriver) else devices.DEFAULT
+
+
+def make_problem(x: Tensor, w: Tensor, has_bias: bool, args: ConvArgs) -> ConvProblem:
+    """The problem of 4-D tensors and normalised arguments."""
+    nhwc = suggests_channels_last(x.shape, x.stride())
+    out_nhwc = nhwc or suggests_channels_last(w.shape, w.stride())
+    dtype = DTYPES.get(x.dtype, "fp32")
+    if dtype == "fp32" and torch._C._get_fp32_precision_getter("cuda", "conv") == "tf32":
+        dtype = "tf32"
+    return ConvProblem(
+        *x.shape, *(w.shape[0], *w.shape[2:]), args.stride, args.padding, args.dilation, args.groups, dtype,
+        "nhwc" if nhwc else "nchw", "nhwc" if out_nhwc else "nchw", has_bias,
+    )  # fmt: skip
+
+
+def _aligned(tensor: Tensor | None):
+    """What Triton specialises a pointer on."""
+    if tensor is None:
+        return None
+    if ON_HIP:
+        return tensor.data_ptr() % 16 == 0, tensor.untyped_storage().nbytes() < 2**31
+    return tensor.data_ptr() % 16 == 0
+
+
+class Call:
+    """A planned convolution with its launches: what all calls of one key share."""
+
+    def __init__(self, problem: ConvProblem, plan: dispatch.Plan, x: Tensor, w: Tensor, bias: Tensor | None):
+        self.problem, self.plan = problem, plan
+        self.device = x.device.index if x.device.type == "cuda" else None
+        self.strides = {
+            "x": x.stride(),
+            "w": w.stride(),
+            "y": dense_strides(problem.y_shape, problem.out_layout == "nhwc"),
+            "dx": dense_strides(problem.x_shape, problem.out_layout == "nhwc"),
+            "dw": dense_strides(problem.w_shape, suggests_channels_last(w.shape, w.stride())),
+        }
+        self.all_torch = all(p.algorithm == "torch" for p in plan.passes)
+        self.torch_dgrad = plan.dgrad.algorithm == "torch"
+        self.torch_wgrad = plan.wgrad.algorithm == "torch"
+        self.copy_bias = bias is not None and not bias.is_contiguous()
+        self._forward = None
+        self._backward: dict = {}
+
+    def _prepare(self, pass_: str, **strides):
+        plan = getattr(self.plan, pass_)
+        prepare = REGISTRY[plan.algorithm].prepare
+        return prepare(self.problem, pass_, plan.config, self.plan.target, self.strides | strides)
+
+    def forward(self, x: Tensor, w: Tensor, bias: Tensor | None) -> Tensor:
+        if self.problem.batch == 0:
+            return launcher.allocate(self.problem.y_shape, self.strides["y"], x)
+        run = self._forward
+        if run is None:
+            if self.plan.fprop.algorithm == "torch":
+                run = self._forward = lambda x, w, bias: torch_reference.fprop(self.problem, x, w, bias)
+            else:
+                run = self._forward = self._prepare("fprop")
+        if self.copy_bias:
+            bias = bias.contiguous()
+        if self.device is not None and self.device != torch._C._cuda_getDevice():
+            with torch.cuda.device(self.device):
+                return run(x, w, bias)
+        return run(x, w, bias)
+
+    def backward(self, dy: Tensor, x: Tensor, w: Tensor, need_x: bool, need_w: bool, need_b: bool):
+        """(dx, dw, db), each None unless needed. x may be None unless `saves` says otherwise, and so may w."""
+        if self.device is not None and self.device != torch._C._cuda_getDevice():
+            with torch.cuda.device(self.device):
+                return self.backward(dy, x, w, need_x, need_w, need_b)
+        dx = dw = None
+        if self.problem.batch == 0:
+            dx = launcher.allocate(self.problem.x_shape, self.strides["dx"], dy) if need_x else None
+            dw = launcher.allocate(self.problem.w_shape, self.strides["dw"], dy).zero_() if need_w else None
+        else:
+            by_torch = (need_x and self.torch_dgrad, need_w and self.torch_wgrad)
+            if any(by_torch):
+                dx, dw = torch_reference.backward(self.problem, dy, x, w, *by_torch)
+            if need_x and dx is None:
+                dx = self._backward_pass("dgrad", dy)(dy, w)
+            if need_w and dw is None:
+                dw = self._backward_pass("wgrad", dy)(dy, x)
+        return dx, dw, dy.sum((0, 2, 3)) if need_b else None
+
+    def _backward_pass(self, pass_: str, dy: Tensor):
+        key = (pass_, dy.stride(), _aligned(dy))
+        run = self._backward.get(key)
+        if run is None:
+            run = self._backward[key] = self._prepare(pass_, dy=dy.stride())
+        return run
+
+    def saves(self, need_x: bool, need_w: bool) -> tuple[bool, bool]:
+        """Which of x and w a backward that needs these gradients reads."""
+        return need_w or (need_x and self.torch_dgrad), need_x or (need_w and self.torch_wgrad)
+
+
+_CALLS: dict[tuple, Call] = {}
+
+
+def reset() -> None:
+    """Forget every plan and prepared call, to plan anew after configuration files changed."""
+    _CALLS.clear()
+
+
+def _key(x: Tensor, w: Tensor, bias: Tensor | None, stride, padding, dilation, groups, backend: str) -> tuple:
+    """Everything that a plan or a compiled kernel depends on."""
+    dtype = x.dtype
+    precision = torch._C._get_fp32_precision_getter("cuda", "conv") if dtype is torch.float32 else None
+    return (
+        x.shape, x.stride(), dtype, x.device, w.shape, w.stride(), w.dtype, w.device,
+        None if bias is None else (bias.shape, bias.stride(), bias.dtype, bias.device),
+        _aligned(x), _aligned(w), _aligned(bias), stride, padding, dilation, groups, backend, precision,
+    )  # fmt: skip
+
+
+def lookup(x: Tensor, w: Tensor, bias: Tensor | None, stride, padding, dilation, groups, backend: str) -> Call | None:
+    """The prepared call of a convolution of 4-D tensors, planned if it is new; None if there is no such convolution."""
+    # 1, True and 1.0 are equal as keys but not to F.conv2d.
+    if not (type(stride) is type(dilation) is type(groups) is int and type(padding) in (int, str)):
+        args = _normalised_types(stride, padding, dilation, groups)
+        if args is None:
+            return None
+        stride, padding, dilation, groups = args
+    key = _key(x, w, bias, stride, padding, dilation, groups, backend)
+    call = _CALLS.get(key)
+    if call is None:
+        args = normalise(x.shape, w.shape, stride, padding, dilation, groups)
+        if args is None or not _consistent(x, w, bias):
+            return None
+        call = _plan_call(x, w, bias, args, backend)
+        if len(_CALLS) >= MOST_CALLS:
+            _CALLS.clear()
+        _CALLS[key] = call
+    return call
+
+
+def _normalised_types(stride, padding, dilation, groups):
+    """The arguments as hashable values of the right types, or None."""
+    pairs = [_pair(stride), padding if isinstance(padding, str) else _pair(padding), _pair(dilation)]
+    return None if None in pairs or not _is_int(groups) else (*pairs, groups)
+
+
+def _plan_call(x, w, bias, args: ConvArgs, backend: str) -> Call:
+    problem = make_problem(x, w, bias is not None, args)
+    return Call(problem, dispatch.plan(problem, target_of(x.device), backend, refusal(x, w)), x, w, bias)
+
+
+class _ConvFunction(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, w, bias, call):
+        need_x, need_w = ctx.needs_input_grad[:2]
+        save_x, save_w = call.saves(need_x, need_w)
+        ctx.save_for_backward(x if save_x else None, w if save_w else None)
+        ctx.call = call
+        return call.forward(x, w, bias)
+
+    @staticmethod
+    def backward(ctx, dy):
+        x, w = ctx.saved_tensors
+        need_x, need_w, need_b, _ = ctx.needs_input_grad
+        call = ctx.call
+        if not torch.is_grad_enabled():
+            return *call.backward(dy, x, w, need_x, need_w, need_b), None
+        # create_graph=True: the operator knows its own derivative. It takes the shapes of what was not saved.
+        problem = call.problem
+        x = dy.new_empty(()).expand(problem.x_shape) if x is None else x
+        w = dy.new_empty(()).expand(problem.w_shape) if w is None else w
+        mask = [need_x, need_w, need_b]
+        found = iter(torch.ops.groupconv.conv2d_backward(dy, x, w, *_op_args(problem), mask, _backend_of(call)))
+        return *(next(found) if needed else None for needed in mask), None
+
+
+def _op_args(problem: ConvProblem) -> ConvArgs:
+    return ConvArgs(problem.stride, problem.pad, problem.dilation, problem.groups)
+
+
+def _backend_of(call: Call) -> str:
+    """A backend that makes the operator plan as this call did."""
+    names = {p.algorithm for p in call.plan.passes if p.source == "forced"}
+    return "auto" if not names else "torch" if names == {"torch"} else "triton"
+
+
+def conv2d(x, w, bias, stride, padding, dilation, groups, backend) -> Tensor:
+    """triton_conv without the fused extras; the arguments are unchecked."""
+    if torch.compiler.is_compiling() or not _eager(x, w, bias):
+        return _dispatched(x, w, bias, stride, padding, dilation, groups, backend)
+    if torch._C._is_any_autocast_enabled():
+        x, w, bias = _autocast(x, w, bias)
+    if x.dim() == 3 and w.dim() == 4:
+        call = lookup(x.unsqueeze(0), w, bias, stride, padding, dilation, groups, backend)
+        if call is not None:
+            return conv2d(x.unsqueeze(0), w, bias, stride, padding, dilation, groups, backend).squeeze(0)
+    elif x.dim() == 4 and w.dim() == 4:
+        call = lookup(x, w, bias, stride, padding, dilation, groups, backend)
+    else:
+        call = None
+    if call is None or call.all_torch:
+        # A call that is not one gets PyTorch's own exception.
+        return F.conv2d(x, w, bias, stride, padding, dilation, groups)
+    if torch.is_grad_enabled() and (x.requires_grad or w.requires_grad or (bias is not None and bias.requires_grad)):
+        return _ConvFunction.apply(x, w, bias, call)
+    return call.forward(x, w, bias)
+
+
+def _eager(x, w, bias) -> bool:
+    """Whether the tensors are plain ones that nothing watches: no subclass, mode, transform or lazy negation."""
+    return (
+        type(x) in PLAIN
+        and type(w) in PLAIN
+        and (bias is None or type(bias) in PLAIN)
+        and not torch._C._len_torch_dispatch_stack()
+        and torch._C._functorch.maybe_current_level() is None
+        and torch.autograd.forward_ad._current_level < 0
+        and not (x.is_neg() or w.is_neg())
+    )
+
+
+def _autocast(x, w, bias):
+    """The operands as autocast has F.conv2d take them: floating point, but not double, in autocast's dtype."""
+    kind = x.device.type
+    if not torch.is_autocast_enabled(kind):
+        return x, w, bias
+    dtype = torch.get_autocast_dtype(kind)
+
+    def cast(t):
+        eligible = t is not None and t.device.type == kind and t.is_floating_point() and t.dtype != torch.float64
+        return t.to(dtype) if eligible else t
+
+    return cast(x), cast(w), cast(bias)
+
+
+def _dispatched(x, w, bias, stride, padding, dilation, groups, backend) -> Tensor:
+    """The call through PyTorch's dispatcher, for whatever traces, transforms or subclasses it."""
+    tensors = isinstance(x, Tensor) and isinstance(w, Tensor) and (bias is None or isinstance(bias, Tensor))
+    forward_ad = torch.autograd.forward_ad._current_level >= 0
+    if tensors and backend != "torch" and not (forward_ad and backend == "auto"):
+        x, w, bias = _autocast(x, w, bias)
+        unbatched = x.dim() == 3
+        batched = x.unsqueeze(0) if unbatched else x
+        args = normalise(batched.shape, w.shape, stride, padding, dilation, groups)
+        if args is not None and _consistent(x, w, bias):
+            why_not = refusal(x, w)
+            if why_not is None:
+                y = torch.ops.groupconv.conv2d(batched, w, bias, *args, backend)
+                return y.squeeze(0) if unbatched else y
+            if backend != "auto":
+                raise NotImplementedError(f"triton_conv: backend={backend!r} cannot run this convolution: {why_not}")
+    return F.conv2d(x, w, bias, stride, padding, dilation, groups)
+
+
+# --- The operators -------------------------------------------------------------------------------------------------
+
+_LIBRARY = torch.library.Library("groupconv", "DEF")
+_ARGS = "SymInt[2] stride, SymInt[4] padding, SymInt[2] dilation, SymInt groups"
+_LIBRARY.define(f"conv2d(Tensor input, Tensor weight, Tensor? bias, {_ARGS}, str backend) -> Tensor")
+_LIBRARY.define(
+    f"conv2d_backward(Tensor grad, Tensor input, Tensor weight, {_ARGS}, bool[3] mask, str backend) -> Tensor[]"
+)
+
+
+def _op_call(x, w, bias, stride, padding, dilation, groups, backend) -> Call:
+    """The prepared call of an operator's arguments, whose padding has four sides."""
+    key = _key(x, w, bias, tuple(stride), tuple(padding), tuple(dilation), groups, backend)
+    call = _CALLS.get(key)
+    if call is None:
+        args = ConvArgs(tuple(stride), tuple(padding), tuple(dilation), groups)
+        call = _CALLS[key] = _plan_call(x, w, bias, args, backend)
+    return call
+
+
+def _like(tensor: Tensor, strides) -> Tensor:
+    """The tensor with the strides that the operator promises; PyTorch's depthwise kernels answer NHWC with NCHW."""
+    if tensor.stride() == strides:
+        return tensor
+    return launcher.allocate(tensor.shape, strides, tensor).copy_(tensor)
+
+
+def _conv2d_op(x, w, bias, stride, padding, dilation, groups, backend):
+    call = _op_call(x, w, bias, stride, padding, dilation, groups, backend)
+    return _like(call.forward(x, w, bias), call.strides["y"])
+
+
+def _conv2d_backward_op(dy, x, w, stride, padding, dilation, groups, mask, backend):
+    call = _op_call(x, w, None, stride, padding, dilation, groups, backend)
+    dx, dw, db = call.backward(dy, x, w, *mask)
+    found = [None if dx is None else _like(dx, call.strides["dx"]), None if dw is None else _like(dw, call.strides["dw"])]
+    return [grad for grad in (*found, db) if grad is not None]
+
+
+_LIBRARY.impl("conv2d", _conv2d_op, "CompositeExplicitAutograd")
+_LIBRARY.impl("conv2d_backward", _conv2d_backward_op, "CompositeExplicitAutograd")
+
+
+@torch.library.register_fake("groupconv::conv2d", lib=_LIBRARY)
+def _conv2d_fake(x, w, bias, stride, padding, dilation, groups, backend):
+    shape = (x.shape[0], w.shape[0], *_out_pixels(x.shape, w.shape, stride, padding, dilation))
+    return x.new_empty_strided(shape, dense_strides(shape, _out_channels_last(x, w)))
+
+
+@torch.library.register_fake("groupconv::conv2d_backward", lib=_LIBRARY)
+def _conv2d_backward_fake(dy, x, w, stride, padding, dilation, groups, mask, backend):
+    grads = []
+    if mask[0]:
+        grads.append(x.new_empty_strided(x.shape, dense_strides(x.shape, _out_channels_last(x, w))))
+    if mask[1]:
+        strides = dense_strides(w.shape, suggests_channels_last(w.shape, w.stride()))
+        grads.append(w.new_empty_strided(w.shape, strides))
+    if mask[2]:
+        grads.append(dy.new_empty((w.shape[0],)))
+    return grads
+
+
+def _out_channels_last(x, w) -> bool:
+    return suggests_channels_last(x.shape, x.stride()) or suggests_channels_last(w.shape, w.stride())
+
+
+def _setup_conv2d(ctx, inputs, output):
+    x, w, bias, *args, backend = inputs
+    ctx.save_for_backward(x, w)
+    ctx.args, ctx.backend, ctx.has_bias = args, backend, bias is not None
+
+
+def _backward_conv2d(ctx, dy):
+    x, w = ctx.saved_tensors
+    mask = [ctx.needs_input_grad[0], ctx.needs_input_grad[1], ctx.has_bias and ctx.needs_input_grad[2]]
+    found = iter(torch.ops.groupconv.conv2d_backward(dy, x, w, *ctx.args, mask, ctx.backend))
+    return *(next(found) if needed else None for needed in mask), *(None,) * 5
+
+
+def _setup_conv2d_backward(ctx, inputs, output):
+    dy, x, w, *args, mask, backend = inputs
+    ctx.save_for_backward(dy, x, w)
+    ctx.args, ctx.mask, ctx.backend = args, mask, backend
+
+
+def _backward_conv2d_backward(ctx, grads):
+    """The derivative of (dx, dw, db), each bilinear in two of dy, x and w, in convolutions."""
+    dy, x, w = ctx.saved_tensors
+    incoming = iter(grads)
+    to_dx, to_dw, to_db = (next(incoming) if asked else None for asked in ctx.mask)
+    need_dy, need_x, need_w = ctx.needs_input_grad[:3]
+    ops = torch.ops.groupconv
+    args, backend = ctx.args, ctx.backend
+    d_dy = d_x = d_w = None
+    if need_dy:
+        parts = []
+        if to_dx is not None:
+            parts.append(ops.conv2d(to_dx, w, None, *args, backend))
+        if to_dw is not None:
+            parts.append(ops.conv2d(x, to_dw, None, *args, backend))
+        if to_db is not None:
+            parts.append(to_db[None, :, None, None].expand_as(dy))
+        d_dy = sum(parts[1:], parts[0]) if parts else None
+    if need_x and to_dw is not None:
+        (d_x,) = ops.conv2d_backward(dy, x, to_dw, *args, [True, False, False], backend)
+    if need_w and to_dx is not None:
+        (d_w,) = ops.conv2d_backward(dy, to_dx, w, *args, [False, True, False], backend)
+    return d_dy, d_x, d_w, *(None,) * 6
+
+
+torch.library.register_autograd(
+    "groupconv::conv2d", _backward_conv2d, setup_context=_setup_conv2d, lib=_LIBRARY
+)
+torch.library.register_autograd(
+    "groupconv::conv2d_backward", _backward_conv2d_backward, setup_context=_setup_conv2d_backward, lib=_LIBRARY
+)
+
+
+def _register_autocast(kind: str, key: str) -> None:
+    without = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))
+
+    def conv2d_autocast(x, w, bias, *args):
+        x, w, bias = _autocast(x, w, bias)
+        with torch._C._ExcludeDispatchKeyGuard(without):
+            return torch.ops.groupconv.conv2d(x, w, bias, *args)
+
+    _LIBRARY.impl("conv2d", conv2d_autocast, key)
+
+
+for _kind, _dispatch_key in (("cuda", "AutocastCUDA"), ("cpu", "AutocastCPU")):
+    _register_autocast(_kind, _dispatch_key)

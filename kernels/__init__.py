@@ -1,0 +1,1 @@
+"""Triton kernels. Nothing here imports torch; `groupconv.algorithms` launches them."""

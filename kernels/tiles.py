@@ -1,0 +1,56 @@
+"""Index and tile helpers shared by the kernels."""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def mma(a, b, acc, PRECISION: tl.constexpr, EMULATE_BF16: tl.constexpr):
+    """acc + a @ b in fp32. EMULATE_BF16: for the interpreter, whose dot multiplies the bit patterns of bf16 operands."""
+    if EMULATE_BF16:
+        a = a.to(tl.float32)
+        b = b.to(tl.float32)
+    return tl.dot(a, b, acc, input_precision=PRECISION)
+
+
+@triton.jit
+def narrow(acc, dtype: tl.constexpr, EMULATE_BF16: tl.constexpr):
+    """The fp32 `acc` rounded to nearest even in `dtype`. EMULATE_BF16: the interpreter's own cast to bf16 truncates."""
+    if EMULATE_BF16:
+        bits = acc.to(tl.uint32, bitcast=True)
+        bits += 0x7FFF + ((bits >> 16) & 1)
+        acc = (bits & 0xFFFF0000).to(tl.float32, bitcast=True)
+    return acc.to(dtype)
+
+
+@triton.jit
+def index(i, INDEX_64: tl.constexpr):
+    """`i` in the type of an element offset: int64 only where a tensor reaches past 2^31 elements."""
+    return i.to(tl.int64) if INDEX_64 else i
+
+
+@triton.jit
+def rows(v, SWAP: tl.constexpr):
+    """A vector as the rows of a 2-D tile, or as its columns where the tile is held transposed."""
+    return v[None, :] if SWAP else v[:, None]
+
+
+@triton.jit
+def cols(v, SWAP: tl.constexpr):
+    """A vector as the columns of a 2-D tile, or as its rows where the tile is held transposed; a scalar as it is."""
+    if len(v.shape) == 0:
+        return v
+    else:
+        return v[:, None] if SWAP else v[None, :]
+
+
+@triton.jit
+def turned(tile, SWAP: tl.constexpr):
+    """The tile with its rows first, whichever way it is held."""
+    return tl.trans(tile) if SWAP else tile
+
+
+@triton.jit
+def pixel(m, height, width):
+    """(image, row, column) of a flat pixel number of a [batch, height, width] map."""
+    return m // (height * width), (m // width) % height, m % width
