@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import concurrent.futures
 import dataclasses
 import multiprocessing
 import os
@@ -11,7 +10,7 @@ import torch
 
 from . import configs, devices, resources, stub_driver
 from .algorithms import REGISTRY
-from .problem import PASSES, ConvProblem, dense_strides
+from .problem import ConvProblem, dense_strides
 
 TORCH_DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 OPERANDS = {"fprop": ("x", "w", None), "dgrad": ("dy", "w"), "wgrad": ("dy", "x")}
@@ -34,7 +33,7 @@ def dense_operand_strides(problem: ConvProblem) -> dict:
 def compile_pass(
     problem: ConvProblem, pass_: str, algorithm: str, config: dict, target: str
 ) -> list[resources.Resources]:
-    """Compile one pass for a target as a call would, and say what each of its kernels takes. One target a process."""
+    """Compile one pass for a target as a call would, and say what each of its kernels takes."""
     strides = dense_operand_strides(problem)
     shapes = {"x": problem.x_shape, "w": problem.w_shape, "dy": problem.y_shape}
     dtype = TORCH_DTYPES[problem.dtype]
@@ -121,28 +120,12 @@ def run(job: Job) -> Outcome:
     return Outcome(job, used, tuple(faults))
 
 
-def _run_all(batch: list[Job]) -> list[Outcome]:
-    return [run(job) for job in batch]
-
-
 def run_parallel(work: list[Job], on_done, processes: int | None = None) -> list[Outcome]:
-    """Run jobs in fresh processes, one target in each; `on_done(count)` after every few. Outcomes in the jobs' order."""
-    size = 6
-    batches = []
-    for target in dict.fromkeys(job.target for job in work):
-        mine = [job for job in work if job.target == target]
-        batches += [mine[i : i + size] for i in range(0, len(mine), size)]
-    # A fresh interpreter a batch: Triton's own caches hold kernels by device number, not by target.
-    pool = concurrent.futures.ProcessPoolExecutor(
-        processes or os.cpu_count(), mp_context=multiprocessing.get_context("spawn"), max_tasks_per_child=1
-    ) if multiprocessing else None
-    outcomes: dict[Job, Outcome] = {}
-    with pool:
-        for done in concurrent.futures.as_completed([pool.submit(_run_all, batch) for batch in batches]):
-            for outcome in done.result():
-                outcomes[outcome.job] = outcome
-            on_done(len(done.result()))
-    return [outcomes[job] for job in work]
-
-
-__all__ = ["PASSES", "Job", "Outcome", "compile_pass", "jobs", "run", "run_parallel"]
+    """Run jobs in worker processes, calling `on_done(outcome)` after each; outcomes in the jobs' order."""
+    outcomes = []
+    # Spawned, because a fork of a process that has used PyTorch's threads may hang.
+    with multiprocessing.get_context("spawn").Pool(processes or os.cpu_count()) as pool:
+        for outcome in pool.imap(run, work, chunksize=2):
+            outcomes.append(outcome)
+            on_done(outcome)
+    return outcomes

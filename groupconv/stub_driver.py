@@ -55,7 +55,8 @@ class StubDriver:
         return True
 
     def get_current_device(self):
-        return 0
+        # A number for each target: kernels remember what they compiled by device number.
+        return 1 + list(devices.BY_SLUG).index(self.target.slug)
 
     def set_current_device(self, device):
         pass
@@ -78,10 +79,7 @@ class StubDriver:
 
 @contextlib.contextmanager
 def active(target: str):
-    """Launch into the void for a named target; Triton's own driver is back afterwards.
-
-    Kernels remember what they compiled per device number, so one process should stay with one target.
-    """
+    """Launch into the void for a named target; Triton's own driver is back afterwards."""
     before = triton.runtime.driver._active
     triton.runtime.driver.set_active(StubDriver(devices.named(target)))
     try:

@@ -1,0 +1,110 @@
+"""A report's rows without a GPU: modelled times, resources as compiled, errors as interpreted. Nothing is measured."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from concurrent.futures import Future
+
+from .. import cost, dispatch
+from ..algorithms import REGISTRY
+from ..devices import Target
+from ..problem import PASSES, ConvProblem
+from .children import Children, problem_json
+from .numerics import error_bound, shrunk
+from .rows import Layer, Timing, layer_row, limit_row, timing_fields
+
+# Interpreted programs cost milliseconds each, and a depthwise layer has a group a channel.
+MOST_GROUPS = 128
+MOST_GROUPS_OF_SUITE = 2
+
+
+def count(layers: list[Layer], target: Target) -> int:
+    """How many rows `rows` yields."""
+    return 2 + sum(len(_able(layer.problem, pass_, target)) + 1 for layer in layers for pass_ in PASSES)
+
+
+def _able(problem: ConvProblem, pass_: str, target: Target) -> list[str]:
+    return [name for name, algorithm in REGISTRY.items() if algorithm.supports(problem, pass_, target) is None]
+
+
+def rows(layers: list[Layer], target: Target, most_groups: int = MOST_GROUPS) -> Iterator[dict]:
+    """The target's assumed limits; then, for each layer and pass, each algorithm and what "auto" would take."""
+    dtype = layers[0].problem.dtype
+    yield limit_row("copy_limit", dtype, target.copy_gbps, target.source)
+    yield limit_row("matrix_limit", dtype, target.matrix_rate(dtype), target.source)
+    interpreter = Children("groupconv.perf_reports.numerics", interpret=True)
+    compiler = Children("groupconv.perf_reports.compiled", interpret=False)
+    with interpreter, compiler:
+        pending = []
+        for layer in layers:
+            for pass_ in PASSES:
+                for name in _able(layer.problem, pass_, target):
+                    pending.append(_submit(layer, pass_, name, target, most_groups, interpreter, compiler))
+                pending.append((_auto(layer, pass_, target), None, None))
+        for row, error, kernels in pending:
+            if error is not None and kernels is not None:
+                _add_error(row, error.result())
+                _add_resources(row, kernels.result())
+            yield row
+
+
+def _submit(
+    layer: Layer, pass_: str, name: str, target: Target, most_groups: int, interpreter: Children, compiler: Children
+) -> tuple[dict, Future[dict], Future[dict]]:
+    problem = layer.problem
+    _, config, estimate = dispatch.modelled(problem, pass_, target, name)
+    small = shrunk(problem, most_groups)
+    floor = cost.floor_us(problem, pass_, target)
+    row = {
+        **_about(layer, pass_, name, target),
+        "source": "modelled",
+        "config": config,
+        **timing_fields(problem, pass_, Timing(estimate.time_us), floor),
+        "bound": estimate.bound,
+        "err_bound": error_bound(small, pass_),
+        "err_on": f"interpreter {small}",
+        "compiled_for": target.arch_name,
+    }
+    job = {"pass": pass_, "algorithm": name}
+    error = interpreter.submit({**job, "problem": problem_json(small)})
+    kernels = compiler.submit(
+        {**job, "problem": problem_json(problem), "config": config, "target": target.arch_name}
+    )
+    return row, error, kernels
+
+
+def _about(layer: Layer, pass_: str, provider: str, target: Target) -> dict:
+    ungrouped = dataclasses.replace(layer.problem, groups=1)
+    return {
+        **layer_row(layer, pass_, provider),
+        "floor_us": cost.floor_us(layer.problem, pass_, target),
+        "ungrouped_floor_us": cost.floor_us(ungrouped, pass_, target),
+    }
+
+
+def _auto(layer: Layer, pass_: str, target: Target) -> dict:
+    """What dispatch would choose. It has a time only if that is modelled: F.conv2d has no model, only a prior."""
+    plan = dispatch.plan_pass(layer.problem, pass_, target)
+    row = {**_about(layer, pass_, "auto", target), "source": plan.source, "config": plan.config}
+    if plan.algorithm != "torch" and plan.time_source == "modelled" and plan.time_us is not None:
+        row |= timing_fields(layer.problem, pass_, Timing(plan.time_us), row["floor_us"])
+    return {**row, "note": f"takes {'F.conv2d' if plan.algorithm == 'torch' else plan.algorithm}"}
+
+
+def _add_error(row: dict, answer: dict) -> None:
+    if "failed" in answer:
+        row["note"] = f"not interpreted: {answer['failed']}"
+        return
+    row["max_rel_err"] = answer["error"]
+    if not answer["error"] <= row["err_bound"]:
+        row["note"] = f"wrong: error {answer['error']:.2g} above the bound {row['err_bound']:.2g}"
+
+
+def _add_resources(row: dict, answer: dict) -> None:
+    if "failed" in answer:
+        row["note"] = "; ".join(filter(None, [row.get("note"), f"not compiled: {answer['failed']}"]))
+        return
+    main = answer["kernels"][0]
+    row |= {name: main[name] for name in ("registers", "spill_bytes", "shared_bytes")}
+    row["matrix"] = f"{main['matrix']} {main['matrix_count']}" if main["matrix"] else ""

@@ -1,0 +1,149 @@
+"""Operands, float64 references and error bounds; run as a module, the interpreter's answers to `modelled`.
+
+    TRITON_INTERPRET=1 python -m groupconv.perf_reports.numerics < jobs
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import math
+from collections.abc import Iterator, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .. import compile_check, devices
+from ..algorithms import REGISTRY
+from ..problem import ConvProblem
+from . import children
+
+CHUNK = 8  # images in float64 at a time
+# Images, rows and columns of a problem shrunk for the interpreter, where a program costs milliseconds of every size.
+SMALL = (2, 9, 7)
+
+
+@dataclasses.dataclass(frozen=True)
+class Operands:
+    """Random tensors of a problem, dense in its layouts."""
+
+    x: Tensor
+    w: Tensor
+    dy: Tensor
+
+    def of(self, pass_: str) -> tuple:
+        """What a prepared pass takes."""
+        return {"fprop": (self.x, self.w, None), "dgrad": (self.dy, self.w), "wgrad": (self.dy, self.x)}[pass_]
+
+
+def operands(problem: ConvProblem, device: str = "cpu", seed: int = 0) -> Operands:
+    """Standard normal operands."""
+    generator = torch.Generator(device).manual_seed(seed)
+    strides = compile_check.dense_operand_strides(problem)
+    dtype = compile_check.TORCH_DTYPES[problem.dtype]
+
+    def normal(shape, name):
+        tensor = torch.empty_strided(shape, strides[name], dtype=dtype, device=device)
+        return tensor.normal_(generator=generator)
+
+    return Operands(normal(problem.x_shape, "x"), normal(problem.w_shape, "w"), normal(problem.y_shape, "dy"))
+
+
+def reference(problem: ConvProblem, given: Operands, pass_: str, images: Sequence[int] | None = None) -> Tensor:
+    """A pass in float64 by F.conv2d. fprop and dgrad: of `images` only; wgrad: of the whole batch."""
+    top, bottom, left, right = problem.pad
+    w = given.w.double()
+
+    def chunk(x, dy):
+        x = F.pad(x.double(), (left, right, top, bottom))
+        args = (problem.stride, (0, 0), problem.dilation)
+        if pass_ == "fprop":
+            return F.conv2d(x, w, None, *args, problem.groups)
+        mask = [pass_ == "dgrad", pass_ == "wgrad", False]
+        dx, dw, _ = torch.ops.aten.convolution_backward(
+            dy.double(), x, w, None, *args, False, (0, 0), problem.groups, mask
+        )
+        return dw if dx is None else dx[:, :, top : top + problem.h_in, left : left + problem.w_in]
+
+    wanted = list(range(problem.batch) if images is None or pass_ == "wgrad" else images)
+    parts = (
+        chunk(given.x[wanted[i : i + CHUNK]], given.dy[wanted[i : i + CHUNK]]) for i in range(0, len(wanted), CHUNK)
+    )
+    if pass_ == "wgrad":
+        return functools.reduce(torch.add, parts)
+    return torch.cat(list(parts))
+
+
+def relative_error(found: Tensor, expected: Tensor) -> float:
+    """||found - expected|| / ||expected||; NaN where anything was left unwritten."""
+    return ((found.double() - expected).norm() / expected.norm().clamp(min=1e-30)).item()
+
+
+def error_bound(problem: ConvProblem, pass_: str) -> float:
+    """The largest relative error that a pass may have: fp32 by its reduction's length, others by their rounding."""
+    if problem.dtype != "fp32":
+        return {"tf32": 1e-3, "fp16": 5e-4, "bf16": 4e-3}[problem.dtype]
+    taps = problem.kh * problem.kw
+    length = {"fprop": problem.cin_g * taps, "dgrad": problem.cout_g * taps, "wgrad": problem.out_pixels}[pass_]
+    return 2**-23 * math.sqrt(length)
+
+
+@contextlib.contextmanager
+def poisoned() -> Iterator[None]:
+    """Uninitialised memory is NaN, so that what a kernel leaves unwritten shows."""
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    filled = torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(deterministic, warn_only=warn_only)
+        torch.utils.deterministic.fill_uninitialized_memory = filled
+
+
+def shrunk(problem: ConvProblem, most_groups: int) -> ConvProblem:
+    """The problem on a small batch of small maps, with its channels; beyond `most_groups`, fewer groups of its width."""
+
+    def size(small, actual, kernel, pad, dilation):
+        return min(actual, max(small, dilation * (kernel - 1) + 1 - pad))
+
+    top, bottom, left, right = problem.pad
+    groups = min(problem.groups, most_groups)
+    return dataclasses.replace(
+        problem,
+        batch=min(problem.batch, SMALL[0]),
+        h_in=size(SMALL[1], problem.h_in, problem.kh, top + bottom, problem.dilation[0]),
+        w_in=size(SMALL[2], problem.w_in, problem.kw, left + right, problem.dilation[1]),
+        c_in=groups * problem.cin_g,
+        c_out=groups * problem.cout_g,
+        groups=groups,
+    )
+
+
+def largest_tiles(candidates: list[dict]) -> dict:
+    """The configuration of the fewest programs: they are what the interpreter's time goes to."""
+    return max(candidates, key=lambda config: math.prod(v for k, v in config.items() if k.startswith("BLOCK")))
+
+
+@functools.lru_cache(maxsize=1)
+def _operands(problem: ConvProblem) -> Operands:
+    return operands(problem)
+
+
+def _answer(job: dict) -> dict:
+    problem, pass_, algorithm = children.problem_of(job["problem"]), job["pass"], REGISTRY[job["algorithm"]]
+    config = largest_tiles(algorithm.candidates(problem, pass_, devices.DEFAULT))
+    given = _operands(problem)
+    call = algorithm.prepare(problem, pass_, config, devices.DEFAULT, compile_check.dense_operand_strides(problem))
+    with poisoned():
+        found = call(*given.of(pass_))
+    return {"error": relative_error(found, reference(problem, given, pass_))}
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    children.serve(_answer)

@@ -1,0 +1,203 @@
+"""The rows of a report: their fields, what describes the machine and the problem in them, and the CSV that keeps them."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import datetime
+import json
+import os
+import pathlib
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+
+import torch
+import triton
+
+from ..problem import ConvProblem
+
+PROBLEM_FIELDS = (
+    "batch", "c_in", "h_in", "w_in", "c_out", "kh", "kw", "stride_h", "stride_w", "pad_top", "pad_bottom", "pad_left",
+    "pad_right", "dil_h", "dil_w", "groups", "dtype", "layout",
+)  # fmt: skip
+# A row is one pass of one layer by one provider: an algorithm of the registry, "auto" (what dispatch chooses of all),
+# "torch_contiguous" or "torch_channels_last". The providers "copy_limit" and "matrix_limit" have no layer.
+FIELDS = (
+    "utc", "commit", "gpu", "driver", "torch", "triton", "cudnn", "kind", "layer", "pass", "provider", *PROBLEM_FIELDS,
+    "source", "config", "us_p20", "us_p50", "us_p80", "tflops", "gbps", "floor_us", "fraction", "bound",
+    "ungrouped_floor_us", "params", "flops", "bytes", "intensity", "params_ratio", "flops_ratio", "bytes_ratio",
+    "intensity_ratio", "max_rel_err", "err_bound", "err_on", "registers", "spill_bytes", "shared_bytes", "matrix",
+    "compiled_for", "note",
+)  # fmt: skip
+LIMITS = ("copy_limit", "matrix_limit")
+
+
+@dataclasses.dataclass(frozen=True)
+class Layer:
+    """A convolution to report on, and what to call it."""
+
+    name: str
+    problem: ConvProblem
+
+
+@dataclasses.dataclass(frozen=True)
+class Timing:
+    """Percentiles of a time, in microseconds; a modelled time has only the middle one."""
+
+    p50: float
+    p20: float | None = None
+    p80: float | None = None
+
+
+def environment(kind: str, gpu: str) -> dict[str, str]:
+    """The fields that every row of a run shares. `kind`: "measured" or "modelled"."""
+    measured = kind == "measured"
+    return {
+        "commit": _commit(),
+        "gpu": gpu,
+        "driver": _driver() if measured else "",
+        "torch": torch.__version__,
+        "triton": triton.__version__,
+        "cudnn": str(torch.backends.cudnn.version() or "") if measured else "",
+        "kind": kind,
+    }
+
+
+def _output(*command: str, folder: pathlib.Path | None = None) -> str:
+    """What a command prints; nothing where it is missing or fails."""
+    try:
+        found = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=20)
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    return found.stdout.strip() if found.returncode == 0 else ""
+
+
+def _commit() -> str:
+    here = pathlib.Path(__file__).resolve()
+    # An installed copy may lie inside another project's checkout, whose commit says nothing.
+    if not _output("git", "ls-files", "--error-unmatch", here.name, folder=here.parent):
+        return ""
+    return _output("git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*", folder=here.parent)
+
+
+def _driver() -> str:
+    lines = _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader").splitlines()
+    return lines[0] if lines else ""
+
+
+def limit_row(provider: str, dtype: str, rate: float, source: str) -> dict:
+    """A row of a device's limit: "copy_limit" in GB/s read and written, "matrix_limit" in TFLOP/s."""
+    field = "gbps" if provider == "copy_limit" else "tflops"
+    return {"provider": provider, "dtype": dtype, field: rate, "source": source}
+
+
+def layer_row(layer: Layer, pass_: str, provider: str) -> dict:
+    """What a layer's pass is, whoever runs it, and its ratios to the same layer without groups."""
+    p = layer.problem
+    ungrouped = dataclasses.replace(p, groups=1)
+    problem = (
+        p.batch, p.c_in, p.h_in, p.w_in, p.c_out, p.kh, p.kw, *p.stride, *p.pad, *p.dilation, p.groups, p.dtype,
+        p.layout,
+    )  # fmt: skip
+    return {
+        "layer": layer.name,
+        "pass": pass_,
+        "provider": provider,
+        **dict(zip(PROBLEM_FIELDS, problem, strict=True)),
+        "params": p.params,
+        "flops": p.flops(pass_),
+        "bytes": p.min_bytes(pass_),
+        "intensity": p.intensity(pass_),
+        "params_ratio": p.params / ungrouped.params,
+        "flops_ratio": p.flops(pass_) / ungrouped.flops(pass_),
+        "bytes_ratio": p.min_bytes(pass_) / ungrouped.min_bytes(pass_),
+        "intensity_ratio": p.intensity(pass_) / ungrouped.intensity(pass_),
+    }
+
+
+def timing_fields(problem: ConvProblem, pass_: str, timing: Timing, floor_us: float) -> dict:
+    """A time and the rates that it means, in useful FLOPs and in bytes moved once."""
+    return {
+        "us_p20": timing.p20,
+        "us_p50": timing.p50,
+        "us_p80": timing.p80,
+        "tflops": problem.flops(pass_) / timing.p50 / 1e6,
+        "gbps": problem.min_bytes(pass_) / timing.p50 / 1e3,
+        "fraction": floor_us / timing.p50,
+    }
+
+
+class Deadline:
+    """A time budget; None never ends."""
+
+    def __init__(self, seconds: float | None, clock: Callable[[], float] = time.monotonic):
+        self._clock = clock
+        self._end = None if seconds is None else clock() + seconds
+
+    @property
+    def passed(self) -> bool:
+        return self._end is not None and self._clock() >= self._end
+
+
+class Writer:
+    """A CSV that holds every row from the moment it is appended. An earlier file of the name is replaced."""
+
+    def __init__(self, path: pathlib.Path, common: dict[str, str]):
+        self.rows: list[dict[str, str]] = []
+        self._common = common
+        write_atomically(path, ",".join(FIELDS) + "\n")
+        self._file = path.open("a", encoding="utf-8", newline="")
+        self._csv = csv.DictWriter(self._file, FIELDS, restval="", lineterminator="\n")
+
+    def append(self, row: dict) -> None:
+        utc = datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")
+        written = {name: _text(value) for name, value in {"utc": utc, **self._common, **row}.items()}
+        self._csv.writerow(written)
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self.rows.append({name: written.get(name, "") for name in FIELDS})
+
+    def __enter__(self) -> Writer:
+        return self
+
+    def __exit__(self, *exception) -> None:
+        self._file.close()
+
+
+def _text(value) -> str:
+    if value is None:
+        return ""
+    if isinstance(value, float):
+        return f"{value:.6g}"
+    return json.dumps(value, sort_keys=True) if isinstance(value, dict) else str(value)
+
+
+def read(path: pathlib.Path) -> list[dict[str, str]]:
+    """The rows of a report's CSV; a last line that a kill cut short is left out."""
+    with path.open(encoding="utf-8", newline="") as file:
+        reader = csv.DictReader(file)
+        missing = set(FIELDS) - set(reader.fieldnames or ())
+        if missing:
+            raise ValueError(f"{path.name}: not a report's CSV: no column {', '.join(sorted(missing))}")
+        return [row for row in reader if None not in row.values()]
+
+
+def take(found: Iterator[dict], writer: Writer, deadline: Deadline, on_row: Callable[[dict], None]) -> int:
+    """Append rows as they come; none is begun after the deadline. How many were taken."""
+    taken = 0
+    while not deadline.passed:
+        row = next(found, None)
+        if row is None:
+            break
+        writer.append(row)
+        on_row(row)
+        taken += 1
+    return taken
+
+
+def write_atomically(path: pathlib.Path, text: str) -> None:
+    """Write a file that is whole at every moment."""
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(text, encoding="utf-8")
+    os.replace(partial, path)

@@ -1,0 +1,312 @@
+"""Named problems, and what the numeric tests share: operands in every layout, the reference, guarded memory, bounds."""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import dataclasses
+import importlib.resources
+import math
+
+import torch
+import torch.nn.functional as F
+import triton
+from torch._prims_common import suggest_memory_format
+
+from groupconv import launcher, ops
+from groupconv.algorithms import REGISTRY
+from groupconv.kernels import implicit_gemm as general_kernels
+from groupconv.problem import PASSES, ConvProblem
+
+INTERPRETED = launcher.interpreting(general_kernels.fprop_kernel)
+MODES = {"fp32": torch.float32, "tf32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+GUARD = 256  # elements
+SENTINEL = 768.0  # exact in every type
+
+
+def terms(problem: ConvProblem, pass_: str) -> int:
+    """The length of a pass's reduction."""
+    taps = problem.kh * problem.kw
+    return {"fprop": problem.cin_g * taps, "dgrad": problem.cout_g * taps, "wgrad": problem.out_pixels}[pass_]
+
+
+def bound(dtype: str, length: int) -> float:
+    """The most that ||out - ref|| / ||ref|| may be. The interpreter computes TF32 products in fp32."""
+    if dtype == "tf32" and not INTERPRETED:
+        return 1e-3
+    return {"fp16": 5e-4, "bf16": 4e-3}.get(dtype, 2**-23 * math.sqrt(length))
+
+
+def error(out: torch.Tensor, ref: torch.Tensor) -> float:
+    """||out - ref|| / ||ref||, and ||out|| where ref is zero."""
+    assert out.shape == ref.shape
+    norm = ref.norm().item()
+    return (out.double().to(ref.device) - ref).norm().item() / (norm or 1.0)
+
+
+def reference(x, w, bias, stride=1, pad=(0, 0, 0, 0), dilation=1, groups=1, dy=None):
+    """y of the same operands in float64, and (dx, dw) if there is a dy."""
+    x, w = (t.detach().double().contiguous().requires_grad_(dy is not None) for t in (x, w))
+    bias = None if bias is None else bias.detach().double()
+    top, bottom, left, right = pad
+    y = F.conv2d(F.pad(x, (left, right, top, bottom)), w, bias, stride, 0, dilation, groups)
+    return y if dy is None else (y.detach(), *torch.autograd.grad(y, (x, w), dy.double()))
+
+
+# --- Layouts: the same values, lying differently ---------------------------------------------------------------------
+
+VIEWS = ("nchw", "nhwc", "slice", "nhwc-slice", "permuted", "turned", "batches")
+
+
+def lay_out(values: torch.Tensor, view: str) -> torch.Tensor:
+    """A tensor equal to `values`. Whatever of its storage is no part of it holds NaN."""
+    n, c, h, w = values.shape
+
+    def inside(*shape):
+        return values.new_full(shape, math.nan)
+
+    if view == "nchw":
+        return values.contiguous()
+    if view == "nhwc":
+        return values.contiguous(memory_format=torch.channels_last)
+    found = {
+        "slice": lambda: inside(n, c + 5, h, w)[:, 3 : 3 + c],
+        "nhwc-slice": lambda: inside(n, h, w, c + 5).permute(0, 3, 1, 2)[:, 2 : 2 + c],
+        "permuted": lambda: inside(n, h, w, c).permute(0, 3, 1, 2),
+        "turned": lambda: inside(n, c, w, h).transpose(2, 3),
+        "batches": lambda: inside(2 * n, c, h + 1, w + 2)[::2, :, 1:, 1:-1],
+    }[view]()
+    return found.copy_(values)
+
+
+def is_channels_last(t: torch.Tensor) -> bool:
+    return suggest_memory_format(t) == torch.channels_last
+
+
+def format_strides(shape, *sources: torch.Tensor) -> tuple[int, ...]:
+    """Strides of a dense tensor as F.conv2d returns it: channels_last if any source is."""
+    nhwc = any(map(is_channels_last, sources))
+    memory_format = torch.channels_last if nhwc else torch.contiguous_format
+    return torch.empty(shape, device="meta", memory_format=memory_format).stride()
+
+
+# --- Guarded memory --------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def guarded():
+    """Everything that the library allocates lies, full of NaN, between guards that must be untouched in the end."""
+    allocate, buffers = launcher.allocate, []
+
+    def guarded_allocate(shape, strides, like, dtype=None):
+        assert like.dtype.is_floating_point
+        size = math.prod(shape)
+        buffer = torch.full((size + 2 * GUARD,), SENTINEL, dtype=dtype or like.dtype, device=like.device)
+        buffer[GUARD : GUARD + size] = math.nan
+        buffers.append(buffer)
+        return buffer.as_strided(shape, strides, GUARD)
+
+    launcher.allocate = guarded_allocate
+    try:
+        yield buffers
+    finally:
+        launcher.allocate = allocate
+    for buffer in buffers:
+        assert (buffer[:GUARD] == SENTINEL).all(), "written before the start of an output"
+        assert (buffer[-GUARD:] == SENTINEL).all(), "written past the end of an output"
+
+
+# --- Named cases -----------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """A problem with the layouts of its operands. tiles: "few" large ones, or "many" small ones."""
+
+    problem: ConvProblem
+    x: str = "nhwc"
+    w: str = "nchw"
+    dy: str = "nhwc"
+    tiles: str = "few"
+
+    def __str__(self) -> str:
+        extras = "-bias" if self.problem.bias else ""
+        extras += f"-x_{self.x}-w_{self.w}-dy_{self.dy}"
+        return f"{self.problem}{extras}" + ("-tiles" if self.tiles == "many" else "")
+
+
+@dataclasses.dataclass(frozen=True)
+class Operands:
+    x: torch.Tensor
+    w: torch.Tensor
+    bias: torch.Tensor | None
+    dy: torch.Tensor
+
+    def of(self, pass_: str) -> tuple:
+        return {"fprop": (self.x, self.w, self.bias), "dgrad": (self.dy, self.w), "wgrad": (self.dy, self.x)}[pass_]
+
+    def strides(self, problem: ConvProblem) -> dict:
+        """Strides by name, those of results as F.conv2d lays them out."""
+        return {
+            "x": self.x.stride(),
+            "w": self.w.stride(),
+            "y": format_strides(problem.y_shape, self.x, self.w),
+            "dy": self.dy.stride(),
+            "dx": format_strides(problem.x_shape, self.x, self.w),
+            "dw": format_strides(problem.w_shape, self.w),
+        }
+
+
+def operands(case: Case, device: str = "cpu", seed: int = 0) -> Operands:
+    """Random operands of a case; the same on every device."""
+    p, dtype = case.problem, MODES[case.problem.dtype]
+    generator = torch.Generator().manual_seed(seed)
+
+    def random(shape, view):
+        values = torch.randn(shape, generator=generator).to(device, dtype)
+        if view == "expanded":  # one number everywhere, as y.sum().backward() gives it
+            return values.flatten()[0].expand(shape)
+        return lay_out(values, view)
+
+    bias = torch.randn(p.c_out, generator=generator).to(device, dtype) if p.bias else None
+    return Operands(random(p.x_shape, case.x), random(p.w_shape, case.w), bias, random(p.y_shape, case.dy))
+
+
+def actual(case: Case, given: Operands) -> ConvProblem:
+    """The case's problem with the layouts that PyTorch sees in its operands."""
+    nhwc = is_channels_last(given.x)
+    out_nhwc = nhwc or is_channels_last(given.w)
+    layouts = {"layout": "nhwc" if nhwc else "nchw", "out_layout": "nhwc" if out_nhwc else "nchw"}
+    return dataclasses.replace(case.problem, **layouts)
+
+
+def references(problem: ConvProblem, given: Operands) -> dict[str, torch.Tensor]:
+    args = problem.stride, problem.pad, problem.dilation, problem.groups
+    return dict(zip(PASSES, reference(given.x, given.w, given.bias, *args, given.dy), strict=True))
+
+
+def target(device: str):
+    return ops.target_of(torch.device(device))
+
+
+def config(algorithm, problem: ConvProblem, pass_: str, on, tiles: str) -> dict:
+    """A configuration of few or of many tiles. The interpreter's time goes by tiles, whatever their size."""
+    if algorithm.NAME == "implicit_gemm" and (INTERPRETED or tiles == "many"):
+        m, n, k = (max(16, triton.next_power_of_2(size)) for size in problem.gemm(pass_))
+        blocks = (min(m, 256), min(n, 256), min(k, 256)) if tiles == "few" else (32, 16, 16)
+        names = ("BLOCK_M", "BLOCK_N", "BLOCK_K")
+        return dict(zip(names, blocks, strict=True)) | {"num_warps": 4, "num_stages": 2}
+    pick = min if tiles == "few" else max
+    return pick(
+        algorithm.candidates(problem, pass_, on), key=lambda c: algorithm.tiling(problem, pass_, c, on).programs
+    )
+
+
+def _pair(value) -> tuple[int, int]:
+    return (value, value) if isinstance(value, int) else value
+
+
+def _problem(cin_g, cout_g, kernel, hw, groups, batch, stride, pad, dilation, dtype, layout, bias) -> ConvProblem:
+    pad = _pair(pad)
+    return ConvProblem(
+        batch, cin_g * groups, *_pair(hw), cout_g * groups, *_pair(kernel), _pair(stride),
+        pad if len(pad) == 4 else (pad[0], pad[0], pad[1], pad[1]), _pair(dilation), groups, dtype, layout, layout, bias,
+    )  # fmt: skip
+
+
+def _suite() -> list[Case]:
+    """The layers of perf_reports/suite.csv with small maps, batches and group counts."""
+    text = importlib.resources.files("groupconv.perf_reports").joinpath("suite.csv").read_text(encoding="utf-8")
+    found = []
+    for i, row in enumerate(csv.DictReader(text.splitlines())):
+        row = {k: int(v) if v.isdigit() else v for k, v in row.items()}
+        groups, kernel = row["groups"], (row["KH"], row["KW"])
+        stride, pad = (row["stride_h"], row["stride_w"]), (row["pad_h"], row["pad_w"])
+        cin_g, cout_g = row["C_in"] // groups, row["C_out"] // groups
+        hw = (5 + row["H"] % 5, 5 + row["W"] % 4)
+        layout = ("nhwc", "nchw")[(i + i // 4) % 2]
+        problem = _problem(
+            cin_g, cout_g, kernel, hw, min(groups, 3 if cin_g < 64 else 2), 1 + i % 2,
+            stride, pad, (row["dil_h"], row["dil_w"]), list(MODES)[i % 4], layout, i % 3 == 0,
+        )  # fmt: skip
+        found.append(Case(problem, layout, ("nchw", "nhwc")[i // 2 % 2], layout))
+    return found
+
+
+# (cin_g, cout_g, kernel), then what differs from groups=2, batch=2, hw=(7, 6), stride=1, pad=1, dilation=1.
+_ARGUMENTS = [
+    # Group widths.
+    (8, 16, 3, {}), (10, 40, 3, {}), (12, 45, 3, {}), (160, 40, 3, {}), (3, 3, 3, {"groups": 5}),
+    (6, 6, 3, {"groups": 3}), (8, 8, 3, {"groups": 45, "batch": 1, "hw": 5}), (5, 7, 3, {}), (7, 13, 3, {}),
+    (13, 29, 3, {}), (29, 5, 3, {}), (7, 7, 5, {"pad": 2}), (3, 32, 7, {"groups": 1, "stride": 2, "pad": 3, "hw": 9}),
+    (1, 1, 3, {"groups": 7}), (1, 2, 3, {"groups": 4}), (1, 3, 3, {"groups": 3}), (2, 1, 3, {"groups": 3}),
+    # Strides.
+    (4, 4, 3, {"stride": 2}), (4, 6, 3, {"stride": 3}), (6, 4, 3, {"stride": 4, "hw": (11, 9)}),
+    (4, 8, 3, {"stride": (2, 1)}), (4, 4, 3, {"stride": (1, 3)}), (8, 4, 1, {"stride": 2, "pad": 0}),
+    (4, 4, 2, {"stride": 3, "pad": 0}), (1, 1, 5, {"stride": (3, 2), "pad": 2, "groups": 3}),
+    # Dilations, and strides that share a factor with them.
+    (4, 4, 3, {"dilation": 2, "pad": 2}), (4, 4, 3, {"dilation": (1, 3), "pad": (0, 3), "hw": 8}),
+    (4, 4, 3, {"stride": 2, "dilation": 2, "pad": 1}), (4, 6, 3, {"stride": 4, "dilation": 2, "pad": 3, "hw": (10, 9)}),
+    (4, 4, 3, {"stride": 2, "dilation": 4, "pad": 4, "hw": 8}), (6, 4, 3, {"stride": 3, "dilation": 2, "pad": 2}),
+    (4, 4, (3, 2), {"stride": (2, 3), "dilation": (4, 2), "pad": (3, 1), "hw": 8}),
+    (1, 1, 3, {"stride": (6, 2), "dilation": (4, 2), "pad": 5, "hw": (9, 8)}),
+    # Kernels.
+    (4, 4, 2, {"pad": 0}), (4, 4, 4, {"pad": 2}), (4, 4, (2, 4), {}), (8, 8, 1, {"pad": 0}), (4, 4, (1, 5), {"pad": (0, 2)}),
+    (4, 4, (5, 1), {"pad": (2, 0)}), (1, 1, (1, 11), {"pad": (0, 5), "groups": 3}), (1, 1, (11, 1), {"pad": (5, 0)}),
+    (4, 4, 7, {"pad": 3, "hw": 3}), (1, 1, 9, {"pad": 4, "hw": 7, "groups": 3}), (4, 4, 5, {"pad": 2, "hw": 2}),
+    # Padding: one side only, both by different amounts, more than the kernel.
+    (4, 4, 2, {"pad": (0, 1, 0, 1)}), (4, 4, 4, {"pad": (1, 2, 1, 2)}), (4, 4, 3, {"pad": (2, 0, 0, 3), "stride": 2}),
+    (4, 4, (3, 4), {"pad": (2, 2, 3, 3), "dilation": (2, 2)}), (4, 4, 1, {"pad": 3}), (4, 4, 3, {"pad": (5, 2)}),
+    # Maps.
+    (16, 16, 3, {"hw": 7}), (8, 8, 3, {"hw": 7, "stride": 2}), (4, 4, 3, {"hw": 1}), (4, 4, 3, {"hw": (1, 9)}),
+    (4, 4, 3, {"hw": (9, 1)}), (4, 4, 3, {"hw": 3, "pad": 0}), (4, 4, 3, {"hw": (8, 9), "stride": 3, "pad": 0}),
+    (4, 4, 3, {"batch": 1}), (4, 4, 3, {"batch": 3, "groups": 1}),
+]  # fmt: skip
+
+_MANY_TILES = [
+    (20, 36, 3, {}), (5, 7, 3, {"batch": 3}), (4, 4, (3, 2), {"stride": 2, "dilation": (2, 1), "hw": (9, 11)}),
+    (32, 32, 1, {"pad": 0}), (1, 1, 3, {"groups": 2, "batch": 4, "hw": 12}), (16, 33, 3, {"groups": 1, "hw": 5}),
+    (2, 2, 2, {"batch": 4, "hw": (16, 13), "pad": (0, 1, 0, 1)}), (48, 16, (1, 3), {"pad": (0, 1), "stride": (1, 2)}),
+]  # fmt: skip
+
+
+def _named(arguments, tiles: str, first: int) -> list[Case]:
+    """Cases of a list, each value of the other axes in turn."""
+    found = []
+    for i, (cin_g, cout_g, kernel, given) in enumerate(arguments, first):
+        values = {"groups": 2, "batch": 2, "hw": (7, 6), "stride": 1, "pad": 1, "dilation": 1} | given
+        layout = ("nhwc", "nchw")[(i + i // 4) % 2]
+        dtype, bias = list(MODES)[i % 4], i % 5 < 2
+        problem = _problem(cin_g, cout_g, kernel, dtype=dtype, layout=layout, bias=bias, **values)
+        # Most gradients come in y's layout; some do not.
+        found.append(Case(problem, layout, ("nhwc", "nchw")[i // 3 % 2], VIEWS[i % 2] if i % 3 else layout, tiles))
+    return found
+
+
+def _views() -> list[Case]:
+    """Every layout of x, of dy and of w, in every type, on a problem that treats both axes differently."""
+    found = []
+    for i, view in enumerate(VIEWS):
+        for j, dtype in enumerate(MODES):
+            if (i + j) % 2 == 0 or dtype == "bf16":
+                layout = ("nhwc", "nchw")[j % 2]
+                problem = _problem(6, 4, (3, 2), (6, 8), 3, 2, (2, 1), (1, 0), (1, 2), dtype, layout, bool(i % 2))
+                dy = (*VIEWS, "expanded")[(i + 3 * j) % 8]
+                found.append(Case(problem, view, VIEWS[(2 * i + j) % 7], dy, "few" if i % 3 else "many"))
+    problem = _problem(4, 4, 3, 6, 2, 2, 1, 1, 1, "fp32", "nchw", False)
+    found += [Case(problem, "nchw", "nchw", "expanded"), Case(problem, "nhwc", "nhwc", "expanded")]
+    return found
+
+
+CASES = _suite() + _named(_ARGUMENTS, "few", 0) + _named(_MANY_TILES, "many", 1) + _views()
+
+
+def runs(on) -> list[tuple[Case, str, str]]:
+    """(case, pass, algorithm) for every algorithm that can serve it on a target."""
+    return [
+        (case, pass_, name)
+        for case in CASES
+        for pass_ in PASSES
+        for name, algorithm in REGISTRY.items()
+        if algorithm.supports(case.problem, pass_, on) is None
+    ]

@@ -1,0 +1,42 @@
+"""What every test starts from: kernels on the GPU if there is one, else in Triton's interpreter; poisoned outputs."""
+
+import os
+
+import pytest
+import torch
+
+ON_GPU = torch.cuda.is_available()
+if ON_GPU:
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # deterministic algorithms ask for it
+else:
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # read when groupconv.kernels is imported
+
+
+def pytest_collection_modifyitems(items):
+    if not ON_GPU:
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="no GPU: torch.cuda.is_available() is False"))
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory():
+    """torch.empty and its relatives give NaN, so that an element left unwritten shows."""
+    was = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    filled = torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True, warn_only=ON_GPU)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    yield
+    torch.use_deterministic_algorithms(was[0], warn_only=was[1])
+    torch.utils.deterministic.fill_uninitialized_memory = filled
+
+
+@pytest.fixture
+def unpoisoned_memory(poisoned_memory):
+    """Memory that nobody fills, for tensors of gigabytes of which a test touches a few pages."""
+    torch.utils.deterministic.fill_uninitialized_memory = False
+
+
+@pytest.fixture
+def device():
+    return "cuda" if ON_GPU else "cpu"

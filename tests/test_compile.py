@@ -1,0 +1,139 @@
+"""What the compiler makes of the kernels, for GPUs that are not there. Runs outside the interpreter, in children."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+
+ENVIRONMENT = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+
+
+def groupconv(*args, **environment):
+    command = [sys.executable, "-m", "groupconv.cli", *args]
+    return subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT | environment, timeout=580)
+
+
+def python(code, **environment):
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=ENVIRONMENT | environment, timeout=580
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.mark.parametrize(("pass_", "target"), [("fprop", "sm_90"), ("dgrad", "gfx942"), ("wgrad", "sm_80")])
+def test_a_slice_of_the_shipped_configurations(pass_, target):
+    done = groupconv("compile", "--targets", target, "--pass", pass_, "--dtype", "bf16", "--jobs", "1")
+    assert done.returncode == 0, done.stdout + done.stderr
+    summary = re.search(r"(\d+) configurations compiled, 0 with faults, 0 excluded", done.stdout)
+    assert summary, done.stdout
+    assert int(summary[1]) >= 8
+
+
+def test_bf16_is_excluded_on_sm_75_with_the_reason():
+    done = groupconv("compile", "--targets", "sm_75", "--pass", "fprop", "--dtype", "bf16", "--jobs", "1")
+    assert done.returncode == 0, done.stderr
+    assert "sm_75: sm_75 has no bf16 matrix instructions" in done.stdout
+    assert "0 configurations compiled" in done.stdout
+
+
+def test_a_fault_fails_the_command():
+    """A tile that cannot fit makes the command say so and exit 1."""
+    code = """
+import sys
+from groupconv import cli, configs
+huge = configs.ModelledDefault("implicit_gemm", "fprop", 2, 128, dict(
+    BLOCK_M=256, BLOCK_N=256, BLOCK_K=128, num_warps=8, num_stages=4), None)
+from groupconv import compile_check
+job = compile_check.Job(huge, compile_check._problem(huge, "bf16", "nhwc"), "sm_86")
+compile_check.jobs = lambda *a: [job]
+compile_check.run_parallel = lambda work, on_done, processes: [compile_check.run(job) for job in work]
+sys.exit(0 if cli.main(["compile", "--targets", "sm_86"]) == 1 else 7)
+"""
+    assert "fault: sm_86 implicit_gemm fprop" in python(code)
+
+
+def test_unknown_target_is_an_error_before_any_work():
+    done = groupconv("compile", "--targets", "sm_90", "voodoo2")
+    assert done.returncode == 2
+    assert done.stderr.startswith("groupconv compile: target 'voodoo2' is not known")
+
+
+RESOURCES = """
+import dataclasses, json, sys, triton
+from groupconv import compile_check as check, devices, dispatch
+from groupconv.problem import PASSES, ConvProblem
+found = []
+for width, pass_, target in json.loads(sys.argv[1]):
+    p = ConvProblem(64, 3 * width, 28, 28, 3 * width, 3, 3, (1, 1), (1, 1, 1, 1), (1, 1), 3, "bf16", "nhwc", "nhwc")
+    name, config, _ = dispatch.modelled(p, pass_, devices.named(target), "implicit_gemm")
+    used = check.compile_pass(p, pass_, name, config, target)[0]
+    found.append(dataclasses.asdict(used) | {"triton": triton.__version__})
+print(json.dumps(found))
+"""
+
+
+def resources(cases, **environment):
+    done = subprocess.run(
+        [sys.executable, "-c", RESOURCES, json.dumps(cases)],
+        capture_output=True, text=True, env=ENVIRONMENT | environment, timeout=580,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+WIDE = [[232, "fprop", "sm_90"], [64, "dgrad", "sm_90"], [120, "wgrad", "sm_90"], [40, "fprop", "sm_80"]]
+
+
+def check_wide(found):
+    """Channels_last loads and stores are 16 bytes a thread, also where C is a multiple of 8 only (3 x 232, 3 x 120)."""
+    for used in found:
+        assert used["wide_loads"] == used["loads"] > 0
+        assert used["wide_stores"] == used["stores"] > 0
+        assert used["spill_bytes"] == 0
+        assert used["matrix_count"] > 0
+    assert {used["matrix"] for used in found[:3]} == {"HGMMA"}
+
+
+def test_channels_last_is_vectorised():
+    check_wide(resources(WIDE))
+
+
+def test_the_oldest_supported_triton_compiles_them_too():
+    folder = os.environ.get("GROUPCONV_OLDEST_TRITON")
+    if folder is None:
+        pytest.skip("GROUPCONV_OLDEST_TRITON names no folder with triton 3.6.0; `make test` sets it")
+    path = os.pathsep.join(filter(None, [folder, os.environ.get("PYTHONPATH")]))
+    found = resources([*WIDE, [4, "fprop", "gfx942"], [16, "wgrad", "sm_75"]], PYTHONPATH=path)
+    assert {used["triton"] for used in found} == {"3.6.0"}
+    check_wide(found[:4])
+    assert all(used["spill_bytes"] == 0 for used in found)
+
+
+def test_host_path_launches_through_the_compiled_kernel():
+    """The eager path under the stub driver: the second call compiles nothing and reuses the prepared call."""
+    code = """
+import torch, groupconv
+from groupconv import ops, stub_driver
+from triton import knobs
+compiled = []
+knobs.runtime.jit_post_compile_hook = lambda **info: compiled.append(info["fn"].name)
+with stub_driver.active("sm_90"):
+    x = torch.randn(2, 32, 8, 8, dtype=torch.float16).contiguous(memory_format=torch.channels_last).requires_grad_()
+    w = torch.randn(32, 4, 3, 3, dtype=torch.float16, requires_grad=True)
+    def step():
+        groupconv.triton_conv(x, w, padding=1, groups=8, backend="triton").sum().backward()
+    step()
+    first = len(compiled)
+    step()
+    assert first == 4 and len(compiled) == 4, compiled
+    assert len(ops._CALLS) == 1
+    groupconv.triton_conv(torch.randn(5, 32, 11, 9, dtype=torch.float16).contiguous(memory_format=torch.channels_last),
+                          w.detach(), padding=1, groups=8, backend="triton")
+    assert len(compiled) == 4, "another batch and map size compiled anew"
+print("ok")
+"""
+    assert python(code).strip() == "ok"

@@ -1,0 +1,182 @@
+"""Configuration files: reading, refusing and looking up; and what the plans make of them."""
+
+import json
+import warnings
+
+import pytest
+
+from groupconv import configs, devices, dispatch
+from groupconv.problem import ConvProblem
+
+CONFIG = {"BLOCK_M": 64, "BLOCK_N": 16, "BLOCK_K": 32, "num_warps": 4, "num_stages": 2}
+PROBLEM = ConvProblem(32, 64, 28, 28, 64, 3, 3, (1, 1), (1, 1, 1, 1), (1, 1), 16, "bf16")
+
+
+def entry(problem=PROBLEM, pass_="fprop", time=10.0, torch_time=30.0, **changes):
+    key = problem.config_key(pass_)
+    made = {
+        "key": key, "algorithm": "implicit_gemm", "config": dict(CONFIG), "time_us": time, "torch_time_us": torch_time
+    }  # fmt: skip
+    return made | changes
+
+
+def file_text(*entries, **changes):
+    data = {
+        "schema": 1, "device": "NVIDIA H200", "kernels_sha256": configs.kernels_sha256(),
+        "tuned_with": {}, "entries": list(entries),
+    }  # fmt: skip
+    return json.dumps(data | changes)
+
+
+@pytest.fixture
+def user_file(tmp_path, monkeypatch):
+    """Writes the user's file of nvidia_h200."""
+    monkeypatch.setenv("GROUPCONV_CONFIG_DIR", str(tmp_path))
+    configs.reset()
+
+    def write(text):
+        path = tmp_path / "nvidia_h200.json"
+        path.write_text(text)
+        configs.reset()
+        return path
+
+    yield write
+    configs.reset()
+
+
+def plan(problem=PROBLEM, backend="auto"):
+    return dispatch.plan_pass(problem, "fprop", devices.DEFAULT, backend)
+
+
+def test_exact_entry_is_taken(user_file):
+    path = user_file(file_text(entry()))
+    found = plan()
+    assert (found.source, found.algorithm, found.config) == ("exact", "implicit_gemm", CONFIG)
+    assert (found.time_us, found.torch_time_us, found.time_source) == (10.0, 30.0, "measured")
+    assert str(path) in found.reason
+
+
+def test_nearest_entry_differs_only_in_batch_or_groups(user_file):
+    far = ConvProblem(1, 64, 28, 28, 64, 3, 3, (1, 1), (1, 1, 1, 1), (1, 1), 16, "bf16")
+    near = ConvProblem(16, 64, 28, 28, 64, 3, 3, (1, 1), (1, 1, 1, 1), (1, 1), 16, "bf16")
+    other = ConvProblem(32, 64, 28, 28, 64, 5, 5, (1, 1), (2, 2, 2, 2), (1, 1), 16, "bf16")
+    user_file(file_text(entry(far, time=1.0), entry(near, time=2.0), entry(other, time=3.0)))
+    found = plan()
+    assert (found.source, found.time_us) == ("nearest", 2.0)
+
+
+def test_entries_too_far_away_do_not_speak(user_file):
+    tiny = ConvProblem(1, 64, 3, 3, 64, 3, 3, (1, 1), (1, 1, 1, 1), (1, 1), 16, "bf16")
+    user_file(file_text(entry(tiny)))
+    assert plan().source == "modelled"
+
+
+def test_torch_is_taken_where_it_measured_faster(user_file):
+    user_file(file_text(entry(time=30.0, torch_time=10.0)))
+    assert (plan().algorithm, plan().source) == ("torch", "exact")
+    assert plan(backend="triton").algorithm == "implicit_gemm"
+
+
+def test_modelled_plan_says_so(user_file):
+    user_file(file_text())
+    found = plan(backend="triton")
+    assert (found.source, found.time_source) == ("modelled", "modelled")
+    assert "modelled" in found.reason
+    assert found.config is not None
+
+
+def _with_config(**changes):
+    return file_text(entry(config=CONFIG | changes))
+
+
+DAMAGED = {
+    "empty": "",
+    "truncated": file_text(entry())[:-20],
+    "not-an-object": "[1, 2]",
+    "binary": "\x00\x01",
+    "other-schema": file_text(schema=2),
+    "no-schema": json.dumps({"device": "x", "entries": []}),
+    "no-device": file_text(device=None),
+    "other-kernels": file_text(entry(), kernels_sha256={"implicit_gemm.py": "0" * 64}),
+    "entries-not-a-list": file_text(entries={}),
+    "entry-not-an-object": file_text(3),
+    "foreign-key": file_text(entry(key={"dtype": "bf16"})),
+    "unknown-pass": file_text(entry(key=PROBLEM.config_key("fprop") | {"pass": "bprop"})),
+    "bucket-zero": file_text(entry(key=PROBLEM.config_key("fprop") | {"m_bucket": 0})),
+    "bucket-text": file_text(entry(key=PROBLEM.config_key("fprop") | {"groups_bucket": "16"})),
+    "block-not-a-power-of-two": _with_config(BLOCK_M=48),
+    "block-too-small": _with_config(BLOCK_K=8),
+    "block-true": _with_config(BLOCK_K=True),
+    "too-many-warps": _with_config(num_warps=64),
+    "missing-field": file_text(entry(config={"BLOCK_M": 64})),
+    "extra-field": _with_config(SPLITS=2),
+    "time-negative": file_text(entry(time=-1.0)),
+    "time-text": file_text(entry(torch_time="fast")),
+    "time-nan": file_text(entry(time=float("nan"))),
+}
+
+
+@pytest.mark.parametrize("text", DAMAGED.values(), ids=DAMAGED)
+def test_damaged_file_is_named_once_and_skipped(user_file, text):
+    path = user_file(text)
+    with pytest.warns(UserWarning, match="skipping a configuration file") as caught:
+        assert plan().source == "modelled"
+    assert str(path) in str(caught[0].message)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        plan()
+    assert path.read_text() == text
+
+
+def test_undecodable_file_is_skipped(user_file):
+    path = user_file("")
+    path.write_bytes(b"\xff\xfe\x80")
+    configs.reset()
+    with pytest.warns(UserWarning, match="skipping"):
+        assert plan().source == "modelled"
+
+
+def test_unknown_algorithm_of_an_entry_is_passed_over(user_file):
+    user_file(file_text(entry(algorithm="winograd")))
+    assert plan().source == "modelled"
+
+
+def test_shipped_files_are_whole():
+    """Every shipped device file parses, was measured with these kernels, and names known algorithms."""
+    import importlib.resources
+
+    from groupconv.algorithms import REGISTRY
+
+    folder = importlib.resources.files("groupconv.autotune_configs")
+    names = {file.name for file in folder.iterdir() if file.name.endswith(".json")}
+    assert "modelled.json" in names
+    for name in names - {"modelled.json"}:
+        found = configs.parse_device(folder.joinpath(name).read_text(), name)
+        assert devices.slugify(found.device) == name.removesuffix(".json")
+        assert all(e.algorithm in REGISTRY for e in found.entries)
+    assert all(default.algorithm in REGISTRY for default in configs.modelled_defaults())
+
+
+@pytest.mark.parametrize("target", devices.BY_ARCH)
+@pytest.mark.parametrize("pass_", ["fprop", "dgrad", "wgrad"])
+@pytest.mark.parametrize("element_bytes", [2, 4])
+def test_every_width_has_a_default_that_fits(target, pass_, element_bytes):
+    from groupconv.algorithms import implicit_gemm
+
+    device = devices.named(target)
+    for n in (1, 16, 17, 64, 100, 128, 300, 5000):
+        default = configs.modelled("implicit_gemm", pass_, element_bytes, n, target)
+        assert default is not None
+        dtype = "fp32" if element_bytes == 4 else "fp16"
+        assert implicit_gemm.fits(default.config, dtype, device) is None
+        larger = [d.most_n for d in configs.modelled_defaults() if d.pass_ == pass_ and d.most_n >= n]
+        assert default.most_n >= n or not larger
+
+
+def test_defaults_for_one_architecture_replace_the_general_ones():
+    general = configs.modelled("implicit_gemm", "fprop", 4, 64, "sm_90")
+    special = configs.modelled("implicit_gemm", "fprop", 4, 64, "gfx1100")
+    assert general is not None
+    assert special is not None
+    assert general.only is None
+    assert special.only == ("gfx1100",)
