@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -91,9 +90,8 @@ def explain(
     if args is None or not ops._consistent(x, weight, bias):
         F.conv2d(input, weight, bias, stride, padding, dilation, groups)
         raise NotImplementedError("explain: F.conv2d takes this call, but no plan describes it")
-    why_not = ops.refusal(x, weight)
-    if target is not None and x.device.type in ("cpu", "meta"):  # planning for a GPU, wherever the example tensors are
-        why_not = ops.refusal(torch.empty_like(x, device="meta"), weight) if x.dtype not in ops.DTYPES else None
+    # A named target is planned for wherever the tensors are.
+    why_not = ops.refusal(x, weight, backend) if target is None else ops.unsupported(x, weight)
     return dispatch.plan(
         ops.make_problem(x, weight, bias is not None, args),
         devices.named(target) if target is not None else ops.target_of(x.device),

@@ -135,16 +135,15 @@ def parse_modelled(text: str, path: str) -> tuple[ModelledDefault, ...]:
         where = f"default {number}"
         _require(isinstance(raw, dict), path, f"{where} must be an object")
         _check_config(raw.get("config"), path, where)
-        _require(raw.get("pass") in PASSES, path, f"{where}: pass {raw.get('pass')!r} is not one of {', '.join(PASSES)}")
+        pass_ = raw.get("pass")
+        _require(pass_ in PASSES, path, f"{where}: pass {pass_!r} is not one of {', '.join(PASSES)}")
         _require(_positive_int(raw.get("element_bytes")), path, f"{where}: element_bytes must be a positive integer")
         _require(_positive_int(raw.get("most_n")), path, f"{where}: most_n must be a positive integer")
         only = raw.get("only")
         _require(only is None or isinstance(only, list), path, f"{where}: only must be a list of architectures")
+        archs = None if only is None else tuple(only)
         found.append(
-            ModelledDefault(
-                raw["algorithm"], raw["pass"], raw["element_bytes"], raw["most_n"], raw["config"],
-                None if only is None else tuple(only),
-            )  # fmt: skip
+            ModelledDefault(raw["algorithm"], pass_, raw["element_bytes"], raw["most_n"], raw["config"], archs)
         )
     return tuple(found)
 
@@ -188,7 +187,7 @@ def user_folder() -> pathlib.Path:
     return pathlib.Path(os.environ.get("XDG_CONFIG_HOME") or pathlib.Path.home() / ".config") / "groupconv"
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def device_files(slug: str) -> tuple[DeviceFile, ...]:
     """The files of a device, the user's first. One that cannot be trusted is named in a warning, and skipped."""
     shipped = importlib.resources.files("groupconv.autotune_configs")
@@ -204,7 +203,7 @@ def device_files(slug: str) -> tuple[DeviceFile, ...]:
     return tuple(found)
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def modelled_defaults() -> tuple[ModelledDefault, ...]:
     """The shipped defaults, chosen by model and compiler, not measured."""
     file = importlib.resources.files("groupconv.autotune_configs").joinpath("modelled.json")
@@ -212,7 +211,7 @@ def modelled_defaults() -> tuple[ModelledDefault, ...]:
 
 
 def modelled(algorithm: str, pass_: str, element_bytes: int, n: int, arch: str) -> ModelledDefault | None:
-    """The default of the smallest class that holds a GEMM of `n` columns, or of the largest class; None if none fits."""
+    """The default of the smallest class that holds a GEMM of `n` columns, else of the largest; or None."""
     serving = [
         d
         for d in modelled_defaults()

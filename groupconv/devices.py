@@ -13,7 +13,8 @@ import torch
 class Target:
     """A GPU to plan for. Rates are what a program reaches, not a datasheet's peak: `source` says how they are known.
 
-    matrix_tflops: dense rate by ConvProblem.dtype; 0 where the matrix unit lacks the type.
+    matrix_tflops: dense rate by ConvProblem.dtype; 0 where Triton has no matrix instructions for the dtype: none for
+    fp16 or bf16 on sm_75 (Triton 3.6.0 and 3.7.1 compile such a dot to FMAs).
     """
 
     slug: str
@@ -40,7 +41,7 @@ class Target:
 
     def precision(self, dtype: str) -> str:
         """Triton's input_precision for a ConvProblem dtype."""
-        tf32 = self.backend == "cuda" and int(self.arch) >= 80 or self.arch == "gfx942"
+        tf32 = (self.backend == "cuda" and int(self.arch) >= 80) or self.arch == "gfx942"
         return "tf32" if dtype == "tf32" and tf32 else "ieee"
 
 
@@ -58,7 +59,7 @@ def _datasheet(slug, backend, arch, multiprocessors, shared_bytes, gbps, l2_gbps
 
 # One device for each architecture that Triton compiles for: the one planned for where only the architecture is named.
 REPRESENTATIVES = (
-    _datasheet("nvidia_t4", "cuda", 75, 40, 65536, 320, 1000, 65, 0, 8.1, 8.1),
+    _datasheet("nvidia_t4", "cuda", 75, 40, 65536, 320, 1000, 0, 0, 8.1, 8.1),
     _datasheet("nvidia_a100_sxm", "cuda", 80, 108, 166912, 2039, 4000, 312, 312, 156, 19.5),
     _datasheet("nvidia_geforce_rtx_3090", "cuda", 86, 82, 101376, 936, 2500, 71, 71, 35.6, 35.6),
     _datasheet("nvidia_l40s", "cuda", 89, 142, 101376, 864, 4000, 362, 362, 183, 91.6),
@@ -113,21 +114,21 @@ def named(target: str) -> Target:
     return found
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def of_device(index: int) -> Target:
     """The target of a GPU of this machine; rates of a device without an entry are scaled from its architecture's."""
     props = torch.cuda.get_device_properties(index)
     slug = slugify(props.name)
-    if torch.version.hip:
-        arch_name = props.gcnArchName.split(":")[0]
-        backend, arch = "hip", arch_name
-    else:
-        backend, arch = "cuda", props.major * 10 + props.minor
-        arch_name = f"sm_{arch}"
     like = BY_SLUG.get(slug)
     if like is not None:
         return dataclasses.replace(like, multiprocessors=props.multi_processor_count)
-    like = BY_ARCH.get(arch_name) or (BY_ARCH["gfx942"] if backend == "hip" else _nearest_cuda(arch))
+    arch: int | str
+    if torch.version.hip:
+        arch = props.gcnArchName.split(":")[0]
+        like = BY_ARCH.get(arch, BY_ARCH["gfx942"])
+    else:
+        arch = props.major * 10 + props.minor
+        like = BY_ARCH.get(f"sm_{arch}") or _nearest_cuda(arch)
     scale = props.multi_processor_count / like.multiprocessors
     return dataclasses.replace(
         like,

@@ -26,7 +26,7 @@ class Launch:
     alignment of each pointer, and on AMD which tensors are under 2 GiB. `groupconv.ops` keys its plans by these.
     """
 
-    __slots__ = ("kernel", "grid", "scalars", "options", "compiled", "_run")
+    __slots__ = ("_run", "compiled", "grid", "kernel", "options", "scalars")
 
     def __init__(self, kernel, grid: tuple[int, ...], scalars: dict, **options):
         names = kernel.arg_names[-len(scalars) :]

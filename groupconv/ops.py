@@ -1,12 +1,14 @@
 """The convolution as PyTorch calls it: the eager path, the registered operators, their autograd and autocast.
 
 Eager calls on plain tensors go from `conv2d` through a dictionary of prepared calls to a launch, inside one
-autograd.Function. Everything else (torch.compile, export, functorch, tensor subclasses, dispatch modes) goes through the
-operators groupconv::conv2d and groupconv::conv2d_backward, which end in the same prepared calls.
+autograd.Function. Everything else (torch.compile, export, functorch, tensor subclasses, dispatch modes) goes through
+the operators groupconv::conv2d and groupconv::conv2d_backward, which end in the same prepared calls.
 """
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -89,18 +91,25 @@ def _consistent(x: Tensor, w: Tensor, bias: Tensor | None) -> bool:
     return bias is None or (bias.dtype == x.dtype and bias.device == x.device and bias.shape == w.shape[:1])
 
 
-def refusal(x: Tensor, w: Tensor) -> str | None:
-    """Why no kernel of ours can run on such tensors at all, or None."""
+def unsupported(x: Tensor, w: Tensor) -> str | None:
+    """Why no kernel of ours can run on such tensors, on whatever device, or None."""
     if x.dtype not in DTYPES:
         return f"dtype {str(x.dtype).removeprefix('torch.')} has no kernels"
     if x.layout is not torch.strided or w.layout is not torch.strided:
         return f"layout {x.layout} has no kernels"
-    kind = x.device.type
+    return None
+
+
+def refusal(x: Tensor, w: Tensor, backend: str) -> str | None:
+    """Why no kernel of ours may run on these tensors where they are, or None."""
+    why_not = unsupported(x, w)
+    if why_not is not None or x.device.type == "cuda":
+        return why_not
     interpreted = launcher.interpreting(general_kernels.fprop_kernel)
     stubbed = isinstance(triton.runtime.driver._active, stub_driver.StubDriver)
-    if kind == "cuda" or (kind in ("cpu", "meta") and (interpreted or stubbed)):
+    if x.device.type in ("cpu", "meta") and backend != "auto" and (interpreted or stubbed):
         return None
-    return f"tensors are on {x.device}, and the kernels run on GPUs (or on CPU tensors with TRITON_INTERPRET=1)"
+    return f"tensors are on {x.device}, and the kernels run on GPUs (forced with TRITON_INTERPRET=1, on CPU tensors)"
 
 
 def target_of(device: torch.device) -> devices.Target:
@@ -119,7 +128,8 @@ def make_problem(x: Tensor, w: Tensor, has_bias: bool, args: ConvArgs) -> ConvPr
     if dtype == "fp32" and torch._C._get_fp32_precision_getter("cuda", "conv") == "tf32":
         dtype = "tf32"
     return ConvProblem(
-        *x.shape, *(w.shape[0], *w.shape[2:]), args.stride, args.padding, args.dilation, args.groups, dtype,
+        x.shape[0], x.shape[1], x.shape[2], x.shape[3], w.shape[0], w.shape[2], w.shape[3],
+        args.stride, args.padding, args.dilation, args.groups, dtype,
         "nhwc" if nhwc else "nchw", "nhwc" if out_nhwc else "nchw", has_bias,
     )  # fmt: skip
 
@@ -150,7 +160,7 @@ class Call:
         self.torch_dgrad = plan.dgrad.algorithm == "torch"
         self.torch_wgrad = plan.wgrad.algorithm == "torch"
         self.copy_bias = bias is not None and not bias.is_contiguous()
-        self._forward = None
+        self._forward: Callable | None = None
         self._backward: dict = {}
 
     def _prepare(self, pass_: str, **strides):
@@ -164,10 +174,11 @@ class Call:
         run = self._forward
         if run is None:
             if self.plan.fprop.algorithm == "torch":
-                run = self._forward = lambda x, w, bias: torch_reference.fprop(self.problem, x, w, bias)
+                run = functools.partial(torch_reference.fprop, self.problem)
             else:
-                run = self._forward = self._prepare("fprop")
-        if self.copy_bias:
+                run = self._prepare("fprop")
+            self._forward = run
+        if self.copy_bias and bias is not None:
             bias = bias.contiguous()
         if self.device is not None and self.device != torch._C._cuda_getDevice():
             with torch.cuda.device(self.device):
@@ -253,7 +264,7 @@ def _normalised_types(stride, padding, dilation, groups):
 
 def _plan_call(x, w, bias, args: ConvArgs, backend: str) -> Call:
     problem = make_problem(x, w, bias is not None, args)
-    return Call(problem, dispatch.plan(problem, target_of(x.device), backend, refusal(x, w)), x, w, bias)
+    return Call(problem, dispatch.plan(problem, target_of(x.device), backend, refusal(x, w, backend)), x, w, bias)
 
 
 class _ConvFunction(torch.autograd.Function):
@@ -350,7 +361,7 @@ def _dispatched(x, w, bias, stride, padding, dilation, groups, backend) -> Tenso
         batched = x.unsqueeze(0) if unbatched else x
         args = normalise(batched.shape, w.shape, stride, padding, dilation, groups)
         if args is not None and _consistent(x, w, bias):
-            why_not = refusal(x, w)
+            why_not = refusal(x, w, backend)
             if why_not is None:
                 y = torch.ops.groupconv.conv2d(batched, w, bias, *args, backend)
                 return y.squeeze(0) if unbatched else y
@@ -394,8 +405,9 @@ def _conv2d_op(x, w, bias, stride, padding, dilation, groups, backend):
 def _conv2d_backward_op(dy, x, w, stride, padding, dilation, groups, mask, backend):
     call = _op_call(x, w, None, stride, padding, dilation, groups, backend)
     dx, dw, db = call.backward(dy, x, w, *mask)
-    found = [None if dx is None else _like(dx, call.strides["dx"]), None if dw is None else _like(dw, call.strides["dw"])]
-    return [grad for grad in (*found, db) if grad is not None]
+    dx = None if dx is None else _like(dx, call.strides["dx"])
+    dw = None if dw is None else _like(dw, call.strides["dw"])
+    return [grad for grad in (dx, dw, db) if grad is not None]
 
 
 _LIBRARY.impl("conv2d", _conv2d_op, "CompositeExplicitAutograd")
@@ -469,9 +481,7 @@ def _backward_conv2d_backward(ctx, grads):
     return d_dy, d_x, d_w, *(None,) * 6
 
 
-torch.library.register_autograd(
-    "groupconv::conv2d", _backward_conv2d, setup_context=_setup_conv2d, lib=_LIBRARY
-)
+torch.library.register_autograd("groupconv::conv2d", _backward_conv2d, setup_context=_setup_conv2d, lib=_LIBRARY)
 torch.library.register_autograd(
     "groupconv::conv2d_backward", _backward_conv2d_backward, setup_context=_setup_conv2d_backward, lib=_LIBRARY
 )

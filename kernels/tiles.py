@@ -6,7 +6,7 @@ import triton.language as tl
 
 @triton.jit
 def mma(a, b, acc, PRECISION: tl.constexpr, EMULATE_BF16: tl.constexpr):
-    """acc + a @ b in fp32. EMULATE_BF16: for the interpreter, whose dot multiplies the bit patterns of bf16 operands."""
+    """acc + a @ b in fp32. EMULATE_BF16: for the interpreter, whose dot multiplies bf16 operands as bit patterns."""
     if EMULATE_BF16:
         a = a.to(tl.float32)
         b = b.to(tl.float32)

@@ -71,9 +71,7 @@ def measure(device: str) -> dict[str, float]:
             found[f"{name}, forward without gradients"] = microseconds(call, synchronize)
     for tensor in (x, w, bias):
         tensor.requires_grad_()
-    found["autograd.Function that does nothing"] = microseconds(
-        lambda: _Nothing.apply(x, w, bias, None), synchronize
-    )
+    found["autograd.Function that does nothing"] = microseconds(lambda: _Nothing.apply(x, w, bias, None), synchronize)
     for name, call in providers.items():
         grad = torch.randn_like(call())
         found[f"{name}, forward"] = microseconds(call, synchronize)

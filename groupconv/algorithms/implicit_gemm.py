@@ -20,8 +20,8 @@ MOST_SPLITS = 256
 
 
 def supports(problem: ConvProblem, pass_: str, target: Target) -> str | None:
-    if problem.dtype == "bf16" and not target.matrix_rate("bf16"):
-        return f"{target.arch_name} has no bf16 matrix instructions"
+    if not target.matrix_rate(problem.dtype):
+        return f"Triton has no {problem.dtype} matrix instructions on {target.arch_name}"
     if min(problem.x_shape[1:] + problem.w_shape) < 1:
         return "a channel or pixel count is zero"
     return None
@@ -122,7 +122,7 @@ def tiling(problem: ConvProblem, pass_: str, config: dict, target: Target) -> Ti
 class _Single:
     """One launch into one new tensor."""
 
-    __slots__ = ("launches", "launch", "shape", "strides")
+    __slots__ = ("launch", "launches", "shape", "strides")
 
     def __init__(self, launch, shape, strides):
         self.launches = (launch,)
@@ -137,7 +137,7 @@ class _Single:
 class _SplitK:
     """Partial sums into a workspace, then their sum in a fixed order."""
 
-    __slots__ = ("launches", "partial", "reduce", "splits", "shape", "strides")
+    __slots__ = ("launches", "partial", "reduce", "shape", "splits", "strides")
 
     def __init__(self, partial, reduce, splits, shape, strides):
         self.launches = (partial, reduce)

@@ -13,7 +13,6 @@ def fprop(problem, x, w, bias):
 
 def backward(problem, dy, x, w, need_x: bool, need_w: bool):
     """(dx or None, dw or None) of ATen's convolution_backward."""
-    top, _, left, _ = problem.pad
     padded, padding = _symmetric(problem, x)
     mask = [need_x, need_w, False]
     dx, dw, _ = torch.ops.aten.convolution_backward(
