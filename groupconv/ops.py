@@ -16,6 +16,7 @@ import torch.autograd.forward_ad
 import torch.nn.functional as F
 import triton
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from . import devices, dispatch, launcher, stub_driver
 from .algorithms import REGISTRY, torch_reference
@@ -354,20 +355,37 @@ def _autocast(x, w, bias):
 def _dispatched(x, w, bias, stride, padding, dilation, groups, backend) -> Tensor:
     """The call through PyTorch's dispatcher, for whatever traces, transforms or subclasses it."""
     tensors = isinstance(x, Tensor) and isinstance(w, Tensor) and (bias is None or isinstance(bias, Tensor))
-    forward_ad = torch.autograd.forward_ad._current_level >= 0
-    if tensors and backend != "torch" and not (forward_ad and backend == "auto"):
+    if tensors and backend != "torch":
         x, w, bias = _autocast(x, w, bias)
         unbatched = x.dim() == 3
         batched = x.unsqueeze(0) if unbatched else x
         args = normalise(batched.shape, w.shape, stride, padding, dilation, groups)
         if args is not None and _consistent(x, w, bias):
             why_not = refusal(x, w, backend)
+            if why_not is None and backend == "auto" and not all(map(_known, (x, w, bias))):
+                why_not = "a tensor subclass may know F.conv2d, but not an operator of ours"
+            if why_not is None and not torch.compiler.is_compiling():
+                why_not = _underivable()
             if why_not is None:
                 y = torch.ops.groupconv.conv2d(batched, w, bias, *args, backend)
                 return y.squeeze(0) if unbatched else y
             if backend != "auto":
                 raise NotImplementedError(f"triton_conv: backend={backend!r} cannot run this convolution: {why_not}")
     return F.conv2d(x, w, bias, stride, padding, dilation, groups)
+
+
+def _known(tensor) -> bool:
+    return tensor is None or type(tensor) in PLAIN or isinstance(tensor, FakeTensor)
+
+
+def _underivable() -> str | None:
+    """Why the operators cannot be derived as the caller is about to, or None."""
+    if torch.autograd.forward_ad._current_level >= 0:
+        return "forward-mode derivatives are F.conv2d's"
+    transforms = torch._C._functorch.get_interpreter_stack() or ()
+    if any(transform.key() != torch._C._functorch.TransformType.Vmap for transform in transforms):
+        return "derivatives inside torch.func are F.conv2d's"
+    return None
 
 
 # --- The operators -------------------------------------------------------------------------------------------------
@@ -485,6 +503,37 @@ torch.library.register_autograd("groupconv::conv2d", _backward_conv2d, setup_con
 torch.library.register_autograd(
     "groupconv::conv2d_backward", _backward_conv2d_backward, setup_context=_setup_conv2d_backward, lib=_LIBRARY
 )
+
+
+def _into_channels(tensor: Tensor | None, dim: int | None, size: int, channel: int) -> Tensor | None:
+    """A vmapped tensor with its mapped axis folded into the axis `channel` of the others, as its slower part."""
+    if tensor is None:
+        return None
+    tensor = tensor.expand(size, *tensor.shape) if dim is None else tensor.movedim(dim, 0)
+    return tensor.movedim(0, channel).flatten(channel, channel + 1)
+
+
+def _conv2d_vmap(info, in_dims, x, w, bias, stride, padding, dilation, groups, backend):
+    """A batch of convolutions is one with so many times the groups."""
+    size = info.batch_size
+    x, w = _into_channels(x, in_dims[0], size, 1), _into_channels(w, in_dims[1], size, 0)
+    bias = _into_channels(bias, in_dims[2], size, 0)
+    y = torch.ops.groupconv.conv2d(x, w, bias, stride, padding, dilation, groups * size, backend)
+    return y.unflatten(1, (size, -1)), 1
+
+
+def _conv2d_backward_vmap(info, in_dims, dy, x, w, stride, padding, dilation, groups, mask, backend):
+    size = info.batch_size
+    dy, x = _into_channels(dy, in_dims[0], size, 1), _into_channels(x, in_dims[1], size, 1)
+    w = _into_channels(w, in_dims[2], size, 0)
+    args = (stride, padding, dilation, groups * size, mask, backend)
+    grads = torch.ops.groupconv.conv2d_backward(dy, x, w, *args)
+    axes = [axis for axis, needed in zip((1, 0, 0), mask, strict=True) if needed]
+    return [grad.unflatten(axis, (size, -1)) for grad, axis in zip(grads, axes, strict=True)], axes
+
+
+torch.library.register_vmap("groupconv::conv2d", _conv2d_vmap, lib=_LIBRARY)
+torch.library.register_vmap("groupconv::conv2d_backward", _conv2d_backward_vmap, lib=_LIBRARY)
 
 
 def _register_autocast(kind: str, key: str) -> None:
