@@ -6,6 +6,7 @@ Interpreted kernels and compiled ones cannot live in one process: Triton decides
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
 import dataclasses
 import json
 import os
@@ -14,6 +15,7 @@ import sys
 import tempfile
 import threading
 from collections.abc import Callable
+from typing import IO, Any
 
 from ..problem import ConvProblem
 
@@ -25,7 +27,8 @@ def problem_json(problem: ConvProblem) -> dict:
 
 def problem_of(fields: dict) -> ConvProblem:
     """The problem that `problem_json` wrote."""
-    return ConvProblem(**{name: tuple(v) if isinstance(v, list) else v for name, v in fields.items()})
+    values: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in fields.items()}
+    return ConvProblem(**values)
 
 
 def serve(answer: Callable[[dict], dict]) -> None:
@@ -53,6 +56,7 @@ class Children:
         self._lock = threading.Lock()
         self._started: list[subprocess.Popen[str]] = []
         self._closed = False
+        self._files = contextlib.ExitStack()
         self._pool = concurrent.futures.ThreadPoolExecutor(count)
 
     def submit(self, job: dict) -> concurrent.futures.Future[dict]:
@@ -61,7 +65,8 @@ class Children:
 
     def _ask(self, job: dict) -> dict:
         child, errors = self._child()
-        assert child.stdin and child.stdout
+        assert child.stdin is not None
+        assert child.stdout is not None
         try:
             child.stdin.write(json.dumps(job) + "\n")
             child.stdin.flush()
@@ -76,12 +81,13 @@ class Children:
         last = (errors.read().strip().splitlines() or [""])[-1]
         return {"failed": f"{self._module.rsplit('.', 1)[-1]}: the process ended with status {status} {last}".rstrip()}
 
-    def _child(self):
+    def _child(self) -> tuple[subprocess.Popen[str], IO[str]]:
         if getattr(self._local, "child", None) is None:
-            errors = tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")
             with self._lock:
                 if self._closed:
                     raise RuntimeError("closed")
+                errors = tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")  # noqa: SIM115
+                self._files.callback(errors.close)
                 child = subprocess.Popen(
                     [sys.executable, "-m", self._module],
                     stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True, env=self._environment,
@@ -101,3 +107,4 @@ class Children:
             child.kill()
             child.wait()
         self._pool.shutdown(wait=True)
+        self._files.close()

@@ -1,11 +1,12 @@
-"""A report's rows on a GPU: our algorithms and F.conv2d, checked against float64 and then timed, and the GPU's limits."""
+"""A report's rows on a GPU: its limits, then our algorithms and F.conv2d, checked against float64 and timed."""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -41,9 +42,7 @@ class Limits:
     def floor_us(self, problem: ConvProblem, pass_: str, target: Target) -> float:
         """The floor of a pass by these limits rather than by the target's."""
         rates = ((problem.dtype, self.matrix_tflops),)
-        return cost.floor_us(
-            problem, pass_, dataclasses.replace(target, copy_gbps=self.copy_gbps, matrix_tflops=rates)
-        )
+        return cost.floor_us(problem, pass_, dataclasses.replace(target, copy_gbps=self.copy_gbps, matrix_tflops=rates))
 
 
 def limits(
@@ -62,7 +61,7 @@ def limits(
 @contextlib.contextmanager
 def settings(dtype: str) -> Iterator[None]:
     """PyTorch as a fair baseline: cuDNN searches for its fastest algorithm, and fp32 computes in TF32 only if asked."""
-    backends = torch.backends
+    backends: Any = torch.backends
     before = backends.cudnn.benchmark, backends.cudnn.conv.fp32_precision, backends.cuda.matmul.fp32_precision
     precision = "tf32" if dtype == "tf32" else "ieee"
     backends.cudnn.benchmark = True
@@ -89,7 +88,7 @@ def rows(
     device: str = "cuda",
     timer: Timer = do_bench,
     measure_limits: Callable[[str, Timer, str], Limits] = limits,
-) -> Iterator[dict]:
+) -> Generator[dict, None, None]:
     """The device's limits; then, for each layer and pass, each algorithm pinned, F.conv2d, and what "auto" takes.
 
     `timer` times a call. A provider that fails, or whose numbers are wrong, has a row that says so and no time.

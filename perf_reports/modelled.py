@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Generator
 from concurrent.futures import Future
 
 from .. import cost, dispatch
@@ -13,10 +13,6 @@ from ..problem import PASSES, ConvProblem
 from .children import Children, problem_json
 from .numerics import error_bound, shrunk
 from .rows import Layer, Timing, layer_row, limit_row, timing_fields
-
-# Interpreted programs cost milliseconds each, and a depthwise layer has a group a channel.
-MOST_GROUPS = 128
-MOST_GROUPS_OF_SUITE = 2
 
 
 def count(layers: list[Layer], target: Target) -> int:
@@ -28,19 +24,22 @@ def _able(problem: ConvProblem, pass_: str, target: Target) -> list[str]:
     return [name for name, algorithm in REGISTRY.items() if algorithm.supports(problem, pass_, target) is None]
 
 
-def rows(layers: list[Layer], target: Target, most_groups: int = MOST_GROUPS) -> Iterator[dict]:
-    """The target's assumed limits; then, for each layer and pass, each algorithm and what "auto" would take."""
+def rows(layers: list[Layer], target: Target, narrow: bool = False) -> Generator[dict, None, None]:
+    """The target's assumed limits; then, for each layer and pass, each algorithm and what "auto" would take.
+
+    narrow: interpret the layers with fewer channels than they have.
+    """
     dtype = layers[0].problem.dtype
     yield limit_row("copy_limit", dtype, target.copy_gbps, target.source)
     yield limit_row("matrix_limit", dtype, target.matrix_rate(dtype), target.source)
     interpreter = Children("groupconv.perf_reports.numerics", interpret=True)
     compiler = Children("groupconv.perf_reports.compiled", interpret=False)
     with interpreter, compiler:
-        pending = []
+        pending: list[tuple[dict, Future[dict] | None, Future[dict] | None]] = []
         for layer in layers:
             for pass_ in PASSES:
                 for name in _able(layer.problem, pass_, target):
-                    pending.append(_submit(layer, pass_, name, target, most_groups, interpreter, compiler))
+                    pending.append(_submit(layer, pass_, name, target, narrow, interpreter, compiler))
                 pending.append((_auto(layer, pass_, target), None, None))
         for row, error, kernels in pending:
             if error is not None and kernels is not None:
@@ -50,11 +49,11 @@ def rows(layers: list[Layer], target: Target, most_groups: int = MOST_GROUPS) ->
 
 
 def _submit(
-    layer: Layer, pass_: str, name: str, target: Target, most_groups: int, interpreter: Children, compiler: Children
+    layer: Layer, pass_: str, name: str, target: Target, narrow: bool, interpreter: Children, compiler: Children
 ) -> tuple[dict, Future[dict], Future[dict]]:
     problem = layer.problem
     _, config, estimate = dispatch.modelled(problem, pass_, target, name)
-    small = shrunk(problem, most_groups)
+    small = shrunk(problem, narrow)
     floor = cost.floor_us(problem, pass_, target)
     row = {
         **_about(layer, pass_, name, target),
@@ -68,9 +67,7 @@ def _submit(
     }
     job = {"pass": pass_, "algorithm": name}
     error = interpreter.submit({**job, "problem": problem_json(small)})
-    kernels = compiler.submit(
-        {**job, "problem": problem_json(problem), "config": config, "target": target.arch_name}
-    )
+    kernels = compiler.submit({**job, "problem": problem_json(problem), "config": config, "target": target.arch_name})
     return row, error, kernels
 
 
@@ -89,7 +86,10 @@ def _auto(layer: Layer, pass_: str, target: Target) -> dict:
     row = {**_about(layer, pass_, "auto", target), "source": plan.source, "config": plan.config}
     if plan.algorithm != "torch" and plan.time_source == "modelled" and plan.time_us is not None:
         row |= timing_fields(layer.problem, pass_, Timing(plan.time_us), row["floor_us"])
-    return {**row, "note": f"takes {'F.conv2d' if plan.algorithm == 'torch' else plan.algorithm}"}
+    taken = plan.algorithm
+    if taken == "torch":
+        taken = "F.conv2d (prior)" if plan.source == "modelled" else f"F.conv2d ({plan.source})"
+    return {**row, "note": f"takes {taken}"}
 
 
 def _add_error(row: dict, answer: dict) -> None:

@@ -1,6 +1,6 @@
 """Operands, float64 references and error bounds; run as a module, the interpreter's answers to `modelled`.
 
-    TRITON_INTERPRET=1 python -m groupconv.perf_reports.numerics < jobs
+TRITON_INTERPRET=1 python -m groupconv.perf_reports.numerics < jobs
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +24,7 @@ from . import children
 CHUNK = 8  # images in float64 at a time
 # Images, rows and columns of a problem shrunk for the interpreter, where a program costs milliseconds of every size.
 SMALL = (2, 9, 7)
+NARROW_GROUPS, NARROW_WIDTH = 2, 64
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,33 +97,41 @@ def poisoned() -> Iterator[None]:
     """Uninitialised memory is NaN, so that what a kernel leaves unwritten shows."""
     deterministic = torch.are_deterministic_algorithms_enabled()
     warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
-    filled = torch.utils.deterministic.fill_uninitialized_memory
+    settings: Any = torch.utils.deterministic
+    filled = settings.fill_uninitialized_memory
     torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.utils.deterministic.fill_uninitialized_memory = True
+    settings.fill_uninitialized_memory = True
     try:
         yield
     finally:
         torch.use_deterministic_algorithms(deterministic, warn_only=warn_only)
-        torch.utils.deterministic.fill_uninitialized_memory = filled
+        settings.fill_uninitialized_memory = filled
 
 
-def shrunk(problem: ConvProblem, most_groups: int) -> ConvProblem:
-    """The problem on a small batch of small maps, with its channels; beyond `most_groups`, fewer groups of its width."""
+def shrunk(problem: ConvProblem, narrow: bool) -> ConvProblem:
+    """The problem on a small batch of small maps; with all its channels, or only a few groups of small width."""
 
     def size(small, actual, kernel, pad, dilation):
         return min(actual, max(small, dilation * (kernel - 1) + 1 - pad))
 
     top, bottom, left, right = problem.pad
-    groups = min(problem.groups, most_groups)
+    groups, cin_g, cout_g = problem.groups, problem.cin_g, problem.cout_g
+    if narrow:
+        groups, cin_g, cout_g = min(groups, NARROW_GROUPS), _narrowed(cin_g), _narrowed(cout_g)
     return dataclasses.replace(
         problem,
         batch=min(problem.batch, SMALL[0]),
         h_in=size(SMALL[1], problem.h_in, problem.kh, top + bottom, problem.dilation[0]),
         w_in=size(SMALL[2], problem.w_in, problem.kw, left + right, problem.dilation[1]),
-        c_in=groups * problem.cin_g,
-        c_out=groups * problem.cout_g,
+        c_in=groups * cin_g,
+        c_out=groups * cout_g,
         groups=groups,
     )
+
+
+def _narrowed(width: int) -> int:
+    """A small group width that leaves the same remainder in a tile."""
+    return width if width <= NARROW_WIDTH else NARROW_WIDTH // 2 + width % (NARROW_WIDTH // 2)
 
 
 def largest_tiles(candidates: list[dict]) -> dict:

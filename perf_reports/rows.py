@@ -1,4 +1,4 @@
-"""The rows of a report: their fields, what describes the machine and the problem in them, and the CSV that keeps them."""
+"""The rows of a report: their fields, what fills those that machine and problem decide, and the CSV of them."""
 
 from __future__ import annotations
 
@@ -184,15 +184,14 @@ def read(path: pathlib.Path) -> list[dict[str, str]]:
 
 
 def take(found: Iterator[dict], writer: Writer, deadline: Deadline, on_row: Callable[[dict], None]) -> int:
-    """Append rows as they come; none is begun after the deadline. How many were taken."""
+    """Append rows as they come; none but the first is begun after the deadline. How many were taken."""
     taken = 0
-    while not deadline.passed:
-        row = next(found, None)
-        if row is None:
-            break
+    for row in found:
         writer.append(row)
         on_row(row)
         taken += 1
+        if deadline.passed:
+            break
     return taken
 
 

@@ -6,6 +6,8 @@ import pytest
 import torch
 
 ON_GPU = torch.cuda.is_available()
+if "PYTEST_XDIST_WORKER" in os.environ:
+    torch.set_num_threads(1)
 if ON_GPU:
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # deterministic algorithms ask for it
 else:
@@ -40,3 +42,12 @@ def unpoisoned_memory(poisoned_memory):
 @pytest.fixture
 def device():
     return "cuda" if ON_GPU else "cpu"
+
+
+@pytest.fixture
+def ieee():
+    """fp32 convolutions in fp32; PyTorch's own default is TF32."""
+    was = torch.backends.cudnn.conv.fp32_precision
+    torch.backends.cudnn.conv.fp32_precision = "ieee"
+    yield
+    torch.backends.cudnn.conv.fp32_precision = was

@@ -7,25 +7,194 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from groupconv import triton_conv
-from groupconv.algorithms import REGISTRY
+from groupconv import launcher, triton_conv
+from groupconv.algorithms import REGISTRY, implicit_gemm
+from groupconv.problem import ConvProblem
 
-RUNS = cases.runs(cases.target("cuda" if torch.cuda.is_available() else "cpu"))
+pytestmark = [pytest.mark.usefixtures("ieee"), pytest.mark.filterwarnings("ignore:Using padding='same'")]
+ON = cases.target("cuda" if torch.cuda.is_available() else "cpu")
+SUBSETS = [subset for n in (1, 2, 3) for subset in itertools.combinations(("x", "w", "bias"), n)]
+
+
+def random(*shape, dtype=torch.float32, device="cpu", view=None, seed=0):
+    values = torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(device, dtype)
+    return values if view is None else cases.lay_out(values, view)
+
+
+def check_gradients(problem, x, w, bias, y, dy, found):
+    """y and the gradients `found`, by operand's name, against float64."""
+    args = problem.stride, problem.pad, problem.dilation, problem.groups
+    expected = dict(zip(("y", "x", "w"), cases.reference(x, w, bias, *args, dy), strict=True))
+    expected["bias"] = dy.double().sum((0, 2, 3))
+    passes = {"y": "fprop", "x": "dgrad", "w": "wgrad", "bias": "wgrad"}
+    for name, value in {"y": y, **found}.items():
+        within = cases.bound(problem.dtype, cases.terms(problem, passes[name]))
+        assert cases.error(value, expected[name]) <= within, name
 
 
 def test_case_names_are_distinct():
     assert len({str(case) for case in cases.CASES}) == len(cases.CASES)
 
 
-@pytest.mark.parametrize(("case", "pass_", "name"), RUNS, ids=lambda value: str(value))
+def test_cases_cover_every_width_of_the_suite():
+    assert len({(case.problem.cin_g, case.problem.cout_g) for case in cases.CASES}) >= 40
+    for axis, values in {"x": cases.VIEWS, "w": cases.VIEWS, "dy": (*cases.VIEWS, "expanded")}.items():
+        assert {getattr(case, axis) for case in cases.CASES} == set(values)
+    assert {case.problem.dtype for case in cases.CASES} == set(cases.MODES)
+
+
+@pytest.mark.parametrize(("case", "pass_", "name"), cases.runs(ON), ids=str)
 def test_pass(case, pass_, name, device):
-    given = cases.operands(case, device)
-    problem = cases.actual(case, given)
-    target, algorithm, strides = cases.target(device), REGISTRY[name], given.strides(problem)
-    config = cases.config(algorithm, problem, pass_, target, case.tiles)
-    with cases.guarded():
-        out = algorithm.prepare(problem, pass_, config, target, strides)(*given.of(pass_))
-    assert out.stride() == strides[{"fprop": "y", "dgrad": "dx", "wgrad": "dw"}[pass_]]
-    assert out.dtype == cases.MODES[problem.dtype]
+    out, given, problem = cases.run(case, pass_, name, device)
     expected = cases.references(problem, given)[pass_]
     assert cases.error(out, expected) <= cases.bound(problem.dtype, cases.terms(problem, pass_))
+
+
+@pytest.mark.parametrize("dtype", cases.MODES)
+def test_many_splits(dtype, device):
+    """Split-K wgrad in more than a few splits, the last one short."""
+    problem = ConvProblem(4, 2, 16, 19, 2, 3, 3, pad=(1, 1, 1, 1), groups=2, dtype=dtype)
+    case = cases.Case(problem, tiles="many")
+    given, on = cases.operands(case, device), cases.target(device)
+    config = cases.config(implicit_gemm, problem, "wgrad", on, "many")
+    with cases.guarded():
+        run = implicit_gemm.prepare(problem, "wgrad", config, on, given.strides(problem))
+        out = run(given.dy, given.x)
+    assert run.splits > 4
+    expected = cases.references(problem, given)["wgrad"]
+    assert cases.error(out, expected) <= cases.bound(dtype, problem.out_pixels)
+
+
+@pytest.mark.parametrize("name", REGISTRY)
+@pytest.mark.parametrize("view", ["nchw", "nhwc"])
+def test_wgrad_is_repeatable(name, view, device):
+    problem = ConvProblem(4, 2, 12, 13, 2, 3, 3, pad=(1, 1, 1, 1), groups=2, dtype="bf16", layout=view)
+    case = cases.Case(problem, view, dy=view, tiles="many")
+    outs = [cases.run(case, "wgrad", name, device)[0] for _ in range(2)]
+    assert outs[0].isfinite().all()
+    assert torch.equal(*outs)
+
+
+@pytest.mark.parametrize("view", ["nchw", "nhwc"])
+@pytest.mark.parametrize("wanted", SUBSETS, ids="-".join)
+def test_gradients_singly_and_together(wanted, view, device):
+    problem = ConvProblem(2, 6, 7, 6, 9, 3, 2, (2, 1), (1, 1, 0, 0), groups=3, dtype="fp32")
+    tensors = {
+        "x": random(*problem.x_shape, device=device, view=view),
+        "w": random(*problem.w_shape, device=device, seed=1),
+        "bias": random(problem.c_out, device=device, seed=2),
+    }
+    for name in wanted:
+        tensors[name].requires_grad_()
+    with cases.guarded():
+        y = triton_conv(*tensors.values(), (2, 1), (1, 0), groups=3, backend="triton")
+        dy = random(*problem.y_shape, device=device, view=view, seed=3)
+        found = torch.autograd.grad(y, [tensors[name] for name in wanted], dy)
+    check_gradients(problem, *tensors.values(), y, dy, dict(zip(wanted, found, strict=True)))
+
+
+@pytest.mark.parametrize("view", ["nchw", "nhwc"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_sum_backward(dtype, view, device):
+    """y.sum().backward(): a gradient whose every stride is zero."""
+    mode = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}[dtype]
+    problem = ConvProblem(2, 8, 6, 5, 8, 3, 3, pad=(1, 1, 1, 1), groups=2, dtype=mode)
+    x = random(*problem.x_shape, dtype=dtype, device=device, view=view).requires_grad_()
+    w = random(*problem.w_shape, dtype=dtype, device=device, seed=1).requires_grad_()
+    bias = random(8, dtype=dtype, device=device, seed=2).requires_grad_()
+    with cases.guarded():
+        y = triton_conv(x, w, bias, padding=1, groups=2, backend="triton")
+        y.sum().backward()
+    found = {"x": x.grad, "w": w.grad, "bias": bias.grad}
+    check_gradients(problem, x, w, bias, y, torch.ones_like(y), found)
+
+
+@pytest.mark.parametrize("padding", ["same", "valid"])
+@pytest.mark.parametrize("kernel", [(4, 3), (2, 2), (3, 6)], ids=str)
+def test_string_padding(kernel, padding, device):
+    """'same' puts an even kernel's odd pixel at the bottom and right."""
+    x = random(2, 6, 8, 9, device=device).requires_grad_()
+    w = random(6, 2, *kernel, device=device, seed=1).requires_grad_()
+    with cases.guarded():
+        y = triton_conv(x, w, padding=padding, groups=3, backend="triton")
+        dy = random(*y.shape, device=device, seed=2)
+        found = torch.autograd.grad(y, (x, w), dy)
+    x64, w64 = (t.detach().double().requires_grad_() for t in (x, w))
+    y64 = F.conv2d(x64, w64, padding=padding, groups=3)
+    expected = torch.autograd.grad(y64, (x64, w64), dy.double())
+    taps = kernel[0] * kernel[1]
+    for out, ref, length in zip((y, *found), (y64, *expected), (2 * taps, 2 * taps, dy[:, 0].numel()), strict=True):
+        assert cases.error(out, ref) <= cases.bound("fp32", length)
+
+
+@pytest.mark.parametrize("x_view", ["nchw", "nhwc"])
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_empty_batch(x_view, with_bias, device):
+    x = random(0, 6, 5, 4, device=device)
+    x = x.contiguous(memory_format=torch.channels_last) if x_view == "nhwc" else x
+    x.requires_grad_()
+    w = random(4, 3, 3, 3, device=device, seed=1).requires_grad_()
+    bias = random(4, device=device, seed=2).requires_grad_() if with_bias else None
+    y = triton_conv(x, w, bias, padding=1, groups=2, backend="triton")
+    expected = F.conv2d(x, w, bias, padding=1, groups=2)
+    assert y.shape == expected.shape == (0, 4, 5, 4)
+    assert y.dtype == expected.dtype
+    leaves = [t for t in (x, w, bias) if t is not None]
+    for leaf, grad in zip(leaves, torch.autograd.grad(y, leaves, torch.ones_like(y)), strict=True):
+        assert grad.shape == leaf.shape
+        assert torch.equal(grad, torch.zeros_like(grad))
+
+
+SHAPES = [(2, 4, 5, 6), (1, 4, 5, 6), (2, 1, 5, 6), (2, 4, 1, 1), (2, 4, 1, 6), (1, 1, 5, 6)]
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("x_view", cases.VIEWS)
+@pytest.mark.parametrize("w_view", ["nchw", "nhwc"])
+def test_memory_format(shape, x_view, w_view, device):
+    """y and dx are channels_last if input or weight is, and dense; dw has the weight's format."""
+    groups = min(2, shape[1])
+    x = random(*shape, device=device, view=x_view).requires_grad_()
+    w = random(4, shape[1] // groups, 3, 3, device=device, view=w_view, seed=1).requires_grad_()
+    y = triton_conv(x, w, padding=1, groups=groups, backend="triton")
+    dx, dw = torch.autograd.grad(y, (x, w), torch.ones_like(y))
+    assert y.stride() == cases.format_strides(y.shape, x, w)
+    assert dx.stride() == cases.format_strides(x.shape, x, w)
+    assert dw.stride() == cases.format_strides(w.shape, w)
+
+
+def apart(values: torch.Tensor, batch_stride: int) -> torch.Tensor:
+    """An NCHW view of `values` whose images lie `batch_stride` elements apart; only their own pages are touched."""
+    n, c, h, w = values.shape
+    storage = torch.empty((n - 1) * batch_stride + c * h * w, dtype=values.dtype, device=values.device)
+    return storage.as_strided(values.shape, (batch_stride, h * w, w, 1)).copy_(values)
+
+
+FAR = ConvProblem(2, 8, 6, 5, 8, 3, 3, pad=(1, 1, 1, 1), groups=2, dtype="fp16", layout="nchw", out_layout="nchw")
+
+
+@pytest.mark.usefixtures("unpoisoned_memory")
+@pytest.mark.parametrize(("case", "pass_", "name"), cases.runs(ON, [cases.Case(FAR, "nchw", "nchw", "nchw")]), ids=str)
+def test_offsets_past_two_to_the_31(case, pass_, name, device):
+    """x (fprop, wgrad) and dy (dgrad) whose second image starts past 2^31 elements."""
+    given, algorithm = cases.operands(case, device), REGISTRY[name]
+    far = apart(given.dy if pass_ == "dgrad" else given.x, 2**31 + 4096)
+    operands = {"fprop": (far, given.w, None), "dgrad": (far, given.w), "wgrad": (given.dy, far)}[pass_]
+    strides = given.strides(FAR) | {"dy" if pass_ == "dgrad" else "x": far.stride()}
+    config = cases.config(algorithm, FAR, pass_, ON, "few")
+    with cases.guarded():
+        out = algorithm.prepare(FAR, pass_, config, ON, strides)(*operands)
+    expected = cases.references(FAR, given)[pass_]
+    assert cases.error(out, expected) <= cases.bound("fp16", cases.terms(FAR, pass_))
+
+
+def write_past_an_output(device):
+    with cases.guarded():
+        out = launcher.allocate((3,), (1,), torch.empty(1, device=device))
+        assert out.isnan().all()
+        out.as_strided((1,), (1,), out.storage_offset() + 3).zero_()
+
+
+def test_guards_see_what_they_guard(device):
+    with pytest.raises(AssertionError, match="past the end"):
+        write_past_an_output(device)

@@ -1,0 +1,224 @@
+"""A report's plots, from its CSV alone."""
+
+from __future__ import annotations
+
+import os
+import pathlib
+from collections.abc import Callable
+from typing import Any
+
+from matplotlib import ticker
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from ..problem import PASSES
+from .text import NAMES, Row, across_groups, is_modelled, layer_rows, provenance, subject
+
+# Okabe and Ito's colours, which colour-blind readers can tell apart; each with a marker of its own, for print.
+TORCH_STYLES = {"torch_contiguous": ("#E69F00", "X"), "torch_channels_last": ("#56B4E9", "P")}
+OWN_STYLES = (("#0072B2", "o"), ("#D55E00", "s"), ("#009E73", "^"), ("#CC79A7", "D"), ("#F0E442", "v"))
+FLOOR: dict[str, Any] = {"color": "black", "linestyle": "--", "linewidth": 1.2}
+UNGROUPED: dict[str, Any] = {"color": "0.45", "linestyle": ":", "linewidth": 1.6}
+
+
+def write(rows: list[Row], folder: pathlib.Path) -> list[pathlib.Path]:
+    """Draw what the rows allow into `folder`; the files written."""
+    if not layer_rows(rows):
+        return []
+    if across_groups(rows):
+        drawn = {
+            "overview.png": _overview(rows),
+            "time.png": _passes(rows, _time),
+            "fraction.png": _passes(rows, _fraction),
+            "work.png": _work(rows),
+        }
+    else:
+        drawn = {"fraction.png": _layers(rows)}
+    written = []
+    for name, figure in drawn.items():
+        partial = folder / f".{name}.partial"
+        figure.savefig(partial, format="png", dpi=150)
+        os.replace(partial, folder / name)
+        written.append(folder / name)
+    return written
+
+
+def _styles(rows: list[Row]) -> dict[str, tuple[str, str]]:
+    """(colour, marker) by provider, in order of appearance. "auto" repeats another's figures and is not drawn."""
+    providers = list(dict.fromkeys(row["provider"] for row in layer_rows(rows) if row["provider"] != "auto"))
+    own = [name for name in providers if name not in TORCH_STYLES]
+    styles = {name: OWN_STYLES[i % len(OWN_STYLES)] for i, name in enumerate(own)}
+    return {name: styles.get(name) or TORCH_STYLES[name] for name in providers}
+
+
+def _right(row: Row) -> bool:
+    """Whether a row's numbers are right, as far as they were checked."""
+    return not (row["max_rel_err"] and row["err_bound"]) or float(row["max_rel_err"]) <= float(row["err_bound"])
+
+
+def _points(rows: list[Row], pass_: str, provider: str, field: str) -> tuple[list[int], list[float]]:
+    found = sorted(
+        (int(row["groups"]), float(row[field]))
+        for row in rows
+        if (row["pass"], row["provider"]) == (pass_, provider) and row[field] and _right(row)
+    )
+    return [x for x, _ in found], [y for _, y in found]
+
+
+def _label(rows: list[Row], text: str) -> str:
+    return f"{text} (modelled)" if is_modelled(rows) else text
+
+
+def _titled(rows: list[Row], figure: Figure, what: str) -> None:
+    figure.suptitle(f"{_label(rows, what)}\n{subject(rows)}\n{provenance(rows)}", fontsize=10)
+
+
+def _group_axis(axes: Axes, rows: list[Row]) -> None:
+    counts = sorted({int(row["groups"]) for row in layer_rows(rows)})
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(counts, [str(count) for count in counts])
+    axes.xaxis.set_minor_locator(ticker.NullLocator())
+    axes.set_xlabel("groups")
+    axes.grid(True, which="major", color="0.9")
+    axes.set_axisbelow(True)
+
+
+def _log_y(axes: Axes, unit: str) -> None:
+    axes.set_yscale("log")
+    axes.yaxis.set_major_locator(ticker.LogLocator(subs=(1.0, 2.0, 5.0)))
+    axes.yaxis.set_major_formatter(ticker.FuncFormatter(lambda y, _: f"{y:,.4g}" if y < 1e4 else f"{y:,.0f}"))
+    axes.yaxis.set_minor_formatter(ticker.NullFormatter())
+    axes.set_ylabel(unit)
+
+
+def _time(axes: Axes, rows: list[Row], pass_: str) -> None:
+    for provider, (colour, marker) in _styles(rows).items():
+        x, y = _points(rows, pass_, provider, "us_p50")
+        axes.plot(x, y, color=colour, marker=marker, label=_label(rows, NAMES.get(provider, provider)))
+    floors = {int(row["groups"]): row for row in layer_rows(rows) if row["pass"] == pass_}
+    counts = sorted(floors)
+    limit = [float(floors[count]["floor_us"]) for count in counts]
+    axes.plot(counts, limit, label=_label(rows, "floor"), **FLOOR)
+    if counts:  # a run that ended early may lack a pass
+        ungrouped = float(floors[counts[0]]["ungrouped_floor_us"])
+        axes.axhline(ungrouped, label=_label(rows, "floor of the ungrouped layer"), **UNGROUPED)
+    _group_axis(axes, rows)
+    _log_y(axes, _label(rows, "time, us"))
+    axes.set_title(pass_, fontsize=10)
+
+
+def _fraction(axes: Axes, rows: list[Row], pass_: str) -> None:
+    for provider, (colour, marker) in _styles(rows).items():
+        x, y = _points(rows, pass_, provider, "fraction")
+        label = _label(rows, NAMES.get(provider, provider))
+        axes.plot(x, [100 * f for f in y], color=colour, marker=marker, label=label)
+    axes.axhline(100, label=_label(rows, "limit"), **FLOOR)
+    _group_axis(axes, rows)
+    axes.set_ylim(bottom=0)
+    axes.set_ylabel(_label(rows, "floor / time, %"))
+    axes.set_title(pass_, fontsize=10)
+
+
+def _legend(figure: Figure, axes: Axes) -> None:
+    handles, labels = axes.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=min(4, len(labels)), fontsize=9, frameon=False)
+
+
+def _passes(rows: list[Row], draw: Callable[[Axes, list[Row], str], None]) -> Figure:
+    figure = Figure(figsize=(12, 4.6), layout="constrained")
+    panels = figure.subplots(1, 3, sharey=True)
+    for axes, pass_ in zip(panels, PASSES, strict=True):
+        draw(axes, rows, pass_)
+        axes.label_outer()
+    _legend(figure, panels[0])
+    _titled(rows, figure, "Time of each pass" if draw is _time else "Fraction of the limit reached")
+    return figure
+
+
+def _work_panels(panels, rows: list[Row]) -> None:
+    """Parameters, FLOPs, and all ratios to the ungrouped layer."""
+    layers = sorted({int(row["groups"]): row for row in layer_rows(rows)}.items())
+    counts = [count for count, _ in layers]
+    for axes, field, ratio, scale, title, unit in (
+        (panels[0], "params", "params_ratio", 1e3, "parameters", "thousands"),
+        (panels[1], "flops", "flops_ratio", 1e9, "FLOPs of a pass", "GFLOP"),
+    ):
+        values = [float(row[field]) / scale for _, row in layers]
+        ungrouped = values[0] / float(layers[0][1][ratio])
+        axes.plot(counts, values, color="#0072B2", marker="o", label="this layer")
+        axes.plot(counts, [ungrouped / count for count in counts], label="ungrouped / groups", **FLOOR)
+        _group_axis(axes, rows)
+        _log_y(axes, unit)
+        axes.set_title(title, fontsize=10)
+        axes.legend(fontsize=8, frameon=False)
+    # The first, second and last fall together, so each marker leaves the ones below it visible.
+    for field, label, colour, style in (
+        ("params", "parameters", "#0072B2", {"marker": "o", "markersize": 10, "markerfacecolor": "none"}),
+        ("intensity", "FLOPs a byte", "#D55E00", {"marker": "s", "markersize": 6}),
+        ("flops", "FLOPs", "black", {"marker": "x", "markersize": 5, "linestyle": "none"}),
+        ("bytes", "bytes moved once", "#009E73", {"marker": "^"}),
+    ):
+        values = [float(row[f"{field}_ratio"]) for _, row in layers]
+        panels[2].plot(counts, values, color=colour, label=label, **style)
+    _group_axis(panels[2], rows)
+    _log_y(panels[2], "ratio")
+    panels[2].set_title("beside the ungrouped layer", fontsize=10)
+    panels[2].legend(fontsize=8, frameon=False)
+
+
+def _work(rows: list[Row]) -> Figure:
+    figure = Figure(figsize=(12, 4.2), layout="constrained")
+    panels = figure.subplots(1, 3)
+    _work_panels(panels, rows)
+    figure.suptitle(f"Parameters and FLOPs across group counts\n{subject(rows)}", fontsize=10)
+    return figure
+
+
+def _overview(rows: list[Row]) -> Figure:
+    figure = Figure(figsize=(12, 8), layout="constrained")
+    panels = figure.subplots(2, 3)
+    _work_panels(panels[0], rows)
+    for axes, pass_ in zip(panels[1], PASSES, strict=True):
+        if axes is not panels[1][0]:
+            axes.sharey(panels[1][0])
+        _time(axes, rows, pass_)
+        axes.set_title(_label(rows, f"time of {pass_}"), fontsize=10)
+        if axes is not panels[1][0]:
+            axes.set_ylabel("")
+            axes.tick_params(labelleft=False)
+    _legend(figure, panels[1][0])
+    _titled(rows, figure, "Work and time across group counts")
+    return figure
+
+
+def _layers(rows: list[Row]) -> Figure:
+    """A line a layer, sorted by the best fraction of its fprop; a panel a pass."""
+    best: dict[str, float] = {}
+    for row in layer_rows(rows):
+        value = float(row["fraction"]) if row["pass"] == "fprop" and row["fraction"] and _right(row) else 0.0
+        best[row["layer"]] = max(best.get(row["layer"], 0.0), value)
+    order = sorted(best, key=best.__getitem__)
+    place = {name: i for i, name in enumerate(order)}
+    height = max(3.5, 2.0 + 0.2 * len(order))
+    figure = Figure(figsize=(12, height), layout="constrained")
+    panels = figure.subplots(1, 3, sharey=True)
+    for axes, pass_ in zip(panels, PASSES, strict=True):
+        for provider, (colour, marker) in _styles(rows).items():
+            drawn = [
+                (100 * float(row["fraction"]), place[row["layer"]])
+                for row in layer_rows(rows)
+                if (row["pass"], row["provider"]) == (pass_, provider) and row["fraction"] and _right(row)
+            ]
+            label = _label(rows, NAMES.get(provider, provider))
+            axes.scatter([x for x, _ in drawn], [y for _, y in drawn], s=26, color=colour, marker=marker, label=label)
+        axes.axvline(100, label=_label(rows, "limit"), **FLOOR)
+        axes.set_xlim(left=0)
+        axes.set_yticks(range(len(order)), order, fontsize=8)
+        axes.set_ylim(-0.7, len(order) - 0.3)
+        axes.grid(True, color="0.9")
+        axes.set_axisbelow(True)
+        axes.set_xlabel(_label(rows, "floor / time, %"))
+        axes.set_title(pass_, fontsize=10)
+    _legend(figure, panels[0])
+    _titled(rows, figure, "Fraction of the limit reached, by layer")
+    return figure

@@ -1,0 +1,261 @@
+"""A report in words: the tables that are printed, and REPORT.md. Both come from the CSV's rows."""
+
+from __future__ import annotations
+
+from rich.table import Table
+
+from ..problem import PASSES
+from . import rows as rows_
+
+Row = dict[str, str]
+NAMES = {"torch_contiguous": "F.conv2d contiguous", "torch_channels_last": "F.conv2d channels_last"}
+
+
+def layer_rows(rows: list[Row]) -> list[Row]:
+    """The rows that are about a layer, not about the device."""
+    return [row for row in rows if row["provider"] not in rows_.LIMITS]
+
+
+def is_modelled(rows: list[Row]) -> bool:
+    return any(row["kind"] == "modelled" for row in rows)
+
+
+def across_groups(rows: list[Row]) -> bool:
+    """Whether the layers differ in nothing but their groups."""
+    fields = [field for field in rows_.PROBLEM_FIELDS if field != "groups"]
+    return len({tuple(row[field] for field in fields) for row in layer_rows(rows)}) <= 1
+
+
+def shape(row: Row) -> str:
+    """`128 -> 128 channels, 3x3, stride 1, 56x56 pixels, batch 128`."""
+    strides = row["stride_h"], row["stride_w"]
+    stride = strides[0] if strides[0] == strides[1] else "x".join(strides)
+    return (
+        f"{row['c_in']} to {row['c_out']} channels, {row['kh']}x{row['kw']}, stride {stride}, "
+        f"{row['h_in']}x{row['w_in']} pixels, batch {row['batch']}"
+    )
+
+
+def subject(rows: list[Row]) -> str:
+    """What a report is about, in a line."""
+    first = layer_rows(rows)[0]
+    what = shape(first) if across_groups(rows) else f"{len({row['layer'] for row in layer_rows(rows)})} layers"
+    return f"{what}, {first['dtype']}, {first['layout']}"
+
+
+def provenance(rows: list[Row]) -> str:
+    """Device, versions and date, in a line."""
+    first = rows[0]
+    device = f"modelled for {first['gpu']}" if is_modelled(rows) else f"measured on {first['gpu']}"
+    versions = [f"torch {first['torch']}", f"triton {first['triton']}"]
+    versions += [f"{name} {first[name]}" for name in ("cudnn", "driver") if first[name]]
+    return ", ".join([device, *versions, first["utc"][:10]])
+
+
+def number(text: str, digits: int = 3) -> str:
+    """A number for reading: three digits, no exponent from 0.001 up."""
+    if not text:
+        return "-"
+    value = float(text)
+    if value == 0 or 1e-3 <= abs(value) < 1e6:
+        places = max(0, digits - len(str(int(abs(value)))))
+        return f"{value:,.{places}f}" if abs(value) >= 1 else f"{value:.{digits}g}"
+    return f"{value:.1e}"
+
+
+def _scaled(text: str, by: float) -> str:
+    return number(str(float(text) / by)) if text else "-"
+
+
+def _times_ungrouped(text: str) -> str:
+    ratio = float(text)
+    return f"{ratio:.2f}" if ratio > 0.6 else f"1/{1 / ratio:.3g}"
+
+
+WORK = ("layer", "groups", "parameters", "", "GFLOP a pass", "", "MB a pass", "", "FLOP/byte", "")
+
+
+def work_cells(rows: list[Row]) -> list[list[str]]:
+    """A line a layer: its work, each figure with its ratio to the ungrouped layer's."""
+    lines = []
+    for row in _first_of_each_layer(rows):
+        figures = []
+        for name, value in (
+            ("params", f"{int(row['params']):,}"),
+            ("flops", _scaled(row["flops"], 1e9)),
+            ("bytes", _scaled(row["bytes"], 1e6)),
+            ("intensity", number(row["intensity"])),
+        ):
+            figures += [value, _times_ungrouped(row[f"{name}_ratio"])]
+        lines.append([row["layer"], row["groups"], *figures])
+    return lines
+
+
+def _first_of_each_layer(rows: list[Row]) -> list[Row]:
+    return list({row["layer"]: row for row in reversed(layer_rows(rows))}.values())[::-1]
+
+
+def time_header(rows: list[Row]) -> list[str]:
+    """The columns of `time_cells`."""
+    label = "us (modelled)" if is_modelled(rows) else "us p50 (p20-p80)"
+    limit = "floor us (modelled)" if is_modelled(rows) else "floor us"
+    error = "error (interpreter)" if is_modelled(rows) else "error"
+    header = ["layer", "pass", "provider", label, limit, "of limit"]
+    if is_modelled(rows):
+        header[-1] += " (modelled)"
+        header.append("bound by (modelled)")
+    return [*header, error, "registers", "spills", "shared", "matrix", "auto takes", "note"]
+
+
+def time_cells(rows: list[Row]) -> list[list[str]]:
+    """A line a layer, pass and provider: time, fraction of the limit, error, resources, and what "auto" takes."""
+    autos = {(row["layer"], row["pass"]): row for row in rows if row["provider"] == "auto"}
+    lines = []
+    for row in layer_rows(rows):
+        if row["provider"] == "auto" and _repeats(row, rows):
+            continue
+        spread = f" ({number(row['us_p20'])}-{number(row['us_p80'])})" if row["us_p20"] else ""
+        fraction = f"{float(row['fraction']):.1%}" if row["fraction"] else "-"
+        cells = [row["layer"], row["pass"], NAMES.get(row["provider"], row["provider"])]
+        cells += [number(row["us_p50"]) + spread, number(row["floor_us"]), fraction]
+        if is_modelled(rows):
+            cells.append(row["bound"] or "-")
+        cells.append(f"{float(row['max_rel_err']):.1e}" if row["max_rel_err"] else "-")
+        cells += [row[name] or "-" for name in ("registers", "spill_bytes", "shared_bytes", "matrix")]
+        auto = autos.get((row["layer"], row["pass"]))
+        cells.append(auto["note"].split(";")[0].removeprefix("takes ") if auto else "-")
+        lines.append([*cells, row["note"] if row["provider"] != "auto" else ""])
+    return lines
+
+
+def _repeats(auto: Row, rows: list[Row]) -> bool:
+    """Whether a row of "auto" has no time, or another row's."""
+    same = ("layer", "pass", "us_p50", "us_p20", "us_p80")
+    return not auto["us_p50"] or any(
+        row["provider"] != "auto" and all(row[field] == auto[field] for field in same) for row in rows
+    )
+
+
+def tables(rows: list[Row]) -> list[Table]:
+    """The tables for the terminal."""
+    if not layer_rows(rows):
+        return []
+    work = Table(title=f"Work beside the ungrouped layer: {subject(rows)}")
+    for name in WORK:
+        work.add_column(name, justify="left" if name == "layer" else "right", no_wrap=True)
+    for line in work_cells(rows):
+        work.add_row(*line)
+    times = Table(title=f"Time of each pass: {provenance(rows)}")
+    for name in time_header(rows):
+        left = name in ("layer", "pass", "provider", "auto takes", "note") or name.startswith("bound")
+        times.add_column(
+            name, justify="left" if left else "right", no_wrap=name in ("layer", "pass", "provider", "auto takes")
+        )
+    before = ""
+    for line in time_cells(rows):
+        if before not in ("", line[0]):
+            times.add_section()
+        before = line[0]
+        times.add_row(*line, style="red" if _failed(line[-1]) else None)
+    return [work, times]
+
+
+def _failed(note: str) -> bool:
+    return any(word in note for word in ("wrong:", "failed:", "not compiled:", "not interpreted:"))
+
+
+def _markdown_table(header, lines: list[list[str]], left: int) -> list[str]:
+    rule = [":--" if i < left else "--:" for i in range(len(header))]
+    escaped = [[cell.replace("|", "\\|") for cell in line] for line in lines]
+    return [f"| {' | '.join(line)} |" for line in (header, rule, *escaped)]
+
+
+PLOTS = {
+    "overview.png": "Parameters, FLOPs and time",
+    "time.png": "Time of each pass",
+    "fraction.png": "Fraction of the limit reached by each pass",
+    "work.png": "Parameters and FLOPs",
+}
+
+
+def markdown(rows: list[Row], plots: list[str], taken: int, total: int) -> str:
+    """REPORT.md of the rows of a run that took `taken` of `total`."""
+    modelled = is_modelled(rows)
+    first = rows[0]
+    lines = [f"# {'Modelled report' if modelled else 'Report'}: {first['gpu']}", ""]
+    if not layer_rows(rows):
+        return "\n".join([*lines, "The time budget ended before the first layer.", ""])
+    lines += [f"{subject(rows)[0].upper()}{subject(rows)[1:]}; {provenance(rows)}.", ""]
+    if taken < total:
+        lines += [f"**Incomplete:** the time budget ended after {taken} of {total} rows.", ""]
+    lines += [*(_modelled_words(rows) if modelled else _measured_words(rows)), ""]
+    failed = [line for line in time_cells(rows) if _failed(line[-1])]
+    if failed:
+        lines += [f"{len(failed)} rows failed; their notes say why, and no plot shows them.", ""]
+    errors = _largest_errors(rows)
+    if errors:
+        where = "in the interpreter, on a small batch of small maps" if modelled else "on the GPU"
+        lines += [f"Largest error of our kernels against float64, {where}: {errors}.", ""]
+    for name in plots:
+        lines += [f"## {PLOTS.get(name, name)}{' (modelled)' if modelled and name != 'work.png' else ''}", ""]
+        lines += [f"![{PLOTS.get(name, name)}]({name})", ""]
+    lines += ["## Work", "", "Beside each figure, its ratio to the same layer without groups. Bytes: every operand", ""]
+    lines[-2] += " moved once."
+    lines += [*_markdown_table(WORK, work_cells(rows), 1), ""]
+    lines += [f"## Passes{' (times modelled)' if modelled else ''}", ""]
+    lines += [*_markdown_table(time_header(rows), time_cells(rows), 3), ""]
+    lines += ["All figures and their configurations: [results.csv](results.csv).", ""]
+    return "\n".join(lines)
+
+
+def _limits(rows: list[Row]) -> tuple[str, str]:
+    by_provider = {row["provider"]: row for row in rows}
+    copy, matrix = (by_provider.get(name, {}) for name in rows_.LIMITS)
+    return number(copy.get("gbps", "")), number(matrix.get("tflops", ""))
+
+
+def _modelled_words(rows: list[Row]) -> list[str]:
+    copy, matrix = _limits(rows)
+    return [
+        "**Nothing in this report was measured on a GPU.** Times, floors and fractions are modelled; registers, spills "
+        f"and shared memory are those of the kernels as compiled for {_compiled_for(rows)}; errors are those of the "
+        "same kernels under Triton's interpreter, on a small batch of small maps and with other tile sizes.",
+        "",
+        f"The model assumes a copy at {copy} GB/s and matrix products at {matrix} TFLOP/s ({rows[0]['source']}). The "
+        "floor is the larger of the time to move every operand once and that of the useful FLOPs; the fraction of the "
+        'limit is floor / time. "auto" is what `triton_conv` would take on this device: where that is F.conv2d, a '
+        "prior decided: F.conv2d has no model, and so no time here.",
+    ]
+
+
+def _compiled_for(rows: list[Row]) -> str:
+    return ", ".join(sorted({row["compiled_for"] for row in rows if row["compiled_for"]})) or "no target"
+
+
+def _measured_words(rows: list[Row]) -> list[str]:
+    copy, matrix = _limits(rows)
+    return [
+        "GPU times by events around one call, the L2 cache cleared before each repetition; median of the repetitions, "
+        "with the 20th and 80th percentiles. Host overhead is not part of them as long as clearing the cache takes "
+        f"longer than it. Limits of the same run: a copy at {copy} GB/s read and written, a matrix product of "
+        f"8192^3 at {matrix} TFLOP/s. The floor is the larger of the time to move every operand once and that of the "
+        "useful FLOPs; the fraction of the limit is floor / time.",
+        "",
+        "F.conv2d ran with torch.backends.cudnn.benchmark on; its backward is aten::convolution_backward, a gradient "
+        'at a time. "auto" is what `triton_conv` takes; its row repeats that provider\'s. Errors are against float64: '
+        "of some images for fprop and dgrad, of all of dw.",
+    ]
+
+
+def _largest_errors(rows: list[Row]) -> str:
+    found = []
+    for pass_ in PASSES:
+        mine = [
+            row
+            for row in rows
+            if row["pass"] == pass_ and row["max_rel_err"] and row["err_bound"] and row["provider"] != "auto"
+        ]
+        if mine:
+            worst = max(mine, key=lambda row: float(row["max_rel_err"]))
+            found.append(f"{pass_} {float(worst['max_rel_err']):.1e} (bound {float(worst['err_bound']):.1e})")
+    return ", ".join(found)

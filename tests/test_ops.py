@@ -1,0 +1,625 @@
+"""What surrounds the kernels: operators, compilation, autocast, second derivatives, planning, fallbacks, transforms."""
+
+import contextlib
+import csv
+import importlib.resources
+import itertools
+import math
+
+import cases
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch._subclasses import FakeTensorMode
+
+import groupconv
+from groupconv import devices, explain, launcher, ops, triton_conv
+from groupconv.algorithms import REGISTRY
+from groupconv.problem import PASSES
+
+pytestmark = [pytest.mark.usefixtures("ieee"), pytest.mark.filterwarnings("ignore:Using padding='same'")]
+SUBSETS = [subset for n in (1, 2, 3) for subset in itertools.combinations(range(3), n)]
+LAYERS = list(
+    csv.DictReader(
+        importlib.resources.files("groupconv.perf_reports").joinpath("suite.csv").read_text("utf-8").splitlines()
+    )
+)
+
+
+def random(*shape, dtype=torch.float32, device="cpu", seed=0, view="nchw"):
+    values = torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(device, dtype)
+    return cases.lay_out(values, view) if len(shape) == 4 else values
+
+
+def operands(device, view="nchw", w_view="nchw", dtype=torch.float32):
+    """x, w and bias of a grouped 3x2 convolution, all of which need gradients."""
+    x = random(2, 6, 6, 5, dtype=dtype, device=device, view=view)
+    w = random(4, 3, 3, 2, dtype=dtype, device=device, seed=1, view=w_view)
+    bias = random(4, dtype=dtype, device=device, seed=2)
+    return tuple(t.requires_grad_() for t in (x, w, bias))
+
+
+def close(out, ref, terms=64):
+    """Equal to float64 within what a few fp32 reductions of so many terms may lose."""
+    return cases.error(out, ref) <= 4 * cases.bound("fp32", terms)
+
+
+# --- The operators ---------------------------------------------------------------------------------------------------
+
+LAYOUTS = [("nchw", "nchw"), ("nhwc", "nchw"), ("nchw", "nhwc"), ("slice", "nchw")]
+SYMMETRIC, ASYMMETRIC = (1, 1, 1, 1), (0, 1, 2, 0)
+
+
+@pytest.mark.parametrize("padding", [SYMMETRIC, ASYMMETRIC], ids=str)
+@pytest.mark.parametrize(("view", "w_view"), LAYOUTS)
+def test_opcheck_conv2d(view, w_view, padding, device):
+    x, w, bias = operands(device, view, w_view)
+    bias = None if w_view == "nhwc" else bias
+    checks = torch.library.opcheck(
+        torch.ops.groupconv.conv2d.default, (x, w, bias, (2, 1), padding, (1, 2), 2, "triton")
+    )
+    assert set(checks.values()) == {"SUCCESS"}
+
+
+@pytest.mark.parametrize(
+    ("mask", "view", "w_view", "padding"),
+    [
+        ((True, True, True), "nchw", "nchw", SYMMETRIC),
+        ((True, True, True), "nhwc", "nchw", ASYMMETRIC),
+        ((True, False, False), "nhwc", "nhwc", SYMMETRIC),
+        ((False, True, False), "nchw", "nchw", ASYMMETRIC),
+        ((False, False, True), "nchw", "nhwc", SYMMETRIC),
+        ((True, True, False), "slice", "nchw", SYMMETRIC),
+    ],
+    ids=str,
+)
+def test_opcheck_conv2d_backward(mask, view, w_view, padding, device):
+    x, w, _ = operands(device, view, w_view)
+    shape = torch.ops.groupconv.conv2d(x, w, None, (1, 1), padding, (1, 1), 2, "triton").shape
+    dy = random(*shape, device=device, seed=3, view=view).requires_grad_()
+    args = (dy, x, w, (1, 1), padding, (1, 1), 2, list(mask), "triton")
+    checks = torch.library.opcheck(torch.ops.groupconv.conv2d_backward.default, args)
+    assert set(checks.values()) == {"SUCCESS"}
+
+
+@pytest.mark.parametrize("padding", [SYMMETRIC, ASYMMETRIC], ids=str)
+@pytest.mark.parametrize("backend", ["torch", "auto", "triton"])
+@pytest.mark.parametrize(("view", "w_view"), LAYOUTS)
+def test_operators_by_every_backend(view, w_view, backend, padding, device):
+    """Values and strides of both operators against float64, F.conv2d as the provider included."""
+    x, w, bias = (t.detach() for t in operands(device, view, w_view))
+    args = (2, 1), padding, (1, 1), 2
+    y = torch.ops.groupconv.conv2d(x, w, bias, *args, backend)
+    dy = random(*y.shape, device=device, seed=3)
+    grads = torch.ops.groupconv.conv2d_backward(dy, x, w, *args, [True, True, True], backend)
+    expected = (*cases.reference(x, w, bias, *args, dy), dy.double().sum((0, 2, 3)))
+    for out, ref in zip((y, *grads), expected, strict=True):
+        assert close(out, ref)
+    assert y.stride() == cases.format_strides(y.shape, x, w)
+    assert grads[0].stride() == cases.format_strides(x.shape, x, w)
+
+
+# --- torch.compile ---------------------------------------------------------------------------------------------------
+
+
+class Bottleneck(nn.Module):
+    """A small ResNeXt bottleneck whose 3x3 convolution is ours."""
+
+    def __init__(self, channels=8, width=8, groups=4, backend="triton"):
+        super().__init__()
+        self.reduce, self.expand = nn.Conv2d(channels, width, 1, bias=False), nn.Conv2d(width, channels, 1, bias=False)
+        self.weight = nn.Parameter(torch.randn(width, width // groups, 3, 3) / 3)
+        self.norms = nn.ModuleList([nn.BatchNorm2d(n) for n in (width, width, channels)])
+        self.groups, self.backend = groups, backend
+
+    def forward(self, x):
+        y = self.norms[0](self.reduce(x)).relu()
+        y = self.norms[1](triton_conv(y, self.weight, padding=1, groups=self.groups, backend=self.backend)).relu()
+        return (x + self.norms[2](self.expand(y))).relu()
+
+
+def step(module, block, x):
+    """(output, gradient of x, gradients of parameters) of one step; `module` is the block, compiled or not."""
+    block.zero_grad()
+    x = x.detach().clone(memory_format=torch.preserve_format).requires_grad_()
+    y = module(x)
+    y.square().mean().backward()
+    return y.detach(), x.grad, *(p.grad.clone() for p in block.parameters())
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_compiled_block(dynamic, device):
+    torch.manual_seed(0)
+    torch._dynamo.reset()
+    block = Bottleneck().to(device)
+    compiled = torch.compile(block, fullgraph=True, backend="aot_eager", dynamic=dynamic)
+    for batch in (2, 3) if dynamic else (2,):
+        x = random(batch, 8, 5, 5, device=device, seed=batch, view="nhwc")
+        for out, ref in zip(step(compiled, block, x), step(block, block, x), strict=True):
+            assert (out - ref).norm() <= 1e-6 * ref.norm()
+
+
+def test_compiled_with_autocast(device):
+    torch._dynamo.reset()
+    x, w, bias = operands(device, "nhwc")
+
+    @torch.compile(fullgraph=True, backend="aot_eager")
+    def compiled(x, w, bias):
+        with torch.autocast(device, torch.bfloat16):
+            return triton_conv(x, w, bias, groups=2, backend="triton")
+
+    y = compiled(x, w, bias)
+    with torch.autocast(device, torch.bfloat16):
+        expected = triton_conv(x, w, bias, groups=2, backend="triton")
+    assert y.dtype == torch.bfloat16
+    assert torch.equal(y, expected)
+    leaves = (x, w, bias)
+    dy = torch.ones_like(y)
+    for out, ref in zip(torch.autograd.grad(y, leaves, dy), torch.autograd.grad(expected, leaves, dy), strict=True):
+        assert out.dtype == torch.float32
+        assert torch.equal(out, ref)
+
+
+# --- Second derivatives ----------------------------------------------------------------------------------------------
+
+
+def second_order(conv, tensors, wanted):
+    """Gradients of a function of the gradients, by the wanted operands and by dy."""
+    tensors = [t.detach().requires_grad_(i in wanted) for i, t in enumerate(tensors)]
+    leaves = [tensors[i] for i in wanted]
+    y = conv(*tensors)
+    dy = random(*y.shape, seed=5, device=str(y.device.type)).to(y.dtype).requires_grad_()
+    first = torch.autograd.grad(y, leaves, dy, create_graph=True)
+    total = sum((g.square() * g.cos()).sum() for g in first) + y.square().sum()
+    return *first, *torch.autograd.grad(total, (*leaves, dy), allow_unused=True)
+
+
+@pytest.mark.parametrize(("view", "w_view"), [("nchw", "nchw"), ("nhwc", "nchw")])
+@pytest.mark.parametrize("wanted", SUBSETS, ids=str)
+def test_double_backward(wanted, view, w_view, device):
+    tensors = operands(device, view, w_view)
+    kwargs = {"stride": (2, 1), "padding": (1, 0), "groups": 2}
+    found = second_order(lambda *t: triton_conv(*t, **kwargs, backend="triton"), tensors, wanted)
+    expected = second_order(lambda *t: F.conv2d(*t, **kwargs), [t.double() for t in tensors], wanted)
+    for out, ref in zip(found, expected, strict=True):
+        assert (out is None) == (ref is None)
+        assert out is None or close(out, ref, 256)
+
+
+def test_third_derivative(device):
+    def third(conv, x, w):
+        x, w = x.detach().requires_grad_(), w.detach().requires_grad_()
+        value = conv(x, w).tanh().sum()
+        for _ in range(3):
+            dx, dw = torch.autograd.grad(value, (x, w), create_graph=True)
+            value = dx.sin().sum() + dw.sin().sum()
+        return dx.detach(), dw.detach()
+
+    x, w, _ = operands(device)
+    found = third(lambda x, w: triton_conv(x, w, groups=2, backend="triton"), x, w)
+    expected = third(lambda x, w: F.conv2d(x, w, groups=2), x.double(), w.double())
+    for out, ref in zip(found, expected, strict=True):
+        assert close(out, ref, 1024)
+
+
+# --- Autocast --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("types", list(itertools.product((torch.float32, torch.bfloat16), repeat=2)), ids=str)
+def test_autocast(types, device):
+    """dtypes, values and gradients follow F.conv2d's, for operands of equal and of different types."""
+    x, w, bias = (t.detach().to(d).requires_grad_() for t, d in zip(operands(device), (*types, types[1]), strict=True))
+    with torch.autocast(device, torch.bfloat16):
+        y = triton_conv(x, w, bias, groups=2, backend="triton")
+        native = F.conv2d(x, w, bias, groups=2)
+    assert y.dtype == native.dtype == torch.bfloat16
+    dy = random(*y.shape, dtype=torch.bfloat16, device=device, seed=3)
+    grads, natives = (torch.autograd.grad(out, (x, w, bias), dy) for out in (y, native))
+    assert [g.dtype for g in grads] == [g.dtype for g in natives] == [*types, types[1]]
+    rounded = [t.detach().bfloat16() for t in (x, w, bias)]
+    expected = (*cases.reference(*rounded, groups=2, dy=dy), dy.double().sum((0, 2, 3)))
+    for out, ref in zip((y, *grads), expected, strict=True):
+        assert cases.error(out, ref) <= cases.bound("bf16", 1)
+
+
+def test_autocast_leaves_double_alone(device):
+    x, w, bias = (t.detach().double() for t in operands(device))
+    with torch.autocast(device, torch.bfloat16):
+        y = triton_conv(x, w, bias, groups=2)
+        assert y.dtype == F.conv2d(x, w, bias, groups=2).dtype == torch.float64
+    assert torch.equal(y, F.conv2d(x, w, bias, groups=2))
+
+
+def test_autocast_off_inside(device):
+    x, w, bias = operands(device)
+    with torch.autocast(device, torch.bfloat16), torch.autocast(device, enabled=False):
+        y = triton_conv(x, w, bias, groups=2, backend="triton")
+    assert y.dtype == torch.float32
+    assert torch.equal(y, triton_conv(x, w, bias, groups=2, backend="triton"))
+
+
+# --- Planning, on tensors that are not there -------------------------------------------------------------------------
+
+
+def fake_layer(row, dtype=torch.bfloat16):
+    """(x, w, keywords) of a line of suite.csv, channels_last. Call under FakeTensorMode."""
+    n = {key: int(value) for key, value in row.items() if value.isdigit()}
+    x = torch.empty(n["N"], n["C_in"], n["H"], n["W"], device="cuda", dtype=dtype)
+    w = torch.empty(n["C_out"], n["C_in"] // n["groups"], n["KH"], n["KW"], device="cuda", dtype=dtype)
+    keywords = {
+        "stride": (n["stride_h"], n["stride_w"]),
+        "padding": (n["pad_h"], n["pad_w"]),
+        "dilation": (n["dil_h"], n["dil_w"]),
+        "groups": n["groups"],
+    }
+    return x.to(memory_format=torch.channels_last), w.to(memory_format=torch.channels_last), keywords
+
+
+def test_suite_has_65_layers():
+    assert len(LAYERS) == 65
+
+
+@pytest.mark.parametrize("row", LAYERS, ids=[row["name"] for row in LAYERS])
+def test_suite_layer_is_planned(row):
+    with FakeTensorMode():
+        x, w, keywords = fake_layer(row)
+        plan = explain(x, w, **keywords)
+        y = F.conv2d(x, w, **keywords)
+    assert plan.problem.y_shape == tuple(y.shape)
+    assert (plan.problem.layout, plan.problem.out_layout, plan.problem.dtype) == ("nhwc", "nhwc", "bf16")
+    assert [p.pass_ for p in plan.passes] == list(PASSES)
+    for p in plan.passes:
+        assert p.algorithm in (*REGISTRY, "torch")
+        assert p.source in ("exact", "nearest", "modelled", "fallback")
+        assert (p.config is None) == (p.algorithm == "torch")
+        assert p.reason
+        assert p.flops == 2 * math.prod(y.shape) * math.prod(w.shape[1:])
+        assert p.floor_us > 0
+        assert p.reason in str(plan)
+
+
+@pytest.mark.parametrize("name", ["sm_80", "gfx942", "nvidia_h200", "NVIDIA H200", "NVIDIA A100-SXM4-80GB"])
+def test_explain_for_a_target(name):
+    x, w = torch.empty(8, 32, 14, 14, dtype=torch.bfloat16), torch.empty(32, 4, 3, 3, dtype=torch.bfloat16)
+    plan = explain(x, w, groups=8, target=name)
+    assert plan.target == devices.named(name)
+    assert {p.source for p in plan.passes} <= {"exact", "nearest", "modelled"}
+    forced = explain(x, w, groups=8, target=name, backend="triton")
+    assert {p.algorithm for p in forced.passes} <= set(REGISTRY)
+
+
+def test_explain_refuses():
+    x, w = torch.empty(2, 8, 6, 6), torch.empty(8, 2, 3, 3)
+    with pytest.raises(ValueError, match="'sm_12345' is not known"):
+        explain(x, w, groups=4, target="sm_12345")
+    with pytest.raises(ValueError, match="backend is 'cudnn'"):
+        explain(x, w, groups=4, backend="cudnn")
+    with pytest.raises(RuntimeError, match="Given groups=3"):
+        explain(x, w, groups=3)
+    with pytest.raises(NotImplementedError, match="float64"):
+        explain(x.double(), w.double(), groups=4, backend="triton", target="sm_90")
+
+
+def test_explain_names_the_fallback():
+    plan = explain(torch.empty(2, 8, 6, 6).double(), torch.empty(8, 2, 3, 3).double(), groups=4)
+    for p in plan.passes:
+        assert (p.algorithm, p.source) == ("torch", "fallback")
+        assert "float64" in p.reason
+
+
+SHAPES = [(2, 4, 5, 6), (1, 4, 5, 6), (2, 2, 5, 6), (2, 4, 1, 1), (1, 4, 1, 1), (0, 4, 5, 6)]
+
+
+@pytest.mark.parametrize("backend", ["auto", "triton"])
+@pytest.mark.parametrize("w_view", ["nchw", "nhwc"])
+@pytest.mark.parametrize("x_view", cases.VIEWS)
+def test_fake_results(x_view, w_view, backend):
+    """Shape, strides, dtype and device of results on fake CUDA tensors are those of F.conv2d's rule."""
+    fake = {"device": "cuda", "dtype": torch.float16}
+    mask = [True, True, True]
+    for shape in SHAPES:
+        like_x = cases.lay_out(torch.zeros(shape), x_view)
+        like_w = cases.lay_out(torch.zeros(6, shape[1] // 2, 3, 2), w_view)
+        with FakeTensorMode():
+            # Without a GPU, PyTorch makes such tensors but differentiates none.
+            x = torch.empty_strided(like_x.shape, like_x.stride(), **fake)
+            w = torch.empty_strided(like_w.shape, like_w.stride(), **fake)
+            y = triton_conv(x, w, padding=(1, 2), groups=2, backend=backend)
+            native = F.conv2d(x, w, padding=(1, 2), groups=2)
+            args = (1, 1), (1, 1, 2, 2), (1, 1), 2, mask, backend
+            grads = torch.ops.groupconv.conv2d_backward(y, x, w, *args)
+        assert (y.shape, y.dtype, y.device) == (native.shape, native.dtype, native.device)
+        assert y.stride() == cases.format_strides(y.shape, like_x, like_w)
+        assert [g.shape for g in grads] == [x.shape, w.shape, (6,)]
+        assert {(g.dtype, g.device) for g in grads} == {(x.dtype, x.device)}
+        assert grads[0].stride() == cases.format_strides(x.shape, like_x, like_w)
+        assert grads[1].stride() == cases.format_strides(w.shape, like_w)
+
+
+# --- Backends and fallbacks ------------------------------------------------------------------------------------------
+
+
+def test_unknown_backend():
+    x, w, _ = operands("cpu")
+    with pytest.raises(ValueError, match=r"backend is 'cuda', but must be one of auto, triton, torch, triton:implicit"):
+        triton_conv(x, w, groups=2, backend="cuda")
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.complex64, torch.int32], ids=str)
+def test_triton_names_what_it_lacks(dtype, device):
+    x, w = (t.detach().to(dtype) for t in operands(device)[:2])
+    for backend in ("triton", "triton:implicit_gemm"):
+        with pytest.raises(NotImplementedError, match=str(dtype).removeprefix("torch.")):
+            triton_conv(x, w, groups=2, backend=backend)
+
+
+def test_triton_on_cpu_tensors_without_the_interpreter(monkeypatch):
+    monkeypatch.setattr(launcher, "interpreting", lambda kernel: False)
+    ops.reset()
+    try:
+        x, w, bias = operands("cpu")
+        with pytest.raises(NotImplementedError, match="tensors are on cpu"):
+            triton_conv(x, w, bias, groups=2, backend="triton")
+        y = triton_conv(x, w, bias, groups=2)
+        assert torch.equal(y, F.conv2d(x, w, bias, groups=2))
+    finally:
+        ops.reset()
+
+
+@pytest.mark.parametrize("backend", ["torch", "auto"])
+@pytest.mark.parametrize(
+    "kwargs", [{}, {"padding": "same"}, {"stride": [2, 1], "padding": [1, 2], "dilation": [1, 2]}], ids=str
+)
+@pytest.mark.parametrize("view", ["nchw", "nhwc"])
+def test_fallback_is_conv2d(backend, kwargs, view):
+    """backend="torch", and "auto" on CPU tensors, are F.conv2d to the last bit, gradients included."""
+    tensors = operands("cpu", view)
+    y = triton_conv(*tensors, groups=2, backend=backend, **kwargs)
+    native = F.conv2d(*tensors, groups=2, **kwargs)
+    assert torch.equal(y, native)
+    assert y.stride() == native.stride()
+    dy = torch.ones_like(y)
+    for out, ref in zip(torch.autograd.grad(y, tensors, dy), torch.autograd.grad(native, tensors, dy), strict=True):
+        assert torch.equal(out, ref)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.complex64, torch.int32], ids=str)
+def test_auto_takes_any_type(dtype):
+    x, w = (t.detach().to(dtype) for t in operands("cpu")[:2])
+    assert torch.equal(triton_conv(x, w, groups=2), F.conv2d(x, w, groups=2))
+
+
+@pytest.mark.parametrize(
+    "extra", [{"activation": "relu"}, {"residual": torch.zeros(1)}, {"shuffle_groups": 2}], ids=str
+)
+def test_reserved_arguments(extra):
+    x, w, _ = operands("cpu")
+    with pytest.raises(NotImplementedError, match="not implemented yet"):
+        triton_conv(x, w, groups=2, **extra)
+
+
+def test_fp32_precision_is_followed(device):
+    """The plan computes fp32 as torch's setting for convolutions says, also when the setting changes between calls."""
+    x, w = torch.empty(2, 8, 6, 6, device=device), torch.empty(8, 2, 3, 3, device=device)
+    for precision, dtype in (("ieee", "fp32"), ("tf32", "tf32"), ("ieee", "fp32")):
+        torch.backends.cudnn.conv.fp32_precision = precision
+        assert explain(x, w, groups=4, backend="triton").problem.dtype == dtype
+        assert ops.lookup(x, w, None, 1, 0, 1, 4, "triton").problem.dtype == dtype
+
+
+# --- Forms of a call -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("padding", [1, "same", "valid"], ids=str)
+def test_unbatched(padding, device):
+    x, w, bias = operands(device)
+    leaves = (x, w, bias)
+    y = triton_conv(x[0], w, bias, padding=padding, groups=2, backend="triton")
+    batched = triton_conv(x[:1], w, bias, padding=padding, groups=2, backend="triton")
+    assert y.shape == F.conv2d(x[0], w, bias, padding=padding, groups=2).shape
+    assert torch.equal(y, batched[0])
+    dy = random(*batched.shape, device=device, seed=3)
+    for out, ref in zip(torch.autograd.grad(y, leaves, dy[0]), torch.autograd.grad(batched, leaves, dy), strict=True):
+        assert torch.equal(out, ref)
+
+
+@pytest.mark.parametrize(
+    ("given", "plain"),
+    [
+        (
+            {"stride": [2, 1], "padding": [1, 0], "dilation": [1, 2]},
+            {"stride": (2, 1), "padding": (1, 0), "dilation": (1, 2)},
+        ),
+        ({"stride": [2], "padding": [1], "dilation": [2]}, {"stride": 2, "padding": 1, "dilation": 2}),
+        ({"stride": (2,), "padding": torch.Size([1, 1])}, {"stride": 2, "padding": 1}),
+        ({"padding": "valid"}, {"padding": 0}),
+    ],
+    ids=str,
+)
+def test_forms_of_arguments(given, plain, device):
+    x, w, bias = operands(device)
+    y = triton_conv(x, w, bias, groups=2, backend="triton", **given)
+    assert y.shape == F.conv2d(x, w, bias, groups=2, **given).shape
+    assert torch.equal(y, triton_conv(x, w, bias, groups=2, backend="triton", **plain))
+
+
+def test_bias_of_any_stride(device):
+    x, w, _ = operands(device)
+    for bias in (random(8, device=device)[::2], random(1, device=device).expand(4), random(5, device=device)[1:]):
+        y = triton_conv(x, w, bias, groups=2, backend="triton")
+        assert close(y, cases.reference(x, w, bias, groups=2))
+
+
+def test_data_that_moves(device):
+    """Equal calls on tensors at addresses of different alignment."""
+    _, w, bias = operands(device)
+    storage = random(2 * 6 * 6 * 5 + 7, device=device)
+    for offset in (0, 1, 4, 0, 3):
+        x = storage.as_strided((2, 6, 6, 5), (180, 30, 5, 1), offset)
+        y = triton_conv(x, w, bias, groups=2, backend="triton")
+        assert close(y, cases.reference(x, w, bias, groups=2))
+
+
+def test_many_shapes_are_forgotten(device, monkeypatch):
+    """The table of prepared calls stays bounded, and calls stay right when it starts over."""
+    monkeypatch.setattr(ops, "MOST_CALLS", 3)
+    _, w, bias = operands(device)
+    for width in (4, 5, 6, 7, 4):
+        x = random(1, 6, 4, width, device=device)
+        y = triton_conv(x, w, bias, groups=2, backend="triton")
+        assert close(y, cases.reference(x, w, bias, groups=2))
+        assert len(ops._CALLS) <= 3
+
+
+# --- Autograd's modes ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_no_graph(mode, device):
+    x, w, bias = operands(device)
+    with mode():
+        y = triton_conv(x, w, bias, groups=2, backend="triton")
+    assert y.grad_fn is None
+    assert not y.requires_grad
+    assert y.is_inference() == (mode is torch.inference_mode)
+    assert close(y, cases.reference(x, w, bias, groups=2))
+
+
+def test_no_graph_for_constants(device):
+    y = triton_conv(*(t.detach() for t in operands(device)), groups=2, backend="triton")
+    assert not y.requires_grad
+
+
+@pytest.mark.parametrize(
+    ("wanted", "saved"), [((0,), "w"), ((1,), "x"), ((2,), ""), ((0, 1), "wx"), ((0, 2), "w"), ((1, 2), "x")], ids=str
+)
+def test_saves_only_what_backward_reads(wanted, saved, device):
+    tensors = [t.detach().requires_grad_(i in wanted) for i, t in enumerate(operands(device))]
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        y = triton_conv(*tensors, groups=2, backend="triton")
+    assert y.requires_grad
+    names = {tensors[0].data_ptr(): "x", tensors[1].data_ptr(): "w", tensors[2].data_ptr(): "b"}
+    assert "".join(sorted(names[t.data_ptr()] for t in kept)) == saved
+
+
+def test_backward_twice(device):
+    """A retained graph gives the same gradients again; a released one, PyTorch's error; so does a changed operand."""
+    x, w, bias = operands(device)
+    y = triton_conv(x, w, bias, groups=2, backend="triton")
+    first = torch.autograd.grad(y.sum(), (x, w), retain_graph=True)
+    again = torch.autograd.grad(y.sum(), (x, w))
+    assert all(map(torch.equal, first, again))
+    with pytest.raises(RuntimeError, match="backward through the graph a second time"):
+        torch.autograd.grad(y.sum(), (x, w))
+    y = triton_conv(x, w, bias, groups=2, backend="triton")
+    with torch.no_grad():
+        w.add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        torch.autograd.grad(y.sum(), (x, w))
+
+
+def test_checkpointing(device):
+    x, w, bias = operands(device)
+    plain = torch.autograd.grad(triton_conv(x, w, bias, groups=2, backend="triton").sin().sum(), (x, w, bias))
+    y = torch.utils.checkpoint.checkpoint(
+        lambda *t: triton_conv(*t, groups=2, backend="triton").sin(), x, w, bias, use_reentrant=False
+    )
+    assert all(map(torch.equal, plain, torch.autograd.grad(y.sum(), (x, w, bias))))
+
+
+# --- Transforms ------------------------------------------------------------------------------------------------------
+
+
+def test_func_grad(device):
+    """Derivatives inside torch.func are F.conv2d's; forced kernels say so."""
+    tensors = [t.detach() for t in operands(device)]
+
+    def gradients(conv, *tensors):
+        return torch.func.grad(lambda *t: conv(*t).sin().sum(), argnums=(0, 1, 2))(*tensors)
+
+    found = gradients(lambda *t: triton_conv(*t, groups=2), *tensors)
+    expected = gradients(lambda *t: F.conv2d(*t, groups=2), *(t.double() for t in tensors))
+    for out, ref in zip(found, expected, strict=True):
+        assert close(out, ref)
+    with pytest.raises(NotImplementedError, match=r"torch\.func"):
+        gradients(lambda *t: triton_conv(*t, groups=2, backend="triton"), *tensors)
+
+
+@pytest.mark.parametrize("backend", ["auto", "triton"])
+def test_vmap(backend, device):
+    """Over inputs; over filters; over both: an ensemble of models."""
+    x, w = random(3, 2, 6, 6, 5, device=device), random(3, 4, 3, 3, 2, device=device, seed=1)
+    for dims, tensors in (((0, None), (x, w[0])), ((None, 0), (x[0], w)), ((0, 0), (x, w))):
+        found = torch.func.vmap(lambda x, w: triton_conv(x, w, groups=2, backend=backend), dims)(*tensors)
+        expected = torch.stack(
+            [
+                F.conv2d((x[i] if dims[0] == 0 else x[0]).double(), (w[i] if dims[1] == 0 else w[0]).double(), groups=2)
+                for i in range(3)
+            ]
+        )
+        assert close(found, expected)
+
+
+def test_per_sample_gradients(device):
+    x, w = random(3, 6, 6, 5, device=device), random(4, 3, 3, 2, device=device, seed=1)
+
+    def per_sample(conv, x, w):
+        return torch.func.vmap(torch.func.grad(lambda w, x: conv(x, w).sin().sum()), (None, 0))(w, x)
+
+    found = per_sample(lambda x, w: triton_conv(x, w, groups=2), x, w)
+    expected = per_sample(lambda x, w: F.conv2d(x, w, groups=2), x.double(), w.double())
+    assert close(found, expected)
+
+
+def test_forward_mode(device):
+    tensors = [t.detach() for t in operands(device)]
+    tangents = [torch.randn_like(t) for t in tensors]
+    found = torch.func.jvp(lambda *t: triton_conv(*t, groups=2), tuple(tensors), tuple(tangents))
+    expected = torch.func.jvp(
+        lambda *t: F.conv2d(*t, groups=2), tuple(t.double() for t in tensors), tuple(t.double() for t in tangents)
+    )
+    with torch.autograd.forward_ad.dual_level():
+        duals = [torch.autograd.forward_ad.make_dual(t, s) for t, s in zip(tensors, tangents, strict=True)]
+        dual = torch.autograd.forward_ad.unpack_dual(triton_conv(*duals, groups=2))
+    for out, ref in zip((*found, *dual), expected * 2, strict=True):
+        assert close(out, ref)
+
+
+class Recorded(torch.Tensor):
+    """A subclass that says which of torch's functions it passed through."""
+
+    seen: list = []  # noqa: RUF012 shared on purpose
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        cls.seen.append(func)
+        return super().__torch_function__(func, types, args, kwargs or {})
+
+
+def test_tensor_subclass(device):
+    x, w, bias = (t.detach() for t in operands(device))
+    Recorded.seen.clear()
+    y = triton_conv(x.as_subclass(Recorded), w, bias, groups=2, backend="triton")
+    assert type(y) is Recorded
+    assert Recorded.seen
+    assert close(y.as_subclass(torch.Tensor), cases.reference(x, w, bias, groups=2))
+
+
+def test_lazy_negation(device):
+    x, w, bias = (t.detach() for t in operands(device))
+    for a, b in ((torch._neg_view(x), w), (x, torch._neg_view(w))):
+        y = triton_conv(a, b, bias, groups=2, backend="triton")
+        assert close(y, cases.reference(a.resolve_neg(), b.resolve_neg(), bias, groups=2))
+
+
+def test_meta_tensors():
+    y = triton_conv(torch.empty(2, 8, 6, 6, device="meta"), torch.empty(8, 2, 3, 3, device="meta"), groups=4)
+    assert (y.shape, y.device.type) == ((2, 8, 4, 4), "meta")
+
+
+def test_public_names():
+    assert set(groupconv.__all__) == {"ConvProblem", "PassPlan", "Plan", "explain", "triton_conv"}
+    with contextlib.suppress(AttributeError):
+        assert groupconv.__version__
