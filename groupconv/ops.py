@@ -86,7 +86,9 @@ def _out_pixels(x_shape, w_shape, stride, padding, dilation):
 
 
 def _consistent(x: Tensor, w: Tensor, bias: Tensor | None) -> bool:
-    """Whether dtypes, devices and the bias's shape agree, as F.conv2d demands."""
+    """Whether dtypes, devices and the bias's shape agree, as F.conv2d demands, and all is dense."""
+    if any(t is not None and t.layout is not torch.strided for t in (x, w, bias)):
+        return False
     if x.dtype != w.dtype or x.device != w.device:
         return False
     return bias is None or (bias.dtype == x.dtype and bias.device == x.device and bias.shape == w.shape[:1])
@@ -96,8 +98,6 @@ def unsupported(x: Tensor, w: Tensor) -> str | None:
     """Why no kernel of ours can run on such tensors, on whatever device, or None."""
     if x.dtype not in DTYPES:
         return f"dtype {str(x.dtype).removeprefix('torch.')} has no kernels"
-    if x.layout is not torch.strided or w.layout is not torch.strided:
-        return f"layout {x.layout} has no kernels"
     return None
 
 
@@ -317,8 +317,9 @@ def conv2d(x, w, bias, stride, padding, dilation, groups, backend) -> Tensor:
         call = lookup(x, w, bias, stride, padding, dilation, groups, backend)
     else:
         call = None
-    if call is None or call.all_torch:
-        # A call that is not one gets PyTorch's own exception.
+    if call is None:
+        return _not_ours(x, w, bias, stride, padding, dilation, groups, backend)
+    if call.all_torch:
         return F.conv2d(x, w, bias, stride, padding, dilation, groups)
     if torch.is_grad_enabled() and (x.requires_grad or w.requires_grad or (bias is not None and bias.requires_grad)):
         return _ConvFunction.apply(x, w, bias, call)
@@ -330,10 +331,11 @@ def _eager(x, w, bias) -> bool:
     return (
         type(x) in PLAIN
         and type(w) in PLAIN
-        and (bias is None or type(bias) in PLAIN)
+        and (bias is None or (type(bias) in PLAIN and bias.layout is torch.strided))
         and not torch._C._len_torch_dispatch_stack()
         and torch._C._functorch.maybe_current_level() is None
         and torch.autograd.forward_ad._current_level < 0
+        and x.layout is w.layout is torch.strided
         and not (x.is_neg() or w.is_neg())
     )
 
@@ -371,7 +373,16 @@ def _dispatched(x, w, bias, stride, padding, dilation, groups, backend) -> Tenso
                 return y.squeeze(0) if unbatched else y
             if backend != "auto":
                 raise NotImplementedError(f"triton_conv: backend={backend!r} cannot run this convolution: {why_not}")
-    return F.conv2d(x, w, bias, stride, padding, dilation, groups)
+            return F.conv2d(x, w, bias, stride, padding, dilation, groups)
+    return _not_ours(x, w, bias, stride, padding, dilation, groups, backend)
+
+
+def _not_ours(x, w, bias, stride, padding, dilation, groups, backend) -> Tensor:
+    """A call that our checks refuse: PyTorch's own exception if it is a bad one, or else its result."""
+    y = F.conv2d(x, w, bias, stride, padding, dilation, groups)
+    if backend in ("auto", "torch"):
+        return y
+    raise NotImplementedError(f"triton_conv: backend={backend!r} cannot run this convolution: only F.conv2d takes it")
 
 
 def _known(tensor) -> bool:
