@@ -11,11 +11,12 @@ import math
 import torch
 import torch.nn.functional as F
 import triton
-from groupconv.kernels import implicit_gemm as general_kernels
+from torch import nn
 from torch._prims_common import suggest_memory_format
 
-from groupconv import launcher, ops
+from groupconv import launcher, ops, triton_conv
 from groupconv.algorithms import REGISTRY, implicit_gemm
+from groupconv.kernels import implicit_gemm as general_kernels
 from groupconv.problem import PASSES, ConvProblem
 
 INTERPRETED = launcher.interpreting(general_kernels.fprop_kernel)
@@ -23,6 +24,12 @@ MODES = {"fp32": torch.float32, "tf32": torch.float32, "fp16": torch.float16, "b
 RESULTS = {"fprop": "y", "dgrad": "dx", "wgrad": "dw"}
 GUARD = 256  # elements
 SENTINEL = 768.0  # exact in every type
+
+
+def set_precision(value: str) -> None:
+    """torch's setting for fp32 convolutions, "ieee" or "tf32". cuDNN's two settings must agree for older readers."""
+    torch.backends.cudnn.conv.fp32_precision = value
+    torch.backends.cudnn.rnn.fp32_precision = value
 
 
 def terms(problem: ConvProblem, pass_: str) -> int:
@@ -340,3 +347,31 @@ def runs(on, cases=CASES) -> list[tuple[Case, str, str]]:
         for name, algorithm in REGISTRY.items()
         if algorithm.supports(case.problem, pass_, on) is None
     ]
+
+
+# --- A model ---------------------------------------------------------------------------------------------------------
+
+
+class Bottleneck(nn.Module):
+    """A small ResNeXt bottleneck whose 3x3 convolution is ours."""
+
+    def __init__(self, channels=8, width=8, groups=4, backend="triton"):
+        super().__init__()
+        self.reduce, self.expand = nn.Conv2d(channels, width, 1, bias=False), nn.Conv2d(width, channels, 1, bias=False)
+        self.weight = nn.Parameter(torch.randn(width, width // groups, 3, 3) / 3)
+        self.norms = nn.ModuleList([nn.BatchNorm2d(n) for n in (width, width, channels)])
+        self.groups, self.backend = groups, backend
+
+    def forward(self, x):
+        y = self.norms[0](self.reduce(x)).relu()
+        y = self.norms[1](triton_conv(y, self.weight, padding=1, groups=self.groups, backend=self.backend)).relu()
+        return (x + self.norms[2](self.expand(y))).relu()
+
+
+def step(module, block, x):
+    """(output, gradient of x, gradients of parameters) of one step; `module` is the block, compiled or not."""
+    block.zero_grad()
+    x = x.detach().clone(memory_format=torch.preserve_format).requires_grad_()
+    y = module(x)
+    y.square().mean().backward()
+    return y.detach(), x.grad, *(p.grad.clone() for p in block.parameters())

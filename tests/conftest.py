@@ -14,6 +14,10 @@ else:
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when groupconv.kernels is imported
 
 
+def pytest_configure(config):
+    config.addinivalue_line("markers", "large: tensors of more than 2^31 elements, several gigabytes each")
+
+
 def pytest_collection_modifyitems(items):
     if not ON_GPU:
         for item in items:
@@ -47,7 +51,10 @@ def device():
 @pytest.fixture
 def ieee():
     """fp32 convolutions in fp32; PyTorch's own default is TF32."""
-    was = torch.backends.cudnn.conv.fp32_precision
-    torch.backends.cudnn.conv.fp32_precision = "ieee"
+    settings = torch.backends.cudnn.conv, torch.backends.cudnn.rnn  # older readers want the two equal
+    was = [setting.fp32_precision for setting in settings]
+    for setting in settings:
+        setting.fp32_precision = "ieee"
     yield
-    torch.backends.cudnn.conv.fp32_precision = was
+    for setting, value in zip(settings, was, strict=True):
+        setting.fp32_precision = value

@@ -10,7 +10,6 @@ import cases
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import nn
 from torch._subclasses import FakeTensorMode
 
 import groupconv
@@ -103,40 +102,15 @@ def test_operators_by_every_backend(view, w_view, backend, padding, device):
 # --- torch.compile ---------------------------------------------------------------------------------------------------
 
 
-class Bottleneck(nn.Module):
-    """A small ResNeXt bottleneck whose 3x3 convolution is ours."""
-
-    def __init__(self, channels=8, width=8, groups=4, backend="triton"):
-        super().__init__()
-        self.reduce, self.expand = nn.Conv2d(channels, width, 1, bias=False), nn.Conv2d(width, channels, 1, bias=False)
-        self.weight = nn.Parameter(torch.randn(width, width // groups, 3, 3) / 3)
-        self.norms = nn.ModuleList([nn.BatchNorm2d(n) for n in (width, width, channels)])
-        self.groups, self.backend = groups, backend
-
-    def forward(self, x):
-        y = self.norms[0](self.reduce(x)).relu()
-        y = self.norms[1](triton_conv(y, self.weight, padding=1, groups=self.groups, backend=self.backend)).relu()
-        return (x + self.norms[2](self.expand(y))).relu()
-
-
-def step(module, block, x):
-    """(output, gradient of x, gradients of parameters) of one step; `module` is the block, compiled or not."""
-    block.zero_grad()
-    x = x.detach().clone(memory_format=torch.preserve_format).requires_grad_()
-    y = module(x)
-    y.square().mean().backward()
-    return y.detach(), x.grad, *(p.grad.clone() for p in block.parameters())
-
-
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_compiled_block(dynamic, device):
     torch.manual_seed(0)
     torch._dynamo.reset()
-    block = Bottleneck().to(device)
+    block = cases.Bottleneck().to(device)
     compiled = torch.compile(block, fullgraph=True, backend="aot_eager", dynamic=dynamic)
     for batch in (2, 3) if dynamic else (2,):
         x = random(batch, 8, 5, 5, device=device, seed=batch, view="nhwc")
-        for out, ref in zip(step(compiled, block, x), step(block, block, x), strict=True):
+        for out, ref in zip(cases.step(compiled, block, x), cases.step(block, block, x), strict=True):
             assert (out - ref).norm() <= 1e-6 * ref.norm()
 
 
@@ -403,7 +377,7 @@ def test_fp32_precision_is_followed(device):
     """The plan computes fp32 as torch's setting for convolutions says, also when the setting changes between calls."""
     x, w = torch.empty(2, 8, 6, 6, device=device), torch.empty(8, 2, 3, 3, device=device)
     for precision, dtype in (("ieee", "fp32"), ("tf32", "tf32"), ("ieee", "fp32")):
-        torch.backends.cudnn.conv.fp32_precision = precision
+        cases.set_precision(precision)
         assert explain(x, w, groups=4, backend="triton").problem.dtype == dtype
         assert ops.lookup(x, w, None, 1, 0, 1, 4, "triton").problem.dtype == dtype
 

@@ -1,0 +1,329 @@
+"""What only a GPU can show: the planned configurations for real, guarded, in graphs, on streams, in large memory."""
+
+import dataclasses
+import math
+
+import cases
+import pytest
+import torch
+import torch.nn.functional as F
+
+from groupconv import configs, ops, triton_conv
+from groupconv.algorithms import REGISTRY
+from groupconv.problem import PASSES, ConvProblem
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.usefixtures("ieee"),
+    pytest.mark.filterwarnings("ignore:Using padding='same'"),
+]
+ON = cases.target("cuda" if torch.cuda.is_available() else "cpu")
+MODES_OF_SIZE = {2: ("fp16", "bf16"), 4: ("fp32", "tf32")}
+
+
+def random(*shape, dtype=torch.bfloat16, device="cuda", view="nhwc", seed=0):
+    values = torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(device, dtype)
+    return cases.lay_out(values, view) if len(shape) == 4 else values
+
+
+def layer(dtype=torch.bfloat16, device="cuda"):
+    """x, w and bias of a ResNeXt layer, and its keywords."""
+    x = random(8, 64, 28, 28, dtype=dtype, device=device)
+    w = random(64, 4, 3, 3, dtype=dtype, device=device, seed=1)
+    bias = random(64, dtype=dtype, device=device, seed=2)
+    return (x, w, bias), {"padding": 1, "groups": 16}
+
+
+def check_layer(y, grads, tensors, kwargs, dy):
+    """y, dx, dw, db of a bf16 layer against float64."""
+    leaves = [t.detach().double().requires_grad_() for t in tensors]
+    y64 = F.conv2d(*leaves, **kwargs)
+    for out, ref in zip((y, *grads), (y64, *torch.autograd.grad(y64, leaves, dy.double())), strict=True):
+        assert cases.error(out, ref) <= cases.bound("bf16", 1)
+
+
+# --- Named cases, as triton_conv plans them --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("backend", ["triton", "auto"])
+@pytest.mark.parametrize("case", [case for case in cases.CASES if case.tiles == "few"], ids=str)
+def test_case(case, backend):
+    given = cases.operands(case, "cuda")
+    p = cases.actual(case, given)
+    cases.set_precision("tf32" if p.dtype == "tf32" else "ieee")
+    x, w = given.x.requires_grad_(), given.w.requires_grad_()
+    leaves = [t for t in (x, w, given.bias) if t is not None]
+    if given.bias is not None:
+        given.bias.requires_grad_()
+    symmetric = p.pad[0] == p.pad[1] and p.pad[2] == p.pad[3]
+    for _ in range(2):  # the second time through the compiled kernels' own launchers
+        with cases.guarded():
+            if symmetric:
+                y = triton_conv(x, w, given.bias, p.stride, p.pad[::2], p.dilation, p.groups, backend=backend)
+            else:
+                y = torch.ops.groupconv.conv2d(x, w, given.bias, p.stride, p.pad, p.dilation, p.groups, backend)
+            found = torch.autograd.grad(y, leaves, given.dy)
+        expected = cases.references(p, given)
+        for out, pass_ in zip((y, *found), PASSES, strict=False):
+            assert cases.error(out, expected[pass_]) <= cases.bound(p.dtype, cases.terms(p, pass_)), pass_
+        if given.bias is not None:
+            assert cases.error(found[2], given.dy.double().sum((0, 2, 3))) <= cases.bound(p.dtype, p.out_pixels)
+        assert y.stride() == cases.format_strides(p.y_shape, x, w)
+        assert found[0].stride() == cases.format_strides(p.x_shape, x, w)
+
+
+# --- Everything shipped ----------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Shipped:
+    """A configuration that the library ships, with a problem of its class, small in batch and map."""
+
+    label: str
+    algorithm: str
+    pass_: str
+    config: tuple
+    problem: ConvProblem
+
+    def __str__(self) -> str:
+        return f"{self.label}-{self.pass_}-{self.problem}"
+
+
+def problem_of(default: configs.ModelledDefault, dtype: str, layout: str) -> ConvProblem:
+    """A problem whose GEMM has the most columns that the default is for."""
+    width = default.most_n // 9 if default.pass_ == "wgrad" else default.most_n
+    narrow = max(1, width // 2)
+    cin_g, cout_g = (narrow, width) if default.pass_ == "fprop" else (width, narrow)
+    return ConvProblem(4, 2 * cin_g, 14, 15, 2 * cout_g, 3, 3, (1, 1), (1, 1, 1, 1), (1, 1), 2, dtype, layout, layout)
+
+
+def problem_of_key(key: dict) -> ConvProblem:
+    """A problem of a measured entry's discrete class."""
+    groups = min(key["groups_bucket"], 8)
+    (kh, kw), dilation = key["k"], tuple(key["dilation"])
+    pad_h, pad_w = dilation[0] * (kh - 1) // 2, dilation[1] * (kw - 1) // 2
+    pad = (pad_h, pad_h, pad_w, pad_w)
+    return ConvProblem(
+        4, key["cin_g"] * groups, 14, 15, key["cout_g"] * groups, kh, kw, tuple(key["stride"]), pad, dilation, groups,
+        key["dtype"], key["layout"], key["layout"],
+    )  # fmt: skip
+
+
+def shipped() -> list[Shipped]:
+    found = []
+    for default in configs.modelled_defaults():
+        if default.only is not None and ON.arch_name not in default.only:
+            continue
+        for dtype in MODES_OF_SIZE[default.element_bytes]:
+            for layout in ("nhwc", "nchw"):
+                problem = problem_of(default, dtype, layout)
+                config = tuple(default.config.items())
+                found.append(Shipped(f"modelled{default.most_n}", default.algorithm, default.pass_, config, problem))
+    for file in configs.device_files(ON.slug):
+        for i, entry in enumerate(file.entries):
+            problem, config = problem_of_key(entry.key), tuple(entry.config.items())
+            found.append(Shipped(f"measured{i}", entry.algorithm, entry.key["pass"], config, problem))
+    return found
+
+
+@pytest.mark.parametrize("entry", shipped(), ids=str)
+def test_shipped_configuration(entry):
+    problem, pass_ = entry.problem, entry.pass_
+    given = cases.operands(cases.Case(problem, problem.layout, problem.layout, problem.layout), "cuda")
+    strides = given.strides(problem)
+    run = REGISTRY[entry.algorithm].prepare(problem, pass_, dict(entry.config), ON, strides)
+    outs = []
+    for _ in range(2):
+        with cases.guarded():
+            outs.append(run(*given.of(pass_)))
+    expected = cases.references(problem, given)[pass_]
+    assert cases.error(outs[0], expected) <= cases.bound(problem.dtype, cases.terms(problem, pass_))
+    assert torch.equal(*outs)
+
+
+# --- Repeatability ---------------------------------------------------------------------------------------------------
+
+
+def test_repeatable():
+    """Value and gradients to the last bit, twenty times, with splits enough to race."""
+    x = random(32, 64, 56, 56).requires_grad_()
+    w = random(64, 4, 3, 3, seed=1).requires_grad_()
+    dy = random(32, 64, 56, 56, seed=2)
+
+    def once():
+        y = triton_conv(x, w, padding=1, groups=16, backend="triton")
+        return y, *torch.autograd.grad(y, (x, w), dy)
+
+    first = once()
+    assert all(t.isfinite().all() for t in first)
+    for _ in range(20):
+        assert all(map(torch.equal, first, once()))
+
+
+# --- Graphs, streams, devices, threads -------------------------------------------------------------------------------
+
+
+def test_cuda_graph():
+    """Forward and backward captured once and replayed on other data."""
+    tensors, kwargs = layer()
+    static = [t.clone(memory_format=torch.preserve_format).requires_grad_() for t in tensors]
+    dy = random(8, 64, 28, 28, seed=3)
+
+    def step():
+        y = triton_conv(*static, **kwargs, backend="triton")
+        return y, *torch.autograd.grad(y, static, dy)
+
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        step()  # compiles
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    for seed in (10, 20):
+        with torch.no_grad():
+            for i, t in enumerate(static):
+                t.copy_(random(*t.shape, seed=seed + i, view="nchw"))
+        graph.replay()
+        torch.cuda.synchronize()
+        check_layer(captured[0], captured[1:], static, kwargs, dy)
+        assert all(map(torch.equal, captured, step()))
+
+
+def test_side_stream():
+    """Kernels run on the current stream: behind the copy that makes their operands, on a stream that is busy."""
+    tensors, kwargs = layer()
+    dy = random(8, 64, 28, 28, seed=3)
+    warm = triton_conv(*(t.clone().requires_grad_() for t in tensors), **kwargs, backend="triton")
+    assert warm.shape == dy.shape
+    late = [torch.empty_like(t).requires_grad_() for t in tensors]  # full of NaN
+    torch.cuda.synchronize()
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        torch.cuda._sleep(200_000_000)
+        with torch.no_grad():
+            for target, t in zip(late, tensors, strict=True):
+                target.copy_(t)
+        y = triton_conv(*late, **kwargs, backend="triton")
+        grads = torch.autograd.grad(y, late, dy)
+    side.synchronize()
+    check_layer(y, grads, tensors, kwargs, dy)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="fewer than two GPUs")
+def test_second_device():
+    """Tensors on a device that is not the current one."""
+    with torch.cuda.device(0):
+        tensors, kwargs = layer(device="cuda:1")
+        leaves = [t.requires_grad_() for t in tensors]
+        dy = random(8, 64, 28, 28, seed=3, device="cuda:1")
+        y = triton_conv(*leaves, **kwargs, backend="triton")
+        grads = torch.autograd.grad(y, leaves, dy)
+        assert {t.device.index for t in (y, *grads)} == {1}
+        assert torch.cuda.current_device() == 0
+    check_layer(y, grads, tensors, kwargs, dy)
+
+
+def test_operands_on_two_devices():
+    """The exception of F.conv2d."""
+    (x, w, _), kwargs = layer()
+    with pytest.raises(RuntimeError) as expected:
+        F.conv2d(x, w.cpu(), **kwargs)
+    with pytest.raises(RuntimeError) as found:
+        triton_conv(x, w.cpu(), **kwargs, backend="triton")
+    assert str(found.value) == str(expected.value)
+
+
+# --- Large memory ----------------------------------------------------------------------------------------------------
+
+IMAGES, CHANNELS, SIDE, GROUPS = 34, 64, 1000, 16  # 2.18e9 elements
+
+
+@pytest.mark.large
+@pytest.mark.usefixtures("unpoisoned_memory")
+@pytest.mark.parametrize("memory_format", [torch.channels_last, torch.contiguous_format], ids=str)
+def test_more_than_two_to_the_31_elements(memory_format):
+    """x, y, dx and dy with offsets past 2^31: the first and last images against float64, and all of dw."""
+    shape = (IMAGES, CHANNELS, SIDE, SIDE)
+    assert math.prod(shape) > 2**31
+    ends = [0, IMAGES - 1]
+    kwargs = {"padding": 1, "groups": GROUPS}
+    x = torch.zeros(shape, dtype=torch.bfloat16, device="cuda").contiguous(memory_format=memory_format)
+    dy = torch.zeros_like(x)
+    for i in ends:
+        x[i].normal_()
+        dy[i].normal_()
+    w = random(CHANNELS, CHANNELS // GROUPS, 3, 3).requires_grad_()
+    x.requires_grad_()
+    y = triton_conv(x, w, **kwargs, backend="triton")
+    dx, dw = torch.autograd.grad(y, (x, w), dy)
+    assert y.is_contiguous(memory_format=memory_format)
+    dw64 = torch.zeros_like(w, dtype=torch.float64)
+    for i in ends:
+        y64, dx64, part = cases.reference(x[i : i + 1], w, None, 1, (1, 1, 1, 1), 1, GROUPS, dy[i : i + 1])
+        assert cases.error(y[i : i + 1], y64) <= cases.bound("bf16", 1)
+        assert cases.error(dx[i : i + 1], dx64) <= cases.bound("bf16", 1)
+        dw64 += part
+    assert cases.error(dw, dw64) <= cases.bound("bf16", 1)
+    assert not y[1:-1].any()
+    assert not dx[1:-1].any()
+
+
+# --- torch.compile ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("backend", ["triton", "auto"])
+def test_inductor(backend):
+    """A training step of a block compiled by inductor against the same step in eager mode."""
+    torch.manual_seed(0)
+    torch._dynamo.reset()
+    block = cases.Bottleneck(64, 64, 16, backend).cuda()
+    compiled = torch.compile(block, fullgraph=True)
+    for batch in (4, 6):
+        x = random(batch, 64, 14, 14, dtype=torch.float32, seed=batch)
+        for out, ref in zip(cases.step(compiled, block, x), cases.step(block, block, x), strict=True):
+            assert (out - ref).norm() <= 1e-5 * ref.norm()
+
+
+def test_inductor_cuda_graphs():
+    torch._dynamo.reset()
+    tensors, kwargs = layer()
+    compiled = torch.compile(
+        lambda *t: triton_conv(*t, **kwargs, backend="triton").relu(), fullgraph=True, mode="reduce-overhead"
+    )
+    with torch.no_grad():
+        expected = triton_conv(*tensors, **kwargs, backend="triton").relu()
+        for _ in range(4):
+            torch.compiler.cudagraph_mark_step_begin()
+            assert torch.equal(compiled(*tensors).clone(), expected)
+
+
+# --- The host's side -------------------------------------------------------------------------------------------------
+
+
+def test_no_synchronisation():
+    """A call, forward and backward, never waits for the GPU once its kernels are compiled."""
+    tensors, kwargs = layer()
+    leaves = [t.requires_grad_() for t in tensors]
+    dy = random(8, 64, 28, 28, seed=3)
+
+    def step():
+        y = triton_conv(*leaves, **kwargs, backend="triton")
+        return torch.autograd.grad(y, leaves, dy)
+
+    expected = step()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        found = step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert all(map(torch.equal, found, expected))
+
+
+def test_a_plan_is_made_once():
+    tensors, kwargs = layer()
+    ops.reset()
+    for _ in range(3):
+        triton_conv(*tensors, **kwargs, backend="triton")
+    assert len(ops._CALLS) == 1

@@ -1,0 +1,142 @@
+"""Properties that hold for any valid convolution, and for any shape and strides."""
+
+import itertools
+import math
+
+import cases
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from groupconv import triton_conv
+from groupconv.problem import bucket, dense_strides, output_size, suggests_channels_last
+
+pytestmark = [pytest.mark.usefixtures("ieee"), pytest.mark.filterwarnings("ignore:Using padding='same'")]
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+# The fixtures set up modes of PyTorch, the same for every example.
+fixed = settings(
+    derandomize=True, deadline=None, database=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+MODES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
+
+
+@st.composite
+def convolutions(draw):
+    """(shapes of x and w, keywords) of a valid convolution."""
+    kernel = draw(st.tuples(st.integers(1, 5), st.integers(1, 4)))
+    dilation = draw(st.tuples(st.integers(1, 3), st.integers(1, 4)))
+    stride = draw(st.one_of(st.just((1, 1)), st.tuples(st.integers(1, 4), st.integers(1, 5))))
+    padding = draw(st.one_of(st.tuples(st.integers(0, 4), st.integers(0, 3)), st.sampled_from(["same", "valid"])))
+    if padding == "same":
+        stride = (1, 1)
+    both = (0, 0) if isinstance(padding, str) else padding
+    spans = [d * (k - 1) + 1 for k, d in zip(kernel, dilation, strict=True)]
+    least = [1 if padding == "same" else max(1, span - 2 * p) for span, p in zip(spans, both, strict=True)]
+    hw = [size + draw(st.integers(0, 6)) for size in least]
+    groups = draw(st.sampled_from([1, 2, 3, 4]))
+    cin_g, cout_g = draw(st.integers(1, 20)), draw(st.integers(1, 20))
+    x_shape, w_shape = (draw(st.integers(1, 3)), groups * cin_g, *hw), (groups * cout_g, cin_g, *kernel)
+    return x_shape, w_shape, {"stride": stride, "padding": padding, "dilation": dilation, "groups": groups}
+
+
+@settings(fixed, max_examples=40)
+@given(
+    convolutions(),
+    st.sampled_from(list(MODES)),
+    st.sampled_from(cases.VIEWS),
+    st.sampled_from(cases.VIEWS),
+    st.sampled_from((*cases.VIEWS, "expanded")),
+    st.booleans(),
+    st.integers(0, 2**32 - 1),
+)
+def test_any_convolution(convolution, dtype, x_view, w_view, dy_view, with_bias, seed):
+    x_shape, w_shape, kwargs = convolution
+    generator = torch.Generator().manual_seed(seed)
+
+    def random(shape, view):
+        values = torch.randn(shape, generator=generator).to(DEVICE, dtype)
+        return values.flatten()[0].expand(shape) if view == "expanded" else cases.lay_out(values, view)
+
+    x, w = random(x_shape, x_view).requires_grad_(), random(w_shape, w_view).requires_grad_()
+    bias = torch.randn(w_shape[0], generator=generator).to(DEVICE, dtype).requires_grad_() if with_bias else None
+    leaves = [t for t in (x, w, bias) if t is not None]
+    leaves64 = [t.detach().double().requires_grad_() for t in leaves]
+    y64 = F.conv2d(*leaves64, **kwargs)
+    dy = random(y64.shape, dy_view)
+    expected = torch.autograd.grad(y64, leaves64, dy.double())
+
+    with cases.guarded():
+        y = triton_conv(x, w, bias, **kwargs, backend="triton")
+        found = torch.autograd.grad(y, leaves, dy)
+
+    taps, pixels = math.prod(w_shape[2:]), y.numel() // w_shape[0]
+    lengths = (w_shape[1] * taps, w_shape[0] // kwargs["groups"] * taps, pixels, pixels)
+    for out, ref, length in zip((y, *found), (y64, *expected), lengths, strict=False):
+        assert cases.error(out, ref) <= cases.bound(MODES[dtype], length)
+    assert y.stride() == cases.format_strides(y.shape, x, w)
+    assert found[0].stride() == cases.format_strides(x.shape, x, w)
+
+
+@st.composite
+def shapes_and_strides(draw):
+    """4-D shapes with strides that are nearly, or exactly, those of some dense layout."""
+    shape = draw(st.tuples(*[st.sampled_from([0, 1, 1, 2, 3, 5])] * 4))
+    strides, least = [0] * 4, 1
+    for axis in draw(st.permutations(range(4))):
+        strides[axis] = least
+        least *= max(1, shape[axis]) * draw(st.sampled_from([1, 1, 1, 2]))
+    for axis in range(4):
+        if draw(st.integers(0, 5)) == 0:
+            strides[axis] = draw(st.integers(0, 40))
+    return shape, tuple(strides)
+
+
+@settings(fixed, max_examples=2000)
+@given(shapes_and_strides())
+def test_channels_last_as_pytorch_sees_it(given_):
+    shape, strides = given_
+    t = torch.empty_strided(shape, strides, device="meta")
+    assert suggests_channels_last(shape, strides) == cases.is_channels_last(t)
+
+
+def test_channels_last_of_every_small_dense_layout():
+    for shape in itertools.product((1, 2, 3), repeat=4):
+        for order in itertools.permutations(range(4)):
+            t = torch.empty([shape[axis] for axis in order], device="meta")
+            t = t.permute([order.index(axis) for axis in range(4)])
+            assert t.shape == shape
+            assert suggests_channels_last(t.shape, t.stride()) == cases.is_channels_last(t)
+
+
+@settings(fixed, max_examples=300)
+@given(st.tuples(st.integers(0, 6), *[st.integers(1, 6)] * 3))
+def test_dense_strides(shape):
+    """Of any batch, the empty one too; there is no convolution of no channels or pixels."""
+    for channels_last, memory_format in ((True, torch.channels_last), (False, torch.contiguous_format)):
+        t = torch.empty(shape, device="meta", memory_format=memory_format)
+        assert dense_strides(shape, channels_last) == t.stride()
+
+
+@settings(fixed, max_examples=500)
+@given(st.integers(1, 2**40))
+def test_bucket_is_the_nearest_power_of_two(value):
+    found = bucket(value)
+    assert found & (found - 1) == 0
+    assert found**2 <= 2 * value**2 <= 4 * found**2  # within half a power of two
+    assert bucket(found) == found
+    assert bucket(value) <= bucket(value + 1)
+
+
+@settings(fixed, max_examples=200)
+@given(convolutions())
+def test_output_size(convolution):
+    x_shape, w_shape, kwargs = convolution
+    y = F.conv2d(torch.empty(x_shape, device="meta"), torch.empty(w_shape, device="meta"), **kwargs)
+    for axis in (0, 1):
+        span = kwargs["dilation"][axis] * (w_shape[2 + axis] - 1)
+        padding = kwargs["padding"]
+        pad = {"same": span, "valid": 0}[padding] if isinstance(padding, str) else 2 * padding[axis]
+        size = output_size(x_shape[2 + axis], w_shape[2 + axis], kwargs["stride"][axis], pad, kwargs["dilation"][axis])
+        assert size == y.shape[2 + axis]
