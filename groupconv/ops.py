@@ -293,6 +293,10 @@ class _ConvFunction(torch.autograd.Function):
         return *(next(found) if needed else None for needed in mask), None
 
 
+# Function.apply first unwraps torch.func's dead wrappers, which plain tensors are not: a quarter of its time.
+_apply_function = super(torch.autograd.Function, _ConvFunction).apply
+
+
 def _op_args(problem: ConvProblem) -> ConvArgs:
     return ConvArgs(problem.stride, problem.pad, problem.dilation, problem.groups)
 
@@ -322,7 +326,7 @@ def conv2d(x, w, bias, stride, padding, dilation, groups, backend) -> Tensor:
     if call.all_torch:
         return F.conv2d(x, w, bias, stride, padding, dilation, groups)
     if torch.is_grad_enabled() and (x.requires_grad or w.requires_grad or (bias is not None and bias.requires_grad)):
-        return _ConvFunction.apply(x, w, bias, call)
+        return _apply_function(x, w, bias, call)
     return call.forward(x, w, bias)
 
 

