@@ -170,15 +170,15 @@ def apart(values: torch.Tensor, batch_stride: int) -> torch.Tensor:
     return storage.as_strided(values.shape, (batch_stride, h * w, w, 1)).copy_(values)
 
 
-FAR = ConvProblem(2, 8, 6, 5, 8, 3, 3, pad=(1, 1, 1, 1), groups=2, dtype="fp16", layout="nchw", out_layout="nchw")
+FAR = ConvProblem(3, 8, 6, 5, 8, 3, 3, pad=(1, 1, 1, 1), groups=2, dtype="fp16", layout="nchw", out_layout="nchw")
 
 
 @pytest.mark.usefixtures("unpoisoned_memory")
 @pytest.mark.parametrize(("case", "pass_", "name"), cases.runs(ON, [cases.Case(FAR, "nchw", "nchw", "nchw")]), ids=str)
 def test_offsets_past_two_to_the_31(case, pass_, name, device):
-    """x (fprop, wgrad) and dy (dgrad) whose second image starts past 2^31 elements."""
+    """x (fprop, wgrad) and dy (dgrad) whose last image starts past 2^31 elements, by a stride that fits int32."""
     given, algorithm = cases.operands(case, device), REGISTRY[name]
-    far = apart(given.dy if pass_ == "dgrad" else given.x, 2**31 + 4096)
+    far = apart(given.dy if pass_ == "dgrad" else given.x, 2**30 + 4096)
     operands = {"fprop": (far, given.w, None), "dgrad": (far, given.w), "wgrad": (given.dy, far)}[pass_]
     strides = given.strides(FAR) | {"dy" if pass_ == "dgrad" else "x": far.stride()}
     config = cases.config(algorithm, FAR, pass_, ON, "few")

@@ -75,10 +75,10 @@ def _splits(problem: ConvProblem, config: dict, target: Target) -> tuple[int, in
     tiles = math.ceil(m / config["BLOCK_M"]) * math.ceil(n / config["BLOCK_N"]) * problem.groups
     wanted = math.ceil(2 * target.multiprocessors * _resident(config, problem, target) / tiles)
     affordable = max(1, problem.min_bytes("wgrad") // (4 * 4 * problem.params))
-    steps = math.ceil(k / config["BLOCK_K"])
+    steps = max(1, math.ceil(k / config["BLOCK_K"]))
     splits = max(1, min(wanted, affordable, steps // 8, MOST_SPLITS))
     chunk = math.ceil(steps / splits) * config["BLOCK_K"]
-    return math.ceil(k / chunk), chunk
+    return max(1, math.ceil(k / chunk)), chunk
 
 
 def tiling(problem: ConvProblem, pass_: str, config: dict, target: Target) -> Tiling:

@@ -19,13 +19,15 @@ def backward(problem, dy, x, w, need_x: bool, need_w: bool):
         dy, padded, w, None, problem.stride, padding, problem.dilation, False, (0, 0), problem.groups, mask
     )
     if need_x and padded is not x:
-        dx = dx[..., : problem.h_in, : problem.w_in]
+        above, before = problem.pad[0] - padding[0], problem.pad[2] - padding[1]
+        dx = dx[..., above : above + problem.h_in, before : before + problem.w_in]
     return dx, dw
 
 
 def _symmetric(problem, x):
-    """x with the part of its padding that is on one side only, and the padding that is left: F.conv2d's own way."""
+    """x with what one side's padding has more than the other's put there, and the padding that is left."""
     top, bottom, left, right = problem.pad
-    if (top, left) == (bottom, right):
-        return x, (top, left)
-    return F.pad(x, (0, right - left, 0, bottom - top)), (top, left)
+    h, w = min(top, bottom), min(left, right)
+    if top == bottom and left == right:
+        return x, (h, w)
+    return F.pad(x, (left - w, right - w, top - h, bottom - h)), (h, w)
