@@ -50,13 +50,14 @@ class StubDriver:
     def __init__(self, target: devices.Target):
         self.target = target
         self.utils = _Utils(target)
+        # A number for each target: kernels remember what they compiled by device number.
+        self.number = 1 + list(devices.BY_SLUG).index(target.slug)
 
     def is_active(self):
         return True
 
     def get_current_device(self):
-        # A number for each target: kernels remember what they compiled by device number.
-        return 1 + list(devices.BY_SLUG).index(self.target.slug)
+        return self.number
 
     def set_current_device(self, device):
         pass

@@ -18,21 +18,24 @@ from .. import ops, stub_driver
 from ..api import triton_conv
 
 REPEATS, CALLS = 30, 200
+LAYERS = 10  # of a chain: the engine is entered once for a whole network, not once a layer
 
 
 class _Nothing(torch.autograd.Function):
-    """What an autograd.Function costs that does nothing."""
+    """What an autograd.Function costs that computes nothing: it allocates its results."""
 
     @staticmethod
-    def forward(ctx, x, w, bias, call):
-        return x.new_empty(1)
+    def forward(ctx, x, w, bias):
+        ctx.save_for_backward(x, w)
+        return torch.empty_like(x)
 
     @staticmethod
-    def backward(ctx, grad):
-        return None, None, None, None
+    def backward(ctx, dy):
+        x, w = ctx.saved_tensors
+        return torch.empty_like(x), torch.empty_like(w), dy.new_empty(w.shape[:1])
 
 
-def microseconds(call: Callable[[], object], synchronize: Callable[[], None]) -> float:
+def microseconds(call: Callable[[], object], synchronize: Callable[[], object], calls: int = CALLS) -> float:
     """The mean host time of a call, in the repeat that the machine disturbed least."""
     for _ in range(20):
         call()
@@ -40,9 +43,9 @@ def microseconds(call: Callable[[], object], synchronize: Callable[[], None]) ->
     for _ in range(REPEATS):
         synchronize()
         start = time.perf_counter()
-        for _ in range(CALLS):
+        for _ in range(calls):
             call()
-        times.append((time.perf_counter() - start) / CALLS * 1e6)
+        times.append((time.perf_counter() - start) / calls * 1e6)
     synchronize()
     return min(times)
 
@@ -54,32 +57,31 @@ def measure(device: str) -> dict[str, float]:
     x = torch.randn(2, 32, 8, 8, **options).contiguous(memory_format=torch.channels_last)
     w = torch.randn(32, 4, 3, 3, **options).contiguous(memory_format=torch.channels_last)
     bias = torch.randn(32, **options)
-    found = {
-        "plan lookup": microseconds(lambda: ops.lookup(x, w, bias, 1, 1, 1, 8, "triton"), synchronize),
-        "autograd.Function that does nothing": 0.0,
+    arguments = (w, bias, 1, 1, 1, 8)
+    providers = {
+        "triton_conv": lambda x: triton_conv(x, *arguments, backend="triton"),
+        "autograd.Function that computes nothing": lambda x: _Nothing.apply(x, w, bias),
     }
-
-    def ours():
-        return triton_conv(x, w, bias, 1, 1, 1, 8, backend="triton")
-
-    def theirs():
-        return F.conv2d(x, w, bias, 1, 1, 1, 8)
-
-    providers = {"triton_conv": ours, "F.conv2d": theirs} if device == "cuda" else {"triton_conv": ours}
+    if device == "cuda":
+        providers["F.conv2d"] = lambda x: F.conv2d(x, *arguments)
+    found = {"plan lookup": microseconds(lambda: ops.lookup(x, *arguments, "triton"), synchronize)}
     with torch.no_grad():
         for name, call in providers.items():
-            found[f"{name}, forward without gradients"] = microseconds(call, synchronize)
-    for tensor in (x, w, bias):
-        tensor.requires_grad_()
-    found["autograd.Function that does nothing"] = microseconds(lambda: _Nothing.apply(x, w, bias, None), synchronize)
+            found[f"{name}: forward without gradients"] = microseconds(lambda call=call: call(x), synchronize)
+    leaves = [tensor.requires_grad_() for tensor in (x, w, bias)]
     for name, call in providers.items():
-        grad = torch.randn_like(call())
-        found[f"{name}, forward"] = microseconds(call, synchronize)
+        dy = torch.randn_like(call(x))
+        found[f"{name}: forward"] = microseconds(lambda call=call: call(x), synchronize)
 
-        def step(call=call, grad=grad):
-            return torch.autograd.grad(call(), (x, w, bias), grad)
+        def step(layers, call=call, dy=dy):
+            y = x
+            for _ in range(layers):
+                y = call(y)
+            return torch.autograd.grad(y, leaves, dy)
 
-        found[f"{name}, forward and backward"] = microseconds(step, synchronize)
+        found[f"{name}: forward and backward"] = microseconds(lambda step=step: step(1), synchronize)
+        chain = microseconds(lambda step=step: step(LAYERS), synchronize, calls=CALLS // LAYERS)
+        found[f"{name}: forward and backward, a layer of {LAYERS}"] = chain / LAYERS
     return found
 
 
@@ -91,7 +93,7 @@ def main() -> int:
     where = torch.cuda.get_device_name() if device == "cuda" else "no GPU: launches run nothing"
     print(f"host time a call, us ({where}; torch {torch.__version__})")
     for name, time_us in found.items():
-        print(f"  {name:45} {time_us:7.1f}")
+        print(f"  {name:75} {time_us:7.1f}")
     return 0
 
 

@@ -14,10 +14,6 @@ else:
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when groupconv.kernels is imported
 
 
-def pytest_configure(config):
-    config.addinivalue_line("markers", "large: tensors of more than 2^31 elements, several gigabytes each")
-
-
 def pytest_collection_modifyitems(items):
     if not ON_GPU:
         for item in items:
