@@ -60,7 +60,6 @@ def check_png(path: pathlib.Path):
     assert pixels[..., :3].std() > 0.05
 
 
-@pytest.mark.slow
 def test_quick_report(tmp_path):
     folder = tmp_path / "out"
     folder.mkdir()
