@@ -35,7 +35,7 @@ class Tiling:
 
     programs: of the grid. matrix_flops: done on the matrix unit, padding included. l2_bytes: asked of L2, whole
     32-byte sectors. loads: global load instructions of one thread each. dram_bytes: what must move, workspaces too.
-    warps: of a program. resident: programs that fit a multiprocessor at once. launches: kernels.
+    resident: programs that fit a multiprocessor at once. launches: kernels.
     """
 
     programs: int
@@ -43,7 +43,6 @@ class Tiling:
     l2_bytes: float
     loads: float
     dram_bytes: float
-    warps: int
     resident: int
     launches: int = 1
 
@@ -72,9 +71,9 @@ def estimate(problem: ConvProblem, tiling: Tiling, target: Target) -> Estimate:
     return Estimate(parts[bound] * idle + LAUNCH_US * tiling.launches, bound)
 
 
-# PyTorch's time over the floor where nobody measured it: (narrow up to 32, wide), by pass. A prior, to decide what
-# "auto" does before a measurement does: cuDNN is near the floor for wide groups and several times above it for narrow
-# ones; PyTorch's depthwise wgrad re-reads its input for every tap.
+# PyTorch's time over the floor where nobody measured it, by group width (narrow: up to 32) and pass. A prior, to decide
+# what "auto" does before a measurement does: cuDNN is near the floor for wide groups and several times above it for
+# narrow ones; PyTorch's depthwise wgrad re-reads its input for every tap.
 TORCH_OVER_FLOOR = {
     "depthwise": {"fprop": 2.5, "dgrad": 2.5, "wgrad": 6.0},
     "narrow": {"fprop": 4.0, "dgrad": 4.0, "wgrad": 5.0},

@@ -551,7 +551,7 @@ torch.library.register_vmap("groupconv::conv2d", _conv2d_vmap, lib=_LIBRARY)
 torch.library.register_vmap("groupconv::conv2d_backward", _conv2d_backward_vmap, lib=_LIBRARY)
 
 
-def _register_autocast(kind: str, key: str) -> None:
+def _register_autocast(key: str) -> None:
     without = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))
 
     def conv2d_autocast(x, w, bias, *args):
@@ -562,5 +562,5 @@ def _register_autocast(kind: str, key: str) -> None:
     _LIBRARY.impl("conv2d", conv2d_autocast, key)
 
 
-for _kind, _dispatch_key in (("cuda", "AutocastCUDA"), ("cpu", "AutocastCPU")):
-    _register_autocast(_kind, _dispatch_key)
+for _autocast_key in ("AutocastCUDA", "AutocastCPU"):
+    _register_autocast(_autocast_key)

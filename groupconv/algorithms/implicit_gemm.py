@@ -113,7 +113,6 @@ def tiling(problem: ConvProblem, pass_: str, config: dict, target: Target) -> Ti
         l2_bytes=l2 + partials,
         loads=loads,
         dram_bytes=problem.min_bytes(pass_) + partials,
-        warps=config["num_warps"],
         resident=_resident(config, problem, target),
         launches=2 if pass_ == "wgrad" else 1,
     )
