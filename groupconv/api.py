@@ -91,7 +91,7 @@ def explain(
         F.conv2d(input, weight, bias, stride, padding, dilation, groups)
         raise NotImplementedError("explain: F.conv2d takes this call, but no plan describes it")
     # A named target is planned for wherever the tensors are.
-    why_not = ops.refusal(x, weight, backend) if target is None else ops.unsupported(x, weight)
+    why_not = ops.refusal(x, backend) if target is None else ops.unsupported(x)
     return dispatch.plan(
         ops.make_problem(x, weight, bias is not None, args),
         devices.named(target) if target is not None else ops.target_of(x.device),

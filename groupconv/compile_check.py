@@ -107,12 +107,12 @@ def run(job: Job) -> Outcome:
     if lack is not None:
         return Outcome(job, None, (), excluded=lack)
     try:
-        used = compile_pass(job.problem, job.pass_, job.default.algorithm, job.default.config, job.target)[0]
+        kernels = compile_pass(job.problem, job.pass_, job.default.algorithm, job.default.config, job.target)
     except Exception as error:  # whatever the compiler raises is the finding
         return Outcome(job, None, (f"{type(error).__name__}: {str(error).splitlines()[0]}",))
-    faults = []
-    if used.spill_bytes:
-        faults.append(f"{used.spill_bytes} bytes of spills")
+    used, faults = kernels[0], []
+    if spills := sum(kernel.spill_bytes for kernel in kernels):
+        faults.append(f"{spills} bytes of spills")
     if used.shared_bytes > target.shared_bytes:
         faults.append(f"{used.shared_bytes} bytes of shared memory of {target.shared_bytes}")
     if job.problem.dtype in ("fp16", "bf16") and not used.matrix_count:

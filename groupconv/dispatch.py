@@ -17,8 +17,9 @@ class PassPlan:
     """What one pass does.
 
     algorithm: a name of the registry, or "torch" for F.conv2d. source: where the choice came from: "exact" or
-    "nearest" (a measurement of this device), "modelled", "forced" (by `backend`) or "fallback". Times in
-    microseconds; time_source says of what they are: "measured" or "modelled".
+    "nearest" (a measurement of this device), "modelled", "forced" (by `backend`) or "fallback". time_us is that of the
+    best algorithm of ours, torch_time_us that of F.conv2d, whichever is taken; time_source says whether they are
+    "measured" or "modelled".
     """
 
     pass_: str

@@ -94,16 +94,16 @@ def _consistent(x: Tensor, w: Tensor, bias: Tensor | None) -> bool:
     return bias is None or (bias.dtype == x.dtype and bias.device == x.device and bias.shape == w.shape[:1])
 
 
-def unsupported(x: Tensor, w: Tensor) -> str | None:
+def unsupported(x: Tensor) -> str | None:
     """Why no kernel of ours can run on such tensors, on whatever device, or None."""
     if x.dtype not in DTYPES:
         return f"dtype {str(x.dtype).removeprefix('torch.')} has no kernels"
     return None
 
 
-def refusal(x: Tensor, w: Tensor, backend: str) -> str | None:
+def refusal(x: Tensor, backend: str) -> str | None:
     """Why no kernel of ours may run on these tensors where they are, or None."""
-    why_not = unsupported(x, w)
+    why_not = unsupported(x)
     if why_not is not None or x.device.type == "cuda":
         return why_not
     interpreted = launcher.interpreting(general_kernels.fprop_kernel)
@@ -147,8 +147,11 @@ def _aligned(tensor: Tensor | None):
 class Call:
     """A planned convolution with its launches: what all calls of one key share."""
 
-    def __init__(self, problem: ConvProblem, plan: dispatch.Plan, x: Tensor, w: Tensor, bias: Tensor | None):
-        self.problem, self.plan = problem, plan
+    def __init__(
+        self, problem: ConvProblem, plan: dispatch.Plan, args: ConvArgs, backend: str,
+        x: Tensor, w: Tensor, bias: Tensor | None,
+    ):  # fmt: skip
+        self.problem, self.plan, self.args, self.backend = problem, plan, args, backend
         self.device = x.device.index if x.device.type == "cuda" else None
         self.strides = {
             "x": x.stride(),
@@ -250,10 +253,7 @@ def lookup(x: Tensor, w: Tensor, bias: Tensor | None, stride, padding, dilation,
         args = normalise(x.shape, w.shape, stride, padding, dilation, groups)
         if args is None or not _consistent(x, w, bias):
             return None
-        call = _plan_call(x, w, bias, args, backend)
-        if len(_CALLS) >= MOST_CALLS:
-            _CALLS.clear()
-        _CALLS[key] = call
+        call = _plan_call(key, x, w, bias, args, backend)
     return call
 
 
@@ -263,9 +263,14 @@ def _normalised_types(stride, padding, dilation, groups):
     return None if None in pairs or not _is_int(groups) else (*pairs, groups)
 
 
-def _plan_call(x, w, bias, args: ConvArgs, backend: str) -> Call:
+def _plan_call(key: tuple, x, w, bias, args: ConvArgs, backend: str) -> Call:
+    """The call of a new key, planned and kept."""
     problem = make_problem(x, w, bias is not None, args)
-    return Call(problem, dispatch.plan(problem, target_of(x.device), backend, refusal(x, w, backend)), x, w, bias)
+    plan = dispatch.plan(problem, target_of(x.device), backend, refusal(x, backend))
+    if len(_CALLS) >= MOST_CALLS:
+        _CALLS.clear()
+    call = _CALLS[key] = Call(problem, plan, args, backend, x, w, bias)
+    return call
 
 
 class _ConvFunction(torch.autograd.Function):
@@ -289,22 +294,12 @@ class _ConvFunction(torch.autograd.Function):
         x = dy.new_empty(()).expand(problem.x_shape) if x is None else x
         w = dy.new_empty(()).expand(problem.w_shape) if w is None else w
         mask = [need_x, need_w, need_b]
-        found = iter(torch.ops.groupconv.conv2d_backward(dy, x, w, *_op_args(problem), mask, _backend_of(call)))
+        found = iter(torch.ops.groupconv.conv2d_backward(dy, x, w, *call.args, mask, call.backend))
         return *(next(found) if needed else None for needed in mask), None
 
 
 # Function.apply first unwraps torch.func's dead wrappers, which plain tensors are not: a quarter of its time.
 _apply_function = super(torch.autograd.Function, _ConvFunction).apply
-
-
-def _op_args(problem: ConvProblem) -> ConvArgs:
-    return ConvArgs(problem.stride, problem.pad, problem.dilation, problem.groups)
-
-
-def _backend_of(call: Call) -> str:
-    """A backend that makes the operator plan as this call did."""
-    names = {p.algorithm for p in call.plan.passes if p.source == "forced"}
-    return "auto" if not names else "torch" if names == {"torch"} else "triton"
 
 
 def conv2d(x, w, bias, stride, padding, dilation, groups, backend) -> Tensor:
@@ -367,7 +362,7 @@ def _dispatched(x, w, bias, stride, padding, dilation, groups, backend) -> Tenso
         batched = x.unsqueeze(0) if unbatched else x
         args = normalise(batched.shape, w.shape, stride, padding, dilation, groups)
         if args is not None and _consistent(x, w, bias):
-            why_not = refusal(x, w, backend)
+            why_not = refusal(x, backend)
             if why_not is None and backend == "auto" and not all(map(_known, (x, w, bias))):
                 why_not = "a tensor subclass may know F.conv2d, but not an operator of ours"
             if why_not is None and not torch.compiler.is_compiling():
@@ -419,7 +414,7 @@ def _op_call(x, w, bias, stride, padding, dilation, groups, backend) -> Call:
     call = _CALLS.get(key)
     if call is None:
         args = ConvArgs(tuple(stride), tuple(padding), tuple(dilation), groups)
-        call = _CALLS[key] = _plan_call(x, w, bias, args, backend)
+        call = _plan_call(key, x, w, bias, args, backend)
     return call
 
 

@@ -14,7 +14,7 @@ import triton.testing
 from torch import Tensor
 
 from .. import compile_check, cost, dispatch, resources
-from ..algorithms import REGISTRY
+from ..algorithms import REGISTRY, able
 from ..devices import Target
 from ..problem import PASSES, ConvProblem
 from .numerics import Operands, error_bound, operands, poisoned, reference, relative_error
@@ -72,13 +72,9 @@ def settings(dtype: str) -> Iterator[None]:
         backends.cudnn.benchmark, backends.cudnn.conv.fp32_precision, backends.cuda.matmul.fp32_precision = before
 
 
-def _able(problem: ConvProblem, pass_: str, target: Target) -> list[str]:
-    return [name for name, algorithm in REGISTRY.items() if algorithm.supports(problem, pass_, target) is None]
-
-
 def count(layers: list[Layer], target: Target) -> int:
     """How many rows `rows` yields."""
-    each = sum(len(_able(layer.problem, p, target)) + len(BASELINES) + 1 for layer in layers for p in PASSES)
+    each = sum(len(able(layer.problem, p, target)) + len(BASELINES) + 1 for layer in layers for p in PASSES)
     return 2 + each
 
 
@@ -125,7 +121,7 @@ class _Bench:
 
     def rows(self, pass_: str) -> Iterator[dict]:
         done: dict[str, dict] = {}
-        for name in _able(self.problem, pass_, self.target):
+        for name in able(self.problem, pass_, self.target):
             plan = dispatch.plan_pass(self.problem, pass_, self.target, f"triton:{name}")
             done[name] = self._ours(pass_, name, plan)
             yield done[name]

@@ -7,9 +7,9 @@ from collections.abc import Generator
 from concurrent.futures import Future
 
 from .. import cost, dispatch
-from ..algorithms import REGISTRY
+from ..algorithms import able
 from ..devices import Target
-from ..problem import PASSES, ConvProblem
+from ..problem import PASSES
 from .children import Children, problem_json
 from .numerics import error_bound, shrunk
 from .rows import Layer, Timing, layer_row, limit_row, timing_fields
@@ -17,11 +17,7 @@ from .rows import Layer, Timing, layer_row, limit_row, timing_fields
 
 def count(layers: list[Layer], target: Target) -> int:
     """How many rows `rows` yields."""
-    return 2 + sum(len(_able(layer.problem, pass_, target)) + 1 for layer in layers for pass_ in PASSES)
-
-
-def _able(problem: ConvProblem, pass_: str, target: Target) -> list[str]:
-    return [name for name, algorithm in REGISTRY.items() if algorithm.supports(problem, pass_, target) is None]
+    return 2 + sum(len(able(layer.problem, pass_, target)) + 1 for layer in layers for pass_ in PASSES)
 
 
 def rows(layers: list[Layer], target: Target, narrow: bool = False) -> Generator[dict, None, None]:
@@ -38,7 +34,7 @@ def rows(layers: list[Layer], target: Target, narrow: bool = False) -> Generator
         pending: list[tuple[dict, Future[dict] | None, Future[dict] | None]] = []
         for layer in layers:
             for pass_ in PASSES:
-                for name in _able(layer.problem, pass_, target):
+                for name in able(layer.problem, pass_, target):
                     pending.append(_submit(layer, pass_, name, target, narrow, interpreter, compiler))
                 pending.append((_auto(layer, pass_, target), None, None))
         for row, error, kernels in pending:

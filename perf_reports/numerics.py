@@ -37,7 +37,7 @@ class Operands:
 
     def of(self, pass_: str) -> tuple:
         """What a prepared pass takes."""
-        return {"fprop": (self.x, self.w, None), "dgrad": (self.dy, self.w), "wgrad": (self.dy, self.x)}[pass_]
+        return tuple(None if name is None else getattr(self, name) for name in compile_check.OPERANDS[pass_])
 
 
 def operands(problem: ConvProblem, device: str = "cpu", seed: int = 0) -> Operands:

@@ -13,6 +13,13 @@ its `launches` are the `launcher.Launch` objects that it makes. It knows nothing
 
 from types import ModuleType
 
+from ..devices import Target
+from ..problem import ConvProblem
 from . import implicit_gemm
 
 REGISTRY: dict[str, ModuleType] = {algorithm.NAME: algorithm for algorithm in (implicit_gemm,)}
+
+
+def able(problem: ConvProblem, pass_: str, target: Target) -> list[str]:
+    """The algorithms that can serve a pass."""
+    return [name for name, algorithm in REGISTRY.items() if algorithm.supports(problem, pass_, target) is None]
