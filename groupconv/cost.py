@@ -23,7 +23,7 @@ def floor_us(problem: ConvProblem, pass_: str, target: Target) -> float:
 
 @dataclasses.dataclass(frozen=True)
 class Estimate:
-    """A modelled time and what bounds it: "memory", "l2", "matrix" or "issue"."""
+    """A modelled time and what bounds it: "memory", "l2", "matrix", "issue" or "shared"."""
 
     time_us: float
     bound: str
@@ -33,34 +33,38 @@ class Estimate:
 class Tiling:
     """What a launch asks of the machine, counted by the algorithm that would make it.
 
-    programs: of the grid. matrix_flops: done on the matrix unit, padding included. l2_bytes: asked of L2, whole
-    32-byte sectors. loads: global load instructions of one thread each. dram_bytes: what must move, workspaces too.
-    resident: programs that fit a multiprocessor at once. launches: kernels.
+    programs: of the grid. matrix_flops: done on the matrix unit, padding included; those of an instruction that
+    reaches half the rate count twice. l2_bytes: asked of L2, whole 32-byte sectors. instructions: of one thread each.
+    dram_bytes: what must move, workspaces too. resident: programs that fit a multiprocessor at once. launches: kernels.
+    shared_bytes: written to and read from shared memory.
     """
 
     programs: int
     matrix_flops: float
     l2_bytes: float
-    loads: float
+    instructions: float
     dram_bytes: float
     resident: int
     launches: int = 1
+    shared_bytes: float = 0.0
 
 
 CLOCK_GHZ = 1.7
-INSTRUCTIONS_A_LOAD = 8  # a masked load, its address and predicates
 ISSUE_SLOTS = 4 * 32  # thread instructions a clock and multiprocessor
+SHARED_BYTES = 128  # a clock and multiprocessor
 MATRIX_EFFICIENCY = 0.6  # of the rate of a large matrix product, for products fed by gathers
 
 
 def estimate(problem: ConvProblem, tiling: Tiling, target: Target) -> Estimate:
     """The modelled time of a tiling: its slowest resource, stretched by the unfilled part of the last wave."""
     rate = target.matrix_rate(problem.dtype) or target.matrix_rate("fp32")
+    clocks = target.multiprocessors * CLOCK_GHZ * 1e3  # of all multiprocessors in a microsecond
     parts = {
         "memory": tiling.dram_bytes / (target.copy_gbps * 1e3),
         "l2": tiling.l2_bytes / (target.l2_gbps * 1e3),
         "matrix": tiling.matrix_flops / (rate * MATRIX_EFFICIENCY * 1e6),
-        "issue": tiling.loads * INSTRUCTIONS_A_LOAD / (ISSUE_SLOTS * target.multiprocessors * CLOCK_GHZ * 1e3),
+        "issue": tiling.instructions / (ISSUE_SLOTS * clocks),
+        "shared": tiling.shared_bytes / (SHARED_BYTES * clocks),
     }
     bound = max(parts, key=parts.__getitem__)
     slots = target.multiprocessors * tiling.resident

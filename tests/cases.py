@@ -15,7 +15,7 @@ from torch import nn
 from torch._prims_common import suggest_memory_format
 
 from groupconv import launcher, ops, triton_conv
-from groupconv.algorithms import REGISTRY, implicit_gemm
+from groupconv.algorithms import REGISTRY, calls
 from groupconv.kernels import implicit_gemm as general_kernels
 from groupconv.problem import PASSES, ConvProblem
 
@@ -213,13 +213,13 @@ def config(algorithm, problem: ConvProblem, pass_: str, on, tiles: str) -> dict:
 @contextlib.contextmanager
 def wide_reduction(tiles: str):
     """Split-K sums in a few large programs where the interpreter runs them, unless many tiles are wanted."""
-    block = implicit_gemm.REDUCE_BLOCK
+    tile = calls.SUM_TILE
     if INTERPRETED and tiles == "few":
-        implicit_gemm.REDUCE_BLOCK = 2**16
+        calls.SUM_TILE = 2**16
     try:
         yield
     finally:
-        implicit_gemm.REDUCE_BLOCK = block
+        calls.SUM_TILE = tile
 
 
 def run(case: Case, pass_: str, name: str, device: str) -> tuple[torch.Tensor, Operands, ConvProblem]:

@@ -2,6 +2,7 @@
 
 Each is a module with
     NAME
+    BLOCKS                                             its tile sizes: name -> (least, most), powers of two
     supports(problem, pass_, target) -> str | None     why it cannot serve, or None
     candidates(problem, pass_, target) -> list[dict]   configurations worth measuring, pruned
     tiling(problem, pass_, config, target) -> Tiling   what a launch would ask of the machine, for the model
@@ -9,6 +10,12 @@ Each is a module with
 `prepare` binds a pass to its launches. `strides` are element strides of x, w, y, dx and dw by name, and of dy in the
 backward passes. The callable takes the operands, (x, w, bias or None), (dy, w) or (dy, x), and returns a new tensor;
 its `launches` are the `launcher.Launch` objects that it makes. It knows nothing of autograd.
+
+`pass_` is one of problem.PASSES or "backward": dgrad and wgrad by one kernel that reads dy once. Its callable takes
+(dy, x, w) and returns (dx, dw).
+
+A configuration has the BLOCKS of its algorithm, num_warps and num_stages. Candidates do not spill registers:
+`groupconv compile` holds those that suite layers take to that.
 """
 
 from types import ModuleType

@@ -4,22 +4,24 @@ from __future__ import annotations
 
 import math
 
-import torch
 import triton
 
 from .. import launcher
 from ..cost import Tiling
 from ..devices import Target
 from ..kernels import implicit_gemm as kernels
-from ..kernels.reduce import sum_splits_kernel
 from ..problem import ConvProblem
+from .calls import Single, SplitK, align, emulate_bf16, index_64, named_strides, pixels_last, split_config
 
 NAME = "implicit_gemm"
-REDUCE_BLOCK = 256
+BLOCKS = {"BLOCK_M": (16, 512), "BLOCK_N": (16, 512), "BLOCK_K": (16, 512)}
+INSTRUCTIONS_A_LOAD = 8  # a masked load, its address and predicates
 MOST_SPLITS = 256
 
 
 def supports(problem: ConvProblem, pass_: str, target: Target) -> str | None:
+    if pass_ == "backward":
+        return "no kernel for both gradients"
     if not target.matrix_rate(problem.dtype):
         return f"Triton has no {problem.dtype} matrix instructions on {target.arch_name}"
     if min(problem.x_shape[1:] + problem.w_shape) < 1:
@@ -111,64 +113,11 @@ def tiling(problem: ConvProblem, pass_: str, config: dict, target: Target) -> Ti
         programs=tiles * splits,
         matrix_flops=2.0 * tiles * bm * bn * steps * bk,
         l2_bytes=l2 + partials,
-        loads=loads,
+        instructions=loads * INSTRUCTIONS_A_LOAD,
         dram_bytes=problem.min_bytes(pass_) + partials,
         resident=_resident(config, problem, target),
         launches=2 if pass_ == "wgrad" else 1,
     )
-
-
-class _Single:
-    """One launch into one new tensor."""
-
-    __slots__ = ("launch", "launches", "shape", "strides")
-
-    def __init__(self, launch, shape, strides):
-        self.launches = (launch,)
-        self.launch, self.shape, self.strides = launch, shape, strides
-
-    def __call__(self, *operands):
-        out = launcher.allocate(self.shape, self.strides, operands[0])
-        self.launch(*operands, out)
-        return out
-
-
-class _SplitK:
-    """Partial sums into a workspace, then their sum in a fixed order."""
-
-    __slots__ = ("launches", "partial", "reduce", "shape", "splits", "strides")
-
-    def __init__(self, partial, reduce, splits, shape, strides):
-        self.launches = (partial, reduce)
-        self.partial, self.reduce, self.splits = partial, reduce, splits
-        self.shape, self.strides = shape, strides
-
-    def __call__(self, dy, x):
-        size = math.prod(self.shape)
-        part = launcher.allocate((self.splits, size), (size, 1), x, torch.float32)
-        self.partial(dy, x, part)
-        dw = launcher.allocate(self.shape, self.strides, x)
-        self.reduce(part, dw)
-        return dw
-
-
-def _names(tensor: str, strides) -> dict[str, int]:
-    axes = "ochw" if tensor in ("wgt", "dw") else "nchw"
-    return {f"stride_{tensor}_{axis}": stride for axis, stride in zip(axes, strides, strict=True)}
-
-
-def _pixels_last(strides) -> bool:
-    """Whether neighbours along a row are nearer in memory than neighbouring channels."""
-    return strides[3] < strides[1]
-
-
-def _align(strides) -> int:
-    """The largest power of two, up to 16, that divides the strides of all axes but the channels."""
-    return math.gcd(16, *(strides[axis] for axis in (0, 2, 3)))
-
-
-def _reach(shape, strides) -> int:
-    return sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True))
 
 
 def prepare(problem: ConvProblem, pass_: str, config: dict, target: Target, strides: dict):
@@ -178,46 +127,41 @@ def prepare(problem: ConvProblem, pass_: str, config: dict, target: Target, stri
     x, w, y, dx = (strides[name] for name in ("x", "w", "y", "dx"))
     dy = strides.get("dy")
     splits, chunk = _splits(problem, config, target) if pass_ == "wgrad" else (1, 0)
-    reaches = [_reach(problem.x_shape, s) for s in (x, dx)] + [_reach(problem.w_shape, w)]
-    reaches += [_reach(problem.y_shape, s) for s in (y, dy) if s is not None]
-    reaches += [problem.out_pixels, problem.batch * problem.h_in * problem.w_in, splits * problem.params]
+    blocks, options = split_config(config)
     kernel = {"fprop": kernels.fprop_kernel, "dgrad": kernels.dgrad_kernel, "wgrad": kernels.wgrad_kernel}[pass_]
-    emulate_bf16 = launcher.interpreting(kernel) and problem.dtype == "bf16"
     scalars = {
         "batch": problem.batch, "h_in": problem.h_in, "w_in": problem.w_in,
         "h_out": problem.h_out, "w_out": problem.w_out,
         "GROUPS": problem.groups, "CIN_G": problem.cin_g, "COUT_G": problem.cout_g,
         "KH": problem.kh, "KW": problem.kw, "CONV_STRIDE_H": stride_h, "CONV_STRIDE_W": stride_w,
         "PAD_H": top, "PAD_W": left, "DIL_H": dil_h, "DIL_W": dil_w,
-        # A tile's last rows lie past the end by less than 2^20.
-        "INDEX_64": max(reaches) + 2**20 >= 2**31,
+        "INDEX_64": index_64(problem, strides, splits * problem.params),
         "PRECISION": target.precision(problem.dtype),
-        "EMULATE_BF16": emulate_bf16,
-        **{name: value for name, value in config.items() if name.startswith("BLOCK_")},
+        "EMULATE_BF16": emulate_bf16(kernel, problem),
+        **blocks,
     }  # fmt: skip
-    options = {name: value for name, value in config.items() if not name.startswith("BLOCK_")}
     m, n, _ = problem.gemm(pass_)
     tiles = math.ceil(n / config["BLOCK_N"]) * problem.groups
 
     if pass_ == "fprop":
-        cin_innermost = not _pixels_last(x) or not _k_dense(problem, w, cin_innermost=False)
-        scalars |= _names("x", x) | _names("wgt", w) | _names("y", y)
+        cin_innermost = not pixels_last(x) or not _k_dense(problem, w, cin_innermost=False)
+        scalars |= named_strides("x", x) | named_strides("wgt", w) | named_strides("y", y)
         scalars |= {
             "HAS_BIAS": problem.bias,
             "CIN_INNERMOST": cin_innermost,
             "WGT_K_DENSE": _k_dense(problem, w, cin_innermost),
-            "X_PIXELS_LAST": _pixels_last(x),
-            "Y_PIXELS_LAST": _pixels_last(y),
-            "X_ALIGN": _align(x),
-            "Y_ALIGN": _align(y),
+            "X_PIXELS_LAST": pixels_last(x),
+            "Y_PIXELS_LAST": pixels_last(y),
+            "X_ALIGN": align(x),
+            "Y_ALIGN": align(y),
         }
         grid = (math.ceil(m / config["BLOCK_M"]) * tiles,)
-        return _Single(launcher.Launch(kernel, grid, scalars, **options), problem.y_shape, y)
+        return Single(launcher.Launch(kernel, grid, scalars, **options), problem.y_shape, y)
 
     if pass_ == "dgrad":
         h_phase, w_phase = math.ceil(problem.h_in / stride_h), math.ceil(problem.w_in / stride_w)
         common_h, common_w = math.gcd(stride_h, dil_h), math.gcd(stride_w, dil_w)
-        scalars |= _names("dy", dy) | _names("wgt", w) | _names("dx", dx)
+        scalars |= named_strides("dy", dy) | named_strides("wgt", w) | named_strides("dx", dx)
         scalars |= {
             "h_phase": h_phase,
             "w_phase": w_phase,
@@ -225,33 +169,27 @@ def prepare(problem: ConvProblem, pass_: str, config: dict, target: Target, stri
             "COMMON_W": common_w,
             "INVERSE_H": pow(dil_h // common_h, -1, stride_h // common_h),
             "INVERSE_W": pow(dil_w // common_w, -1, stride_w // common_w),
-            "DY_PIXELS_LAST": _pixels_last(dy),
-            "DX_PIXELS_LAST": _pixels_last(dx),
-            "DY_ALIGN": _align(dy),
-            "WGT_ALIGN": _align(w),
-            "DX_ALIGN": _align(dx),
+            "DY_PIXELS_LAST": pixels_last(dy),
+            "DX_PIXELS_LAST": pixels_last(dx),
+            "DY_ALIGN": align(dy),
+            "WGT_ALIGN": align(w),
+            "DX_ALIGN": align(dx),
         }
         m_tiles = math.ceil(problem.batch * h_phase * w_phase / config["BLOCK_M"])
         grid = (m_tiles * stride_h * stride_w * tiles,)
-        return _Single(launcher.Launch(kernel, grid, scalars, **options), problem.x_shape, dx)
+        return Single(launcher.Launch(kernel, grid, scalars, **options), problem.x_shape, dx)
 
-    scalars |= _names("dy", dy) | _names("x", x)
+    scalars |= named_strides("dy", dy) | named_strides("x", x)
     scalars |= {
         "chunk": chunk,
-        "DY_PIXELS_LAST": _pixels_last(dy),
-        "X_PIXELS_LAST": _pixels_last(x),
-        "DY_ALIGN": _align(dy),
-        "X_ALIGN": _align(x),
+        "DY_PIXELS_LAST": pixels_last(dy),
+        "X_PIXELS_LAST": pixels_last(x),
+        "DY_ALIGN": align(dy),
+        "X_ALIGN": align(x),
     }
     grid = (math.ceil(m / config["BLOCK_M"]) * tiles * splits,)
     partial = launcher.Launch(kernel, grid, scalars, **options)
-    dw = strides["dw"]
-    sums = {"splits": splits, "size": problem.params, **_names("dw", dw)}
-    sums |= {"CIN_G": problem.cin_g, "KH": problem.kh, "KW": problem.kw}
-    sums |= {"EMULATE_BF16": emulate_bf16, "BLOCK": REDUCE_BLOCK}
-    reduce_grid = (math.ceil(problem.params / REDUCE_BLOCK),)
-    reduce = launcher.Launch(sum_splits_kernel, reduce_grid, sums, num_warps=4)
-    return _SplitK(partial, reduce, splits, problem.w_shape, dw)
+    return SplitK(partial, problem, splits, strides["dw"])
 
 
 def _k_dense(problem: ConvProblem, w, cin_innermost: bool) -> bool:

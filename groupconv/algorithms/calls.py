@@ -1,0 +1,106 @@
+"""What the algorithms share in `prepare`: strides by name, what they tell the compiler, launches into new memory."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import triton
+
+from .. import launcher
+from ..kernels.reduce import sum_splits_kernel
+from ..problem import ConvProblem
+
+SUM_TILE = 2048  # partials that a program of the sum reads at once,
+SUM_ROWS = 64  # of at most this many splits
+
+
+def named_strides(tensor: str, strides) -> dict[str, int]:
+    """Kernel arguments of a tensor's strides: stride_x_n, ... of an activation, stride_wgt_o, ... of a weight."""
+    axes = "ochw" if tensor in ("wgt", "dw") else "nchw"
+    return {f"stride_{tensor}_{axis}": stride for axis, stride in zip(axes, strides, strict=True)}
+
+
+def pixels_last(strides) -> bool:
+    """Whether neighbours along a row are nearer in memory than neighbouring channels."""
+    return strides[3] < strides[1]
+
+
+def align(strides, axes=(0, 2, 3)) -> int:
+    """The largest power of two, up to 16, that divides the strides of `axes`: by default all but the channels'."""
+    return math.gcd(16, *(strides[axis] for axis in axes))
+
+
+def reach(shape, strides) -> int:
+    """The offset of a tensor's last element."""
+    return sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True))
+
+
+def index_64(problem: ConvProblem, strides: dict, *counts: int) -> bool:
+    """Whether an element offset, or one of `counts`, can pass 2^31. A tile's last rows lie past the end by < 2^20."""
+    shapes = {
+        "x": problem.x_shape, "dx": problem.x_shape, "w": problem.w_shape,
+        "y": problem.y_shape, "dy": problem.y_shape,
+    }  # fmt: skip
+    reaches = [reach(shape, strides[name]) for name, shape in shapes.items() if strides.get(name) is not None]
+    return max(*reaches, problem.out_pixels, problem.batch * problem.h_in * problem.w_in, *counts) + 2**20 >= 2**31
+
+
+def emulate_bf16(kernel, problem: ConvProblem) -> bool:
+    """Whether the interpreter's arithmetic on bf16 must be done for it (kernels/tiles.py)."""
+    return launcher.interpreting(kernel) and problem.dtype == "bf16"
+
+
+def split_config(config: dict) -> tuple[dict, dict]:
+    """A configuration's kernel arguments (BLOCK_...) and its compile options."""
+    blocks = {name: value for name, value in config.items() if name.isupper()}
+    return blocks, {name: value for name, value in config.items() if name not in blocks}
+
+
+class Single:
+    """One launch into one new tensor."""
+
+    __slots__ = ("launch", "launches", "shape", "strides")
+
+    def __init__(self, launch, shape, strides):
+        self.launches = (launch,)
+        self.launch, self.shape, self.strides = launch, shape, strides
+
+    def __call__(self, *operands):
+        out = launcher.allocate(self.shape, self.strides, operands[0])
+        self.launch(*operands, out)
+        return out
+
+
+class SplitK:
+    """wgrad: `partial` writes fp32 sums, [splits, c_out, KH * KW * CIN_G], and a second launch adds them up."""
+
+    __slots__ = ("launches", "partial", "reduce", "shape", "splits", "strides")
+
+    def __init__(self, partial, problem: ConvProblem, splits: int, strides):
+        self.partial, self.splits = partial, splits
+        self.reduce = sum_of_splits(problem, splits, strides)
+        self.launches = (partial, self.reduce)
+        self.shape, self.strides = problem.w_shape, strides
+
+    def __call__(self, dy, x):
+        size = math.prod(self.shape)
+        part = launcher.allocate((self.splits, size), (size, 1), x, torch.float32)
+        self.partial(dy, x, part)
+        dw = launcher.allocate(self.shape, self.strides, x)
+        self.reduce(part, dw)
+        return dw
+
+
+def sum_of_splits(problem: ConvProblem, splits: int, strides) -> launcher.Launch:
+    """The launch (part, dw) that sums wgrad's partials, in an order that only the number of splits decides."""
+    rows = min(SUM_ROWS, triton.next_power_of_2(splits))
+    block = SUM_TILE // rows
+    scalars = {
+        "splits": splits, "size": problem.params, **named_strides("dw", strides),
+        "CIN_G": problem.cin_g, "KH": problem.kh, "KW": problem.kw,
+        "EMULATE_BF16": emulate_bf16(sum_splits_kernel, problem),
+        "ROWS": rows, "BLOCK": block,
+    }  # fmt: skip
+    grid = (math.ceil(problem.params / block),)
+    return launcher.Launch(sum_splits_kernel, grid, scalars, num_warps=4)
