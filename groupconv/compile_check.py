@@ -13,7 +13,7 @@ from .algorithms import REGISTRY
 from .problem import ConvProblem, dense_strides
 
 TORCH_DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-OPERANDS = {"fprop": ("x", "w", None), "dgrad": ("dy", "w"), "wgrad": ("dy", "x")}
+OPERANDS = {"fprop": ("x", "w", None), "dgrad": ("dy", "w"), "wgrad": ("dy", "x"), "backward": ("dy", "x", "w")}
 
 
 def dense_operand_strides(problem: ConvProblem) -> dict:
@@ -83,8 +83,7 @@ def jobs(targets: list[str], only_pass: str | None = None, only_dtype: str | Non
                     continue
                 for layout in ("nhwc", "nchw"):
                     problem = _problem(default, dtype, layout)
-                    n = problem.gemm(default.pass_)[1]
-                    chosen = configs.modelled(default.algorithm, default.pass_, default.element_bytes, n, arch)
+                    chosen = configs.modelled(default.algorithm, problem, default.pass_, arch)
                     if chosen == default:
                         found.append(Job(default, problem, target))
     return found

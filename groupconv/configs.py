@@ -12,11 +12,12 @@ import os
 import pathlib
 import warnings
 
+from .algorithms import REGISTRY
 from .problem import PASSES, ConvProblem
 
 SCHEMA = 1
-BLOCKS = ("BLOCK_M", "BLOCK_N", "BLOCK_K")
-CONFIG_FIELDS = (*BLOCKS, "num_warps", "num_stages")
+PLANNED = (*PASSES, "backward")
+OPTIONS = ("num_warps", "num_stages")
 KEY_FIELDS = tuple(ConvProblem(1, 1, 1, 1, 1, 1, 1).config_key("fprop"))
 # Fields in which a measurement may differ and still speak for a problem; all others must be equal.
 SCALED_FIELDS = ("groups_bucket", "m_bucket")
@@ -90,11 +91,10 @@ def parse_device(text: str, path: str) -> DeviceFile:
         _require(isinstance(raw, dict) and isinstance(raw.get("key"), dict), path, f"{where} has no key")
         key = raw["key"]
         _require(sorted(key) == sorted(KEY_FIELDS), path, f"{where}: key must have exactly {', '.join(KEY_FIELDS)}")
-        _require(key["pass"] in PASSES, path, f"{where}: pass {key['pass']!r} is not one of {', '.join(PASSES)}")
+        _require(key["pass"] in PLANNED, path, f"{where}: pass {key['pass']!r} is not one of {', '.join(PLANNED)}")
         for field in SCALED_FIELDS:
             _require(_positive_int(key[field]), path, f"{where}: {field} must be a positive integer")
-        _check_config(raw.get("config"), path, where)
-        _require(isinstance(raw.get("algorithm"), str), path, f"{where} has no algorithm")
+        _check_config(raw.get("algorithm"), raw.get("config"), path, where)
         for field in ("time_us", "torch_time_us"):
             time = raw.get(field)
             good = isinstance(time, (int, float)) and math.isfinite(time) and time > 0
@@ -118,7 +118,7 @@ class ModelledDefault:
     only: tuple[str, ...] | None
 
     def __str__(self) -> str:
-        tile = "x".join(str(self.config[b]) for b in BLOCKS)
+        tile = "x".join(str(size) for field, size in self.config.items() if field not in OPTIONS)
         return (
             f"{self.algorithm} {self.pass_} {self.element_bytes * 8}-bit N<={self.most_n} {tile} "
             f"w{self.config['num_warps']} s{self.config['num_stages']}"
@@ -134,7 +134,7 @@ def parse_modelled(text: str, path: str) -> tuple[ModelledDefault, ...]:
     for number, raw in enumerate(data["defaults"]):
         where = f"default {number}"
         _require(isinstance(raw, dict), path, f"{where} must be an object")
-        _check_config(raw.get("config"), path, where)
+        _check_config(raw.get("algorithm"), raw.get("config"), path, where)
         pass_ = raw.get("pass")
         _require(pass_ in PASSES, path, f"{where}: pass {pass_!r} is not one of {', '.join(PASSES)}")
         _require(_positive_int(raw.get("element_bytes")), path, f"{where}: element_bytes must be a positive integer")
@@ -167,15 +167,19 @@ def _positive_int(value) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value > 0
 
 
-def _check_config(config, path: str, where: str) -> None:
-    named = isinstance(config, dict) and sorted(config) == sorted(CONFIG_FIELDS)
-    _require(named, path, f"{where}: config must have exactly {', '.join(CONFIG_FIELDS)}")
+def _check_config(algorithm, config, path: str, where: str) -> None:
+    known = isinstance(algorithm, str) and algorithm in REGISTRY
+    _require(known, path, f"{where}: algorithm {algorithm!r} is not one of {', '.join(REGISTRY)}")
+    blocks = REGISTRY[algorithm].BLOCKS
+    fields = (*blocks, *OPTIONS)
+    named = isinstance(config, dict) and sorted(config) == sorted(fields)
+    _require(named, path, f"{where}: config of {algorithm} must have exactly {', '.join(fields)}")
     for field, value in config.items():
         _require(_positive_int(value), path, f"{where}: {field} must be a positive integer")
         if field != "num_stages":
             _require(value & (value - 1) == 0, path, f"{where}: {field} must be a power of two")
-    for field in BLOCKS:
-        _require(16 <= config[field] <= 512, path, f"{where}: {field} must be from 16 to 512")
+    for field, (least, most) in blocks.items():
+        _require(least <= config[field] <= most, path, f"{where}: {field} must be from {least} to {most}")
     _require(config["num_warps"] <= 16 and config["num_stages"] <= 8, path, f"{where}: too many warps or stages")
 
 
@@ -210,18 +214,19 @@ def modelled_defaults() -> tuple[ModelledDefault, ...]:
     return parse_modelled(file.read_text(encoding="utf-8"), str(file))
 
 
-def modelled(algorithm: str, pass_: str, element_bytes: int, n: int, arch: str) -> ModelledDefault | None:
-    """The default of the smallest class that holds a GEMM of `n` columns, else of the largest; or None."""
+def modelled(algorithm: str, problem: ConvProblem, pass_: str, arch: str) -> ModelledDefault | None:
+    """The default of the smallest class that holds the problem's GEMM N, else of the largest; None if there is none."""
     serving = [
         d
         for d in modelled_defaults()
-        if (d.algorithm, d.pass_, d.element_bytes) == (algorithm, pass_, element_bytes)
+        if (d.algorithm, d.pass_, d.element_bytes) == (algorithm, pass_, problem.element_bytes)
         and (d.only is None or arch in d.only)
     ]
     named = {d.most_n for d in serving if d.only is not None}
     serving = [d for d in serving if d.only is not None or d.most_n not in named]
     if not serving:
         return None
+    n = problem.gemm(pass_)[1]
     holding = [d for d in serving if d.most_n >= n]
     return min(holding, key=lambda d: d.most_n) if holding else max(serving, key=lambda d: d.most_n)
 

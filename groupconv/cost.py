@@ -49,7 +49,6 @@ class Tiling:
     shared_bytes: float = 0.0
 
 
-CLOCK_GHZ = 1.7
 ISSUE_SLOTS = 4 * 32  # thread instructions a clock and multiprocessor
 SHARED_BYTES = 128  # a clock and multiprocessor
 MATRIX_EFFICIENCY = 0.6  # of the rate of a large matrix product, for products fed by gathers
@@ -58,7 +57,7 @@ MATRIX_EFFICIENCY = 0.6  # of the rate of a large matrix product, for products f
 def estimate(problem: ConvProblem, tiling: Tiling, target: Target) -> Estimate:
     """The modelled time of a tiling: its slowest resource, stretched by the unfilled part of the last wave."""
     rate = target.matrix_rate(problem.dtype) or target.matrix_rate("fp32")
-    clocks = target.multiprocessors * CLOCK_GHZ * 1e3  # of all multiprocessors in a microsecond
+    clocks = target.multiprocessors * target.clock_ghz * 1e3  # of all multiprocessors in a microsecond
     parts = {
         "memory": tiling.dram_bytes / (target.copy_gbps * 1e3),
         "l2": tiling.l2_bytes / (target.l2_gbps * 1e3),
@@ -88,5 +87,7 @@ TORCH_OVER_FLOOR = {
 def torch_prior_us(problem: ConvProblem, pass_: str, target: Target) -> float:
     """A modelled time of F.conv2d for devices and layers that nobody measured: a prior over the floor, no more."""
     width = max(problem.cin_g, problem.cout_g)
+    if pass_ == "backward":
+        return torch_prior_us(problem, "dgrad", target) + torch_prior_us(problem, "wgrad", target)
     kind = "depthwise" if problem.cin_g == 1 else "narrow" if width <= 32 else "wide"
     return TORCH_OVER_FLOOR[kind][pass_] * floor_us(problem, pass_, target) + LAUNCH_US

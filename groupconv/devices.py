@@ -22,6 +22,7 @@ class Target:
     arch: int | str  # 90, "gfx942"
     multiprocessors: int
     shared_bytes: int  # shared memory (LDS) that one program can have
+    clock_ghz: float  # boost
     copy_gbps: float
     l2_gbps: float
     matrix_tflops: tuple[tuple[str, float], ...]
@@ -49,31 +50,32 @@ class Target:
 COPY_FRACTION, MATRIX_FRACTION = 0.90, 0.80
 
 
-def _datasheet(slug, backend, arch, multiprocessors, shared_bytes, gbps, l2_gbps, fp16, bf16, tf32, fp32):
+def _datasheet(slug, backend, arch, multiprocessors, shared_bytes, clock, gbps, l2_gbps, fp16, bf16, tf32, fp32):
     rates = {"fp16": fp16, "bf16": bf16, "tf32": tf32, "fp32": fp32}
     scaled = tuple((dtype, rate * MATRIX_FRACTION) for dtype, rate in rates.items())
     return Target(
-        slug, backend, arch, multiprocessors, shared_bytes, gbps * COPY_FRACTION, l2_gbps, scaled, "datasheet, derated"
-    )
+        slug, backend, arch, multiprocessors, shared_bytes, clock,
+        gbps * COPY_FRACTION, l2_gbps, scaled, "datasheet, derated",
+    )  # fmt: skip
 
 
 # One device for each architecture that Triton compiles for: the one planned for where only the architecture is named.
 REPRESENTATIVES = (
-    _datasheet("nvidia_t4", "cuda", 75, 40, 65536, 320, 1000, 0, 0, 8.1, 8.1),
-    _datasheet("nvidia_a100_sxm", "cuda", 80, 108, 166912, 2039, 4000, 312, 312, 156, 19.5),
-    _datasheet("nvidia_geforce_rtx_3090", "cuda", 86, 82, 101376, 936, 2500, 71, 71, 35.6, 35.6),
-    _datasheet("nvidia_l40s", "cuda", 89, 142, 101376, 864, 4000, 362, 362, 183, 91.6),
+    _datasheet("nvidia_t4", "cuda", 75, 40, 65536, 1.59, 320, 1000, 0, 0, 8.1, 8.1),
+    _datasheet("nvidia_a100_sxm", "cuda", 80, 108, 166912, 1.41, 2039, 4000, 312, 312, 156, 19.5),
+    _datasheet("nvidia_geforce_rtx_3090", "cuda", 86, 82, 101376, 1.7, 936, 2500, 71, 71, 35.6, 35.6),
+    _datasheet("nvidia_l40s", "cuda", 89, 142, 101376, 2.52, 864, 4000, 362, 362, 183, 91.6),
     Target(
-        "nvidia_h200", "cuda", 90, 132, 232448, 4300, 5500,
+        "nvidia_h200", "cuda", 90, 132, 232448, 1.98, 4300, 5500,
         (("fp16", 790.0), ("bf16", 790.0), ("tf32", 395.0), ("fp32", 53.0)),
         "copy and bf16 rate measured, others derived",
     ),
-    _datasheet("nvidia_b200", "cuda", 100, 148, 232448, 8000, 10000, 2250, 2250, 1125, 75),
-    _datasheet("nvidia_geforce_rtx_5090", "cuda", 120, 170, 101376, 1792, 5000, 209, 209, 104.8, 104.8),
-    _datasheet("amd_instinct_mi250x", "hip", "gfx90a", 110, 65536, 1638, 3500, 191, 191, 47.9, 47.9),
-    _datasheet("amd_instinct_mi300x", "hip", "gfx942", 304, 65536, 5300, 10000, 1307, 1307, 653, 163),
-    _datasheet("amd_instinct_mi355x", "hip", "gfx950", 256, 163840, 8000, 12000, 2500, 2500, 157, 157),
-    _datasheet("amd_radeon_rx_7900_xtx", "hip", "gfx1100", 96, 65536, 960, 3500, 123, 123, 61, 61),
+    _datasheet("nvidia_b200", "cuda", 100, 148, 232448, 1.97, 8000, 10000, 2250, 2250, 1125, 75),
+    _datasheet("nvidia_geforce_rtx_5090", "cuda", 120, 170, 101376, 2.41, 1792, 5000, 209, 209, 104.8, 104.8),
+    _datasheet("amd_instinct_mi250x", "hip", "gfx90a", 110, 65536, 1.7, 1638, 3500, 191, 191, 47.9, 47.9),
+    _datasheet("amd_instinct_mi300x", "hip", "gfx942", 304, 65536, 2.1, 5300, 10000, 1307, 1307, 653, 163),
+    _datasheet("amd_instinct_mi355x", "hip", "gfx950", 256, 163840, 2.4, 8000, 12000, 2500, 2500, 157, 157),
+    _datasheet("amd_radeon_rx_7900_xtx", "hip", "gfx1100", 96, 65536, 2.5, 960, 3500, 123, 123, 61, 61),
 )  # fmt: skip
 BY_SLUG = {t.slug: t for t in REPRESENTATIVES}
 BY_ARCH = {t.arch_name: t for t in REPRESENTATIVES}

@@ -14,7 +14,7 @@ BACKENDS = ("auto", "triton", "torch", *(f"triton:{name}" for name in REGISTRY))
 
 @dataclasses.dataclass(frozen=True)
 class PassPlan:
-    """What one pass does.
+    """What one pass does, or the fused backward.
 
     algorithm: a name of the registry, or "torch" for F.conv2d. source: where the choice came from: "exact" or
     "nearest" (a measurement of this device), "modelled", "forced" (by `backend`) or "fallback". time_us is that of the
@@ -34,16 +34,26 @@ class PassPlan:
     min_bytes: int
     floor_us: float
 
+    @property
+    def taken_us(self) -> float | None:
+        """The time of what is taken."""
+        return self.torch_time_us if self.algorithm == "torch" else self.time_us
+
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """The plans of a problem's three passes on a target."""
+    """The plans of a problem's three passes on a target.
+
+    backward: where one kernel for both gradients is faster than dgrad and wgrad, its plan; it runs where both are asked
+    for.
+    """
 
     problem: ConvProblem
     target: Target
     fprop: PassPlan
     dgrad: PassPlan
     wgrad: PassPlan
+    backward: PassPlan | None = None
 
     @property
     def passes(self) -> tuple[PassPlan, PassPlan, PassPlan]:
@@ -51,7 +61,7 @@ class Plan:
 
     def __str__(self) -> str:
         lines = [f"{self.problem} on {self.target.slug} ({self.target.arch_name})"]
-        for plan in self.passes:
+        for plan in (*self.passes, *(() if self.backward is None else (self.backward,))):
             config = " ".join(f"{k}={v}" for k, v in (plan.config or {}).items())
             lines.append(f"  {plan.pass_}: {plan.algorithm} [{plan.source}] {config}".rstrip())
             lines.append(f"    {plan.reason}")
@@ -67,7 +77,32 @@ def plan(problem: ConvProblem, target: Target, backend: str = "auto", refusal: s
 
     Raises NotImplementedError where `backend` asks for kernels of ours that cannot serve.
     """
-    return Plan(problem, target, *(plan_pass(problem, pass_, target, backend, refusal) for pass_ in PASSES))
+    fprop, dgrad, wgrad = (plan_pass(problem, pass_, target, backend, refusal) for pass_ in PASSES)
+    fused = _fused(problem, target, backend, refusal, dgrad, wgrad)
+    return Plan(problem, target, fprop, dgrad, wgrad, fused)
+
+
+def _fused(problem, target, backend, refusal, dgrad: PassPlan, wgrad: PassPlan) -> PassPlan | None:
+    """The plan of both gradients by one kernel, if that is faster than the two plans."""
+    if refusal is not None or backend == "torch" or not _able(problem, "backward", target, backend)[0]:
+        return None
+    fused = plan_pass(problem, "backward", target, backend)
+    alike = fused.time_source == dgrad.time_source == wgrad.time_source
+    if fused.algorithm == "torch" or not alike or dgrad.taken_us is None or wgrad.taken_us is None:
+        return None
+    return fused if (fused.taken_us or 0.0) < dgrad.taken_us + wgrad.taken_us else None
+
+
+def _able(problem: ConvProblem, pass_: str, target: Target, backend: str) -> tuple[list[str], list[str]]:
+    """The algorithms that a backend allows and that can serve, and why the others cannot."""
+    able, refusals = [], []
+    for name in [backend.removeprefix("triton:")] if backend.startswith("triton:") else REGISTRY:
+        lack = REGISTRY[name].supports(problem, pass_, target)
+        if lack is None:
+            able.append(name)
+        else:
+            refusals.append(f"{name}: {lack}")
+    return able, refusals
 
 
 def plan_pass(
@@ -85,16 +120,7 @@ def plan_pass(
     if backend == "torch":
         return made("torch", None, "forced", 'backend="torch"')
     forced = backend != "auto"
-    names = [backend.removeprefix("triton:")] if backend.startswith("triton:") else list(REGISTRY)
-    refusals = [] if refusal is None else [refusal]
-    able = []
-    if refusal is None:
-        for name in names:
-            lack = REGISTRY[name].supports(problem, pass_, target)
-            if lack is None:
-                able.append(name)
-            else:
-                refusals.append(f"{name}: {lack}")
+    able, refusals = _able(problem, pass_, target, backend) if refusal is None else ([], [refusal])
     if not able:
         reason = "; ".join(refusals)
         if forced:
@@ -129,7 +155,7 @@ def plan_pass(
 def modelled(problem: ConvProblem, pass_: str, target: Target, name: str) -> tuple[str, dict, cost.Estimate]:
     """(algorithm, configuration, modelled time): the shipped default, or the model's choice where none is shipped."""
     algorithm = REGISTRY[name]
-    default = configs.modelled(name, pass_, problem.element_bytes, problem.gemm(pass_)[1], target.arch_name)
+    default = configs.modelled(name, problem, pass_, target.arch_name)
 
     def estimated(config):
         return cost.estimate(problem, algorithm.tiling(problem, pass_, config, target), target)

@@ -160,7 +160,7 @@ class Call:
             "dx": dense_strides(problem.x_shape, problem.out_layout == "nhwc"),
             "dw": dense_strides(problem.w_shape, suggests_channels_last(w.shape, w.stride())),
         }
-        self.all_torch = all(p.algorithm == "torch" for p in plan.passes)
+        self.all_torch = plan.backward is None and all(p.algorithm == "torch" for p in plan.passes)
         self.torch_dgrad = plan.dgrad.algorithm == "torch"
         self.torch_wgrad = plan.wgrad.algorithm == "torch"
         self.copy_bias = bias is not None and not bias.is_contiguous()
@@ -199,6 +199,9 @@ class Call:
             dx = launcher.allocate(self.problem.x_shape, self.strides["dx"], dy) if need_x else None
             dw = launcher.allocate(self.problem.w_shape, self.strides["dw"], dy).zero_() if need_w else None
         else:
+            if need_x and need_w and self.plan.backward is not None:
+                dx, dw = self._backward_pass("backward", dy)(dy, x, w)
+                return dx, dw, dy.sum((0, 2, 3)) if need_b else None
             by_torch = (need_x and self.torch_dgrad, need_w and self.torch_wgrad)
             if any(by_torch):
                 dx, dw = torch_reference.backward(self.problem, dy, x, w, *by_torch)

@@ -115,13 +115,19 @@ class ConvProblem:
         return self.cout_g, taps * self.cin_g, self.out_pixels
 
     def flops(self, pass_: str) -> int:
-        """Useful floating-point operations of a pass, a multiply-add as two; taps on the padding count."""
-        return 2 * self.out_pixels * self.c_out * self.cin_g * self.kh * self.kw
+        """Useful floating-point operations of a pass, a multiply-add as two; taps on the padding count.
+
+        "backward", here and below, is dgrad and wgrad by one kernel.
+        """
+        once = 2 * self.out_pixels * self.c_out * self.cin_g * self.kh * self.kw
+        return 2 * once if pass_ == "backward" else once
 
     def min_bytes(self, pass_: str) -> int:
         """The fewest bytes a pass moves: each operand read once, the result written once."""
         x = self.batch * self.c_in * self.h_in * self.w_in
         y = self.out_pixels * self.c_out
+        if pass_ == "backward":  # reads x, dy and w, writes dx and dw
+            return (2 * x + y + 2 * self.params) * self.element_bytes
         return (x + y + self.params) * self.element_bytes
 
     @property

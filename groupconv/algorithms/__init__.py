@@ -22,9 +22,9 @@ from types import ModuleType
 
 from ..devices import Target
 from ..problem import ConvProblem
-from . import implicit_gemm
+from . import depthwise_direct, implicit_gemm
 
-REGISTRY: dict[str, ModuleType] = {algorithm.NAME: algorithm for algorithm in (implicit_gemm,)}
+REGISTRY: dict[str, ModuleType] = {algorithm.NAME: algorithm for algorithm in (implicit_gemm, depthwise_direct)}
 
 
 def able(problem: ConvProblem, pass_: str, target: Target) -> list[str]:

@@ -58,38 +58,65 @@ def split_config(config: dict) -> tuple[dict, dict]:
 
 
 class Single:
-    """One launch into one new tensor."""
+    """One launch into one new tensor. `run`: how to call it with (*operands, out), where that is not its own order."""
 
-    __slots__ = ("launch", "launches", "shape", "strides")
+    __slots__ = ("launches", "run", "shape", "strides")
 
-    def __init__(self, launch, shape, strides):
+    def __init__(self, launch: launcher.Launch, shape, strides, run=None):
         self.launches = (launch,)
-        self.launch, self.shape, self.strides = launch, shape, strides
+        self.run, self.shape, self.strides = run or launch, shape, strides
 
     def __call__(self, *operands):
         out = launcher.allocate(self.shape, self.strides, operands[0])
-        self.launch(*operands, out)
+        self.run(*operands, out)
         return out
 
 
 class SplitK:
-    """wgrad: `partial` writes fp32 sums, [splits, c_out, KH * KW * CIN_G], and a second launch adds them up."""
+    """wgrad: a launch writes fp32 sums, [splits, c_out, KH * KW * CIN_G], and a second one adds them up.
 
-    __slots__ = ("launches", "partial", "reduce", "shape", "splits", "strides")
+    `run`: how to call the first with (dy, x, part), where that is not its own order.
+    """
 
-    def __init__(self, partial, problem: ConvProblem, splits: int, strides):
-        self.partial, self.splits = partial, splits
+    __slots__ = ("launches", "reduce", "run", "shape", "splits", "strides")
+
+    def __init__(self, partial: launcher.Launch, problem: ConvProblem, splits: int, strides, run=None):
+        self.run, self.splits = run or partial, splits
         self.reduce = sum_of_splits(problem, splits, strides)
         self.launches = (partial, self.reduce)
         self.shape, self.strides = problem.w_shape, strides
 
     def __call__(self, dy, x):
-        size = math.prod(self.shape)
-        part = launcher.allocate((self.splits, size), (size, 1), x, torch.float32)
-        self.partial(dy, x, part)
-        dw = launcher.allocate(self.shape, self.strides, x)
+        part, dw = workspace(self.splits, self.shape, x), launcher.allocate(self.shape, self.strides, x)
+        self.run(dy, x, part)
         self.reduce(part, dw)
         return dw
+
+
+class Fused:
+    """dgrad and wgrad: a launch (dy, x, w, dx, part), and one that adds up its partial sums of dw."""
+
+    __slots__ = ("dw_shape", "dw_strides", "dx_shape", "dx_strides", "launches", "splits")
+
+    def __init__(self, launch: launcher.Launch, problem: ConvProblem, splits: int, dx_strides, dw_strides):
+        self.launches = (launch, sum_of_splits(problem, splits, dw_strides))
+        self.splits = splits
+        self.dx_shape, self.dx_strides = problem.x_shape, dx_strides
+        self.dw_shape, self.dw_strides = problem.w_shape, dw_strides
+
+    def __call__(self, dy, x, w):
+        launch, reduce = self.launches
+        dx = launcher.allocate(self.dx_shape, self.dx_strides, dy)
+        part, dw = workspace(self.splits, self.dw_shape, x), launcher.allocate(self.dw_shape, self.dw_strides, x)
+        launch(dy, x, w, dx, part)
+        reduce(part, dw)
+        return dx, dw
+
+
+def workspace(splits: int, shape, like: torch.Tensor) -> torch.Tensor:
+    """fp32 memory for the partial sums of a weight of `shape`."""
+    size = math.prod(shape)
+    return launcher.allocate((splits, size), (size, 1), like, torch.float32)
 
 
 def sum_of_splits(problem: ConvProblem, splits: int, strides) -> launcher.Launch:

@@ -1,0 +1,193 @@
+"""Depthwise convolution by multiply-adds, for small kernels (kernels/depthwise_direct.py)."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import triton
+
+from .. import launcher
+from ..cost import Tiling
+from ..devices import Target
+from ..kernels import depthwise_direct as kernels
+from ..problem import ConvProblem
+from .calls import Fused, Single, SplitK, align, emulate_bf16, index_64, named_strides, pixels_last, split_config
+
+NAME = "depthwise_direct"
+BLOCKS = {"BLOCK_P": (1, 4096), "BLOCK_C": (1, 256)}
+MOST_TAPS = 128  # filters are held in registers, each tap in its own
+MOST_REGISTERS = 208  # as estimated; compiled, 255 are there
+MOST_SEGMENTS = 16
+
+
+def supports(problem: ConvProblem, pass_: str, target: Target) -> str | None:
+    if problem.cin_g != 1:
+        return f"{problem.cin_g} input channels a group, not 1"
+    if min(problem.x_shape[1:] + problem.w_shape) < 1:
+        return "a channel or pixel count is zero"
+    taps = problem.kh * problem.kw * (1 if pass_ == "fprop" else problem.cout_g)
+    if taps > MOST_TAPS:
+        return f"{taps} taps, more than {MOST_TAPS}"
+    if not candidates(problem, pass_, target):
+        return "its sums do not fit the registers"
+    return None
+
+
+@dataclasses.dataclass(frozen=True)
+class _March:
+    """What the kernel's loop does in one step of a pass, by thread element: one column, or CONV_STRIDE_W in backward.
+
+    Counted in tiles: `loads` of activations, `held` in fp32 from step to step, `sums` of dw, `stores`, multiply-adds.
+    """
+
+    columns: int  # batch x columns, flattened
+    rows: int  # steps of all row segments
+    warm_up: int  # steps that a segment, but the first of backward, spends on its neighbour's rows
+    channels: int
+    taps: int  # filters in registers
+    loads: int
+    held: int
+    sums: int
+    stores: int
+    multiply_adds: int
+
+
+def _march(problem: ConvProblem, pass_: str) -> _March:
+    stride_h, stride_w = problem.stride
+    dil_h, dil_w = problem.dilation
+    taps, multiplier = problem.kh * problem.kw, problem.cout_g
+    if pass_ == "fprop":
+        residues = len({r * dil_h % stride_h for r in range(problem.kh)})
+        live = (problem.kh - 1) * dil_h // stride_h + 1
+        return _March(
+            columns=problem.batch * problem.w_out, rows=problem.h_out, warm_up=live - 1, channels=problem.c_out,
+            taps=taps, loads=residues * problem.kw, held=live, sums=0, stores=1, multiply_adds=taps,
+        )  # fmt: skip
+    want_dx, want_dw = pass_ != "wgrad", pass_ != "dgrad"
+    reaches = (problem.pad[2] - s * dil_w + phase for s in range(problem.kw) for phase in range(stride_w))
+    shifts = len({reach // stride_w for reach in reaches if reach % stride_w == 0})
+    held = max((problem.kh - 1) * dil_h + 1, stride_h) * stride_w
+    return _March(
+        columns=problem.batch * math.ceil(problem.w_in / stride_w),
+        rows=(problem.h_in - 1 + problem.pad[0]) // stride_h + 1,
+        warm_up=(problem.kh - 1) * dil_h // stride_h,
+        channels=problem.c_in,
+        taps=want_dx * taps * multiplier,
+        loads=shifts * multiplier + want_dw * stride_h * stride_w,
+        held=(want_dx + want_dw) * held,
+        sums=want_dw * taps * multiplier,
+        stores=want_dx * stride_h * stride_w,
+        multiply_adds=(want_dx + want_dw) * taps * multiplier,
+    )
+
+
+def _elements(problem: ConvProblem, config: dict, target: Target) -> tuple[int, int]:
+    """(elements a thread, of which so many are neighbouring channels and loaded by one instruction)."""
+    elements = max(1, config["BLOCK_P"] * config["BLOCK_C"] // (target.warp_size * config["num_warps"]))
+    vector = 16 // problem.element_bytes if problem.layout == "nhwc" else 1
+    return elements, math.gcd(vector, elements, problem.c_in, config["BLOCK_C"])
+
+
+def _registers(problem: ConvProblem, pass_: str, config: dict, target: Target) -> int:
+    """An estimate, within about 10 of what ptxas takes for sm_90."""
+    march, (elements, vector) = _march(problem, pass_), _elements(problem, config, target)
+    addresses = 1 if problem.layout == "nhwc" else 6
+    return march.taps * vector + (march.held + march.sums + addresses) * elements + 28
+
+
+def candidates(problem: ConvProblem, pass_: str, target: Target) -> list[dict]:
+    march = _march(problem, pass_)
+    fitting = triton.next_power_of_2(march.channels)
+    widths = [c for c in (8, 16, 32, 64, 128) if c <= max(8, fitting)] if problem.layout == "nhwc" else [1]
+    found = []
+    for block_c in widths:
+        for elements in (1, 2, 4, 8, 16):
+            block_p = elements * 4 * target.warp_size // block_c
+            config = {"BLOCK_P": block_p, "BLOCK_C": block_c, "num_warps": 4, "num_stages": 1}
+            if block_p >= 1 and _registers(problem, pass_, config, target) <= MOST_REGISTERS:
+                found.append(config)
+    return found
+
+
+def _resident(problem: ConvProblem, pass_: str, config: dict, target: Target) -> int:
+    """Programs that share a multiprocessor, by registers and threads."""
+    threads = target.warp_size * config["num_warps"]
+    return max(1, min(65536 // (threads * _registers(problem, pass_, config, target)), 2048 // threads))
+
+
+def _grid(problem: ConvProblem, pass_: str, config: dict, target: Target) -> tuple[int, int, int]:
+    """(programs of a row segment, segments, steps a segment): as many segments as end the march soonest."""
+    march = _march(problem, pass_)
+    tiles = math.ceil(march.columns / config["BLOCK_P"]) * math.ceil(march.channels / config["BLOCK_C"])
+    slots = target.multiprocessors * _resident(problem, pass_, config, target)
+
+    def end(segments):
+        return math.ceil(tiles * segments / slots) * (math.ceil(march.rows / segments) + march.warm_up + 1)
+
+    segments = min(range(1, min(march.rows, MOST_SEGMENTS) + 1), key=end)
+    steps = math.ceil(march.rows / segments)
+    return tiles, math.ceil(march.rows / steps), steps
+
+
+def tiling(problem: ConvProblem, pass_: str, config: dict, target: Target) -> Tiling:
+    march, (elements, vector) = _march(problem, pass_), _elements(problem, config, target)
+    tiles, segments, steps = _grid(problem, pass_, config, target)
+    programs, size = tiles * segments, problem.element_bytes
+    threads = target.warp_size * config["num_warps"]
+    # Steps of all programs; the first row segment of a backward pass has no rows before it.
+    walked = programs * (steps + march.warm_up) - tiles * march.warm_up * (pass_ != "fprop")
+    # Counted in the compiled loops of sm_90: a load's address, mask and conversions; a rotation of the sums.
+    instructions = march.multiply_adds + march.loads * (1 + 6 / vector) + march.held + 2 * march.stores + 1
+    once = march.taps * vector * 3 + (march.sums + 12) * elements + 20 * march.sums + 80
+    # What is loaded once a tap comes from L1 but for the tile's edges; a row segment re-reads its neighbour's rows.
+    again = 1 + march.warm_up / steps * (segments > 1)
+    halo = 1 + (problem.kw - 1) * problem.dilation[1] / (config["BLOCK_P"] * problem.stride[1])
+    sector = max(1.0, 32 / (config["BLOCK_C"] * size)) if problem.layout == "nhwc" else 1.0
+    partials = 2 * 4 * problem.params * (tiles // math.ceil(march.channels / config["BLOCK_C"])) * segments
+    partials *= march.sums > 0
+    # L1 serves a line of 128 bytes a clock: narrow channel tiles touch many.
+    lines = max(1.0, 128 / (config["BLOCK_C"] * size)) if problem.layout == "nhwc" else 1.0
+    return Tiling(
+        programs=programs,
+        matrix_flops=0.0,
+        l2_bytes=problem.min_bytes(pass_) * again * halo * sector + partials,
+        instructions=walked * threads * elements * instructions + programs * threads * once,
+        dram_bytes=problem.min_bytes(pass_) + partials,
+        resident=_resident(problem, pass_, config, target),
+        launches=2 if march.sums else 1,
+        shared_bytes=walked * threads * elements * march.loads * max(size * lines, 4 / vector),
+    )
+
+
+def prepare(problem: ConvProblem, pass_: str, config: dict, target: Target, strides: dict):
+    tiles, segments, steps = _grid(problem, pass_, config, target)
+    channels = _march(problem, pass_).channels
+    kernel = kernels.fprop_kernel if pass_ == "fprop" else kernels.backward_kernel
+    blocks, options = split_config(config)
+    x, w, y, dx, dw, dy = (strides.get(name) for name in ("x", "w", "y", "dx", "dw", "dy"))
+    splits = tiles // math.ceil(channels / config["BLOCK_C"]) * segments
+    scalars = {
+        "batch": problem.batch, "h_in": problem.h_in, "w_in": problem.w_in,
+        "h_out": problem.h_out, "w_out": problem.w_out, "steps": steps,
+        **named_strides("x", x), **named_strides("wgt", w),
+        "CHANNELS": channels, "MULTIPLIER": problem.cout_g, "KH": problem.kh, "KW": problem.kw,
+        "CONV_STRIDE_H": problem.stride[0], "CONV_STRIDE_W": problem.stride[1],
+        "PAD_H": problem.pad[0], "PAD_W": problem.pad[2], "DIL_H": problem.dilation[0], "DIL_W": problem.dilation[1],
+        "PIXELS_LAST": pixels_last(x if pass_ == "fprop" else dy), "X_ALIGN": align(x),
+        "INDEX_64": index_64(problem, strides, splits * problem.params),
+        "EMULATE_BF16": emulate_bf16(kernel, problem), **blocks,
+    }  # fmt: skip
+    if pass_ == "fprop":
+        scalars |= {**named_strides("y", y), "HAS_BIAS": problem.bias, "Y_ALIGN": align(y)}
+        return Single(launcher.Launch(kernel, (tiles, segments), scalars, **options), problem.y_shape, y)
+    scalars |= {
+        **named_strides("dy", dy), **named_strides("dx", dx), "DY_ALIGN": align(dy), "DX_ALIGN": align(dx),
+        "WANT_DX": pass_ != "wgrad", "WANT_DW": pass_ != "dgrad",
+    }  # fmt: skip
+    launch = launcher.Launch(kernel, (tiles, segments), scalars, **options)
+    if pass_ == "dgrad":
+        return Single(launch, problem.x_shape, dx, lambda dy, w, dx: launch(dy, None, w, dx, None))
+    if pass_ == "wgrad":
+        return SplitK(launch, problem, splits, dw, lambda dy, x, part: launch(dy, x, None, None, part))
+    return Fused(launch, problem, splits, dx, dw)
