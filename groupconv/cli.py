@@ -9,6 +9,8 @@ import subprocess
 import sys
 
 from . import __version__
+from .algorithms import REGISTRY
+from .configs import PLANNED
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -19,13 +21,15 @@ def main(argv: list[str] | None = None) -> int:
 
     compile_ = commands.add_parser(
         "compile",
-        help="compile every shipped configuration for GPUs that are not here, and check what came out",
-        description="Compiles every shipped configuration as a call would launch it. Exit status 1 if one spills, asks "
-        "for more shared memory than its target has, or lacks matrix instructions in fp16 or bf16.",
+        help="compile what is shipped and planned for GPUs that are not here, and check what came out",
+        description="Compiles every shipped configuration, and what the plans of the suite's layers take where none is "
+        "shipped, as a call would launch it. Exit status 1 if one spills, asks for more shared memory than its target "
+        "has, or lacks the matrix instructions that it is for.",
     )
     compile_.add_argument("--targets", nargs="+", metavar="TARGET", help="sm_90, gfx942, ... (default: all known)")
-    compile_.add_argument("--pass", dest="pass_", choices=("fprop", "dgrad", "wgrad"), help="only this pass")
+    compile_.add_argument("--pass", dest="pass_", choices=PLANNED, help="only this pass")
     compile_.add_argument("--dtype", choices=("fp16", "bf16", "tf32", "fp32"), help="only this dtype")
+    compile_.add_argument("--algorithm", choices=list(REGISTRY), help="only this algorithm")
     compile_.add_argument("--jobs", type=int, metavar="N", help="worker processes (default: one a core)")
     compile_.set_defaults(run=_compile)
 
@@ -54,9 +58,17 @@ def _compile(args) -> int:
     from rich.table import Table
 
     from . import compile_check, devices
+    from .perf_reports import layers
+    from .problem import ELEMENT_BYTES
 
     targets = [devices.named(target).arch_name for target in args.targets or devices.BY_ARCH]
-    work = compile_check.jobs(targets, args.pass_, args.dtype)
+    work = compile_check.shipped(targets, args.pass_, args.dtype)
+    for dtype in ELEMENT_BYTES if args.dtype is None else (args.dtype,):
+        for layout in ("nhwc", "nchw"):
+            chosen = argparse.Namespace(layers="suite", groups=None, quick=False, kernels=None, dtype=dtype, layout=layout)
+            suite = [layer.problem for layer in layers.make(chosen)]
+            work += compile_check.planned(targets, suite, args.pass_)
+    work = [job for job in work if args.algorithm in (None, job.algorithm)]
     console = Console(width=None if sys.stdout.isatty() else 160)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True)) as progress:
@@ -67,14 +79,14 @@ def _compile(args) -> int:
 
         outcomes = compile_check.run_parallel(work, done, args.jobs)
 
-    table = Table(title="Shipped configurations, compiled")
+    table = Table(title="Configurations, compiled")
     for name in ("target", "configuration", "dtype", "layout"):
         table.add_column(name, no_wrap=True)
     for name in ("registers", "spills", "shared", "matrix", "loads (16 B)", "stores (16 B)"):
         table.add_column(name, justify="right", no_wrap=True)
     for outcome in outcomes:
         used, problem = outcome.resources, outcome.job.problem
-        row = [outcome.job.target, str(outcome.job.default), problem.dtype, problem.layout]
+        row = [outcome.job.target, str(outcome.job), problem.dtype, problem.layout]
         if used is not None:
             row += [str(used.registers), str(used.spill_bytes), str(used.shared_bytes)]
             row += [f"{used.matrix} {used.matrix_count}" if used.matrix else "-"]
@@ -88,7 +100,7 @@ def _compile(args) -> int:
     failed = [outcome for outcome in outcomes if outcome.faults]
     for outcome in failed:
         job = outcome.job
-        what = f"{job.target} {job.default} {job.problem.dtype} {job.problem.layout}"
+        what = f"{job.target} {job} {job.problem.dtype} {job.problem.layout}"
         console.print(f"fault: {what}: {'; '.join(outcome.faults)}", style="red", markup=False)
     compiled = len(outcomes) - sum(excluded.values())
     console.print(f"{compiled} configurations compiled, {len(failed)} with faults, {sum(excluded.values())} excluded")

@@ -8,7 +8,7 @@ import os
 
 import torch
 
-from . import configs, devices, resources, stub_driver
+from . import configs, devices, dispatch, resources, stub_driver
 from .algorithms import REGISTRY
 from .problem import ConvProblem, dense_strides
 
@@ -49,15 +49,17 @@ def compile_pass(
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """A shipped configuration to compile for a problem of its class on a target."""
+    """A configuration to compile for a problem on a target."""
 
-    default: configs.ModelledDefault
+    algorithm: str
+    pass_: str
+    config: dict
     problem: ConvProblem
     target: str
 
-    @property
-    def pass_(self) -> str:
-        return self.default.pass_
+    def __str__(self) -> str:
+        p, options = self.problem, " ".join(str(size) for size in self.config.values())
+        return f"{self.algorithm} {self.pass_} {p.kh}x{p.kw} s{p.stride[0]} {p.cin_g}->{p.cout_g} [{options}]"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,7 +72,7 @@ class Outcome:
     excluded: str | None = None
 
 
-def jobs(targets: list[str], only_pass: str | None = None, only_dtype: str | None = None) -> list[Job]:
+def shipped(targets: list[str], only_pass: str | None = None, only_dtype: str | None = None) -> list[Job]:
     """Every shipped configuration on every target that may take it: both layouts, every dtype of its element size."""
     found = []
     for target in targets:
@@ -83,9 +85,24 @@ def jobs(targets: list[str], only_pass: str | None = None, only_dtype: str | Non
                     continue
                 for layout in ("nhwc", "nchw"):
                     problem = _problem(default, dtype, layout)
-                    chosen = configs.modelled(default.algorithm, problem, default.pass_, arch)
-                    if chosen == default:
-                        found.append(Job(default, problem, target))
+                    if configs.modelled(default.algorithm, problem, default.pass_, arch) == default:
+                        found.append(Job(default.algorithm, default.pass_, default.config, problem, target))
+    return found
+
+
+def planned(targets: list[str], problems: list[ConvProblem], only_pass: str | None = None) -> list[Job]:
+    """What the plans of problems take of ours, where no configuration is shipped and the model chooses."""
+    found = []
+    for target in targets:
+        on = devices.named(target)
+        for problem in problems:
+            for pass_ in configs.PLANNED if only_pass is None else (only_pass,):
+                able = [name for name in REGISTRY if REGISTRY[name].supports(problem, pass_, on) is None]
+                choices = [dispatch.modelled(problem, pass_, on, name) for name in able]
+                if choices:
+                    name, config, _ = min(choices, key=lambda choice: choice[2].score)
+                    if configs.modelled(name, problem, pass_, on.arch_name) is None:
+                        found.append(Job(name, pass_, config, problem, target))
     return found
 
 
@@ -101,20 +118,21 @@ def _problem(default: configs.ModelledDefault, dtype: str, layout: str) -> ConvP
 
 def run(job: Job) -> Outcome:
     """Compile a job and judge it."""
-    target = devices.named(job.target)
-    lack = REGISTRY[job.default.algorithm].supports(job.problem, job.pass_, target)
+    target, algorithm = devices.named(job.target), REGISTRY[job.algorithm]
+    lack = algorithm.supports(job.problem, job.pass_, target)
     if lack is not None:
         return Outcome(job, None, (), excluded=lack)
     try:
-        kernels = compile_pass(job.problem, job.pass_, job.default.algorithm, job.default.config, job.target)
+        kernels = compile_pass(job.problem, job.pass_, job.algorithm, job.config, job.target)
     except Exception as error:  # whatever the compiler raises is the finding
-        return Outcome(job, None, (f"{type(error).__name__}: {str(error).splitlines()[0]}",))
+        return Outcome(job, None, (f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}",))
     used, faults = kernels[0], []
     if spills := sum(kernel.spill_bytes for kernel in kernels):
         faults.append(f"{spills} bytes of spills")
     if used.shared_bytes > target.shared_bytes:
         faults.append(f"{used.shared_bytes} bytes of shared memory of {target.shared_bytes}")
-    if job.problem.dtype in ("fp16", "bf16") and not used.matrix_count:
+    by_matrix = algorithm.tiling(job.problem, job.pass_, job.config, target).matrix_flops > 0
+    if job.problem.dtype in ("fp16", "bf16") and by_matrix and not used.matrix_count:
         faults.append("no matrix instructions")
     return Outcome(job, used, tuple(faults))
 

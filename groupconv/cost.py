@@ -23,10 +23,14 @@ def floor_us(problem: ConvProblem, pass_: str, target: Target) -> float:
 
 @dataclasses.dataclass(frozen=True)
 class Estimate:
-    """A modelled time and what bounds it: "memory", "l2", "matrix", "issue" or "shared"."""
+    """A modelled time and what bounds it: "memory", "l2", "matrix", "issue" or "shared".
+
+    score: by which tilings are compared; of two bound by the same, the one that asks less of the rest is better.
+    """
 
     time_us: float
     bound: str
+    score: float
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,6 +55,7 @@ class Tiling:
 
 ISSUE_SLOTS = 4 * 32  # thread instructions a clock and multiprocessor
 SHARED_BYTES = 128  # a clock and multiprocessor
+OVERLAP_LOST = 0.05  # of the work that the slowest resource hides; it only ranks tilings
 MATRIX_EFFICIENCY = 0.6  # of the rate of a large matrix product, for products fed by gathers
 
 
@@ -71,7 +76,8 @@ def estimate(problem: ConvProblem, tiling: Tiling, target: Target) -> Estimate:
     stretch = math.ceil(waves) / waves if waves else 1.0
     # Below one wave, idle multiprocessors cost only what is bound inside a multiprocessor; memory needs about half.
     idle = stretch if bound != "memory" else max(1.0, stretch / 2)
-    return Estimate(parts[bound] * idle + LAUNCH_US * tiling.launches, bound)
+    time = parts[bound] * idle + LAUNCH_US * tiling.launches
+    return Estimate(time, bound, time + OVERLAP_LOST * (sum(parts.values()) - parts[bound]))
 
 
 # PyTorch's time over the floor where nobody measured it, by group width (narrow: up to 32) and pass. A prior, to decide

@@ -142,7 +142,7 @@ def plan_pass(
             return made(entry.algorithm, entry.config, tier, reason, *times)
 
     name, config, estimate = min(
-        (modelled(problem, pass_, target, name) for name in able), key=lambda choice: choice[2].time_us
+        (modelled(problem, pass_, target, name) for name in able), key=lambda choice: choice[2].score
     )
     prior = cost.torch_prior_us(problem, pass_, target)
     compared = f"modelled {estimate.time_us:.1f} us (bound by {estimate.bound}), F.conv2d's prior {prior:.1f} us"
@@ -162,5 +162,5 @@ def modelled(problem: ConvProblem, pass_: str, target: Target, name: str) -> tup
 
     if default is not None:
         return name, default.config, estimated(default.config)
-    config = min(algorithm.candidates(problem, pass_, target), key=lambda c: estimated(c).time_us)
+    config = min(algorithm.candidates(problem, pass_, target), key=lambda c: estimated(c).score)
     return name, config, estimated(config)

@@ -22,6 +22,7 @@ from groupconv.problem import PASSES, ConvProblem
 INTERPRETED = launcher.interpreting(general_kernels.fprop_kernel)
 MODES = {"fp32": torch.float32, "tf32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 RESULTS = {"fprop": "y", "dgrad": "dx", "wgrad": "dw"}
+PRODUCES = {"backward": ("dgrad", "wgrad")}  # the passes that a pass does, where it is not its own
 GUARD = 256  # elements
 SENTINEL = 768.0  # exact in every type
 
@@ -151,7 +152,10 @@ class Operands:
     dy: torch.Tensor
 
     def of(self, pass_: str) -> tuple:
-        return {"fprop": (self.x, self.w, self.bias), "dgrad": (self.dy, self.w), "wgrad": (self.dy, self.x)}[pass_]
+        return {
+            "fprop": (self.x, self.w, self.bias), "dgrad": (self.dy, self.w), "wgrad": (self.dy, self.x),
+            "backward": (self.dy, self.x, self.w),
+        }[pass_]  # fmt: skip
 
     def strides(self, problem: ConvProblem) -> dict:
         """Strides by name, those of results as F.conv2d lays them out."""
@@ -222,17 +226,20 @@ def wide_reduction(tiles: str):
         calls.SUM_TILE = tile
 
 
-def run(case: Case, pass_: str, name: str, device: str) -> tuple[torch.Tensor, Operands, ConvProblem]:
-    """One pass by an algorithm's own entry, its results guarded: (out, operands, problem)."""
+def run(case: Case, pass_: str, name: str, device: str) -> tuple[dict[str, torch.Tensor], Operands, ConvProblem]:
+    """One pass by an algorithm's own entry, its results guarded: (results by pass, operands, problem)."""
     given = operands(case, device)
     problem, on, algorithm = actual(case, given), target(device), REGISTRY[name]
     strides = given.strides(problem)
     with guarded(), wide_reduction(case.tiles):
         prepared = algorithm.prepare(problem, pass_, config(algorithm, problem, pass_, on, case.tiles), on, strides)
         out = prepared(*given.of(pass_))
-    assert out.stride() == strides[RESULTS[pass_]]
-    assert out.dtype == MODES[problem.dtype]
-    return out, given, problem
+    produced = PRODUCES.get(pass_, (pass_,))
+    found = dict(zip(produced, out if isinstance(out, tuple) else (out,), strict=True))
+    for each, result in found.items():
+        assert result.stride() == strides[RESULTS[each]]
+        assert result.dtype == MODES[problem.dtype]
+    return found, given, problem
 
 
 def _pair(value) -> tuple[int, int]:
@@ -334,18 +341,72 @@ def _views() -> list[Case]:
     return found
 
 
+# Depthwise: kernel and what differs from groups=9 (channels), batch=2, hw=(9, 10), stride=1, pad=k//2, dilation=1.
+_DEPTHWISE = [
+    # Every kernel size, odd channel counts, maps wider than a tile and narrower than the kernel.
+    (1, {}), (2, {"pad": 0, "hw": 15}), (3, {"groups": 57, "hw": 7}), (3, {"groups": 36, "hw": (5, 70), "batch": 1}),
+    (5, {"groups": 58}), (5, {"hw": (7, 40)}), (7, {"groups": 12}), (7, {"hw": (6, 35), "groups": 8}), (9, {"hw": 14}),
+    (11, {"hw": 13}), (13, {"hw": (14, 7), "groups": 3}), (17, {"hw": 7, "groups": 3}), (27, {"hw": 14, "groups": 2}),
+    (31, {"hw": (9, 33), "groups": 2, "batch": 1}), (31, {"hw": 18, "groups": 8, "batch": 1}),
+    ((1, 11), {"hw": (5, 21), "groups": 12}), ((11, 1), {"hw": (21, 5), "groups": 12}), ((7, 4), {"pad": 2}),
+    ((1, 21), {"groups": 3, "hw": (4, 24)}), ((51, 5), {"groups": 2, "hw": (14, 13)}), ((5, 7), {}), (6, {}),
+    (4, {"groups": 16}),
+    # Strides.
+    (3, {"stride": 2, "groups": 90}), (3, {"stride": 4, "hw": 13}), (3, {"stride": 2, "pad": 0, "hw": (13, 17)}),
+    (5, {"stride": 2}), (5, {"stride": 2, "hw": (9, 40), "groups": 8}), (7, {"stride": 2, "hw": (12, 38)}),
+    (11, {"stride": 2, "hw": 14, "groups": 3}), (7, {"stride": (1, 2)}), (7, {"stride": (2, 1), "hw": (9, 36)}),
+    (5, {"stride": (3, 2)}), (9, {"stride": 4, "hw": 20, "groups": 3}), (1, {"stride": 2}),
+    (2, {"stride": 2, "pad": 0}),
+    # Dilations, and strides with them.
+    (3, {"dilation": 2}), (3, {"dilation": 4, "hw": 12}), (5, {"dilation": 2, "hw": (11, 37), "groups": 8}),
+    (7, {"dilation": 3, "hw": 14}), (3, {"dilation": (1, 3), "hw": 14}), (5, {"dilation": (2, 1), "hw": 14}),
+    (3, {"dilation": 2, "stride": 2}), (5, {"dilation": 3, "stride": 2, "hw": 16}), (3, {"dilation": 3, "stride": 2}),
+    # Channel multipliers.
+    (3, {"multiplier": 2, "groups": 8}), (7, {"multiplier": 2, "stride": 2, "groups": 8}), (5, {"multiplier": 3}),
+    (7, {"multiplier": 4, "hw": (6, 34), "groups": 4}), (9, {"multiplier": 2, "groups": 4, "hw": 8}),
+    # Padding: none, one-sided, more than the kernel, between the phases of a stride.
+    (5, {"pad": 0, "hw": 12}), (3, {"pad": (0, 1, 0, 1), "stride": 2}), (7, {"pad": (3, 0, 1, 4)}), (3, {"pad": 5}),
+    (5, {"pad": (1, 4), "stride": 2}), (7, {"pad": 9, "hw": 6}), (5, {"pad": (0, 3, 4, 0), "hw": (8, 33)}),
+    # Batches: one image, and more than a tile of them.
+    (3, {"batch": 1, "groups": 8, "hw": 16}), (5, {"batch": 1, "hw": 16}), (7, {"batch": 40, "groups": 1, "hw": 7}),
+    (5, {"batch": 19, "groups": 8, "hw": 5}),
+]  # fmt: skip
+
+
+def _depthwise() -> list[Case]:
+    found = []
+    for i, (kernel, given) in enumerate(_DEPTHWISE):
+        kh, kw = _pair(kernel)
+        dilation = _pair(given.get("dilation", 1))
+        pad = (kh // 2 * dilation[0], kw // 2 * dilation[1])
+        values = {"groups": 9, "batch": 2, "hw": (9, 10), "stride": 1, "pad": pad, "dilation": 1} | given
+        multiplier = values.pop("multiplier", 1)
+        for j, layout in enumerate(("nhwc", "nchw")):
+            dtype = list(MODES)[(i + 2 * j + i // 4) % 4]
+            problem = _problem(1, multiplier, kernel, dtype=dtype, layout=layout, bias=(i + j) % 3 == 0, **values)
+            # Gradients and inputs in other layouts, and tiles by the dozen, in turn.
+            x = layout if i % 4 else VIEWS[(i // 4 + j) % 7]
+            dy = layout if i % 3 else VIEWS[(i // 3 + 3 * j) % 7]
+            found.append(Case(problem, x, ("nchw", "nhwc")[(i + j) % 2], dy, "many" if (i + j) % 5 == 0 else "few"))
+    return found
+
+
 # Two of the suite's layers are one layer when their maps shrink.
 CASES = list(dict.fromkeys(_suite() + _named(_ARGUMENTS, "few", 0) + _named(_MANY_TILES, "many", 1) + _views()))
+DEPTHWISE = dict.fromkeys(case for case in _depthwise() if case not in CASES)
 
 
-def runs(on, cases=CASES) -> list[tuple[Case, str, str]]:
-    """(case, pass, algorithm) for every algorithm that can serve it on a target."""
+def runs(on, cases=None) -> list[tuple[Case, str, str]]:
+    """(case, pass, algorithm) for every algorithm that can serve it on a target; by default of all named cases.
+
+    The cases for depthwise algorithms are not run by the general one, which has its own.
+    """
     return [
         (case, pass_, name)
-        for case in cases
-        for pass_ in PASSES
+        for case in ((*CASES, *DEPTHWISE) if cases is None else cases)
+        for pass_ in (*PASSES, *PRODUCES)
         for name, algorithm in REGISTRY.items()
-        if algorithm.supports(case.problem, pass_, on) is None
+        if not (name == "implicit_gemm" and case in DEPTHWISE) and algorithm.supports(case.problem, pass_, on) is None
     ]
 
 

@@ -17,7 +17,7 @@ from .calls import Fused, Single, SplitK, align, emulate_bf16, index_64, named_s
 NAME = "depthwise_direct"
 BLOCKS = {"BLOCK_P": (1, 4096), "BLOCK_C": (1, 256)}
 MOST_TAPS = 128  # filters are held in registers, each tap in its own
-MOST_REGISTERS = 208  # as estimated; compiled, 255 are there
+MOST_REGISTERS = 200  # as estimated; compiled, 255 are there
 MOST_SEGMENTS = 16
 
 
@@ -147,7 +147,8 @@ def tiling(problem: ConvProblem, pass_: str, config: dict, target: Target) -> Ti
     partials = 2 * 4 * problem.params * (tiles // math.ceil(march.channels / config["BLOCK_C"])) * segments
     partials *= march.sums > 0
     # L1 serves a line of 128 bytes a clock: narrow channel tiles touch many.
-    lines = max(1.0, 128 / (config["BLOCK_C"] * size)) if problem.layout == "nhwc" else 1.0
+    split = problem.layout == "nhwc" and config["BLOCK_C"] < march.channels
+    lines = max(1.0, 128 / (config["BLOCK_C"] * size)) if split else 1.0
     return Tiling(
         programs=programs,
         matrix_flops=0.0,
