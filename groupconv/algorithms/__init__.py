@@ -22,9 +22,11 @@ from types import ModuleType
 
 from ..devices import Target
 from ..problem import ConvProblem
-from . import depthwise_direct, implicit_gemm
+from . import depthwise_direct, depthwise_toeplitz, implicit_gemm
 
-REGISTRY: dict[str, ModuleType] = {algorithm.NAME: algorithm for algorithm in (implicit_gemm, depthwise_direct)}
+REGISTRY: dict[str, ModuleType] = {
+    algorithm.NAME: algorithm for algorithm in (implicit_gemm, depthwise_direct, depthwise_toeplitz)
+}
 
 
 def able(problem: ConvProblem, pass_: str, target: Target) -> list[str]:
