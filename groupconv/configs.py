@@ -94,7 +94,9 @@ def parse_device(text: str, path: str) -> DeviceFile:
         _require(key["pass"] in PLANNED, path, f"{where}: pass {key['pass']!r} is not one of {', '.join(PLANNED)}")
         for field in SCALED_FIELDS:
             _require(_positive_int(key[field]), path, f"{where}: {field} must be a positive integer")
-        _check_config(raw.get("algorithm"), raw.get("config"), path, where)
+        _require(isinstance(raw.get("algorithm"), str), path, f"{where} has no algorithm")
+        if raw["algorithm"] in REGISTRY:  # plans pass over the entries of others
+            _check_config(raw["algorithm"], raw.get("config"), path, where)
         for field in ("time_us", "torch_time_us"):
             time = raw.get(field)
             good = isinstance(time, (int, float)) and math.isfinite(time) and time > 0
@@ -134,7 +136,8 @@ def parse_modelled(text: str, path: str) -> tuple[ModelledDefault, ...]:
     for number, raw in enumerate(data["defaults"]):
         where = f"default {number}"
         _require(isinstance(raw, dict), path, f"{where} must be an object")
-        _check_config(raw.get("algorithm"), raw.get("config"), path, where)
+        _require(raw.get("algorithm") in REGISTRY, path, f"{where}: algorithm must be one of {', '.join(REGISTRY)}")
+        _check_config(raw["algorithm"], raw.get("config"), path, where)
         pass_ = raw.get("pass")
         _require(pass_ in PASSES, path, f"{where}: pass {pass_!r} is not one of {', '.join(PASSES)}")
         _require(_positive_int(raw.get("element_bytes")), path, f"{where}: element_bytes must be a positive integer")
@@ -167,9 +170,7 @@ def _positive_int(value) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value > 0
 
 
-def _check_config(algorithm, config, path: str, where: str) -> None:
-    known = isinstance(algorithm, str) and algorithm in REGISTRY
-    _require(known, path, f"{where}: algorithm {algorithm!r} is not one of {', '.join(REGISTRY)}")
+def _check_config(algorithm: str, config, path: str, where: str) -> None:
     blocks = REGISTRY[algorithm].BLOCKS
     fields = (*blocks, *OPTIONS)
     named = isinstance(config, dict) and sorted(config) == sorted(fields)

@@ -60,7 +60,7 @@ MATRIX_EFFICIENCY = 0.6  # of the rate of a large matrix product, for products f
 
 
 def estimate(problem: ConvProblem, tiling: Tiling, target: Target) -> Estimate:
-    """The modelled time of a tiling: its slowest resource, stretched by the unfilled part of the last wave."""
+    """The modelled time of a tiling: its slowest resource, stretched by what the last programs leave idle."""
     rate = target.matrix_rate(problem.dtype) or target.matrix_rate("fp32")
     clocks = target.multiprocessors * target.clock_ghz * 1e3  # of all multiprocessors in a microsecond
     parts = {
@@ -71,10 +71,11 @@ def estimate(problem: ConvProblem, tiling: Tiling, target: Target) -> Estimate:
         "shared": tiling.shared_bytes / (SHARED_BYTES * clocks),
     }
     bound = max(parts, key=parts.__getitem__)
-    slots = target.multiprocessors * tiling.resident
-    waves = tiling.programs / slots
+    # Inside a multiprocessor the programs share what bounds them, so the one with most programs ends last. Memory is
+    # shared by all, and kept busy by half of the programs that fit at once.
+    places = target.multiprocessors * (tiling.resident if bound == "memory" else 1)
+    waves = tiling.programs / places
     stretch = math.ceil(waves) / waves if waves else 1.0
-    # Below one wave, idle multiprocessors cost only what is bound inside a multiprocessor; memory needs about half.
     idle = stretch if bound != "memory" else max(1.0, stretch / 2)
     time = parts[bound] * idle + LAUNCH_US * tiling.launches
     return Estimate(time, bound, time + OVERLAP_LOST * (sum(parts.values()) - parts[bound]))

@@ -89,6 +89,41 @@ def _with_config(**changes):
     return file_text(entry(config=CONFIG | changes))
 
 
+DEPTHWISE = ConvProblem(32, 64, 28, 28, 64, 3, 3, (1, 1), (1, 1, 1, 1), (1, 1), 64, "bf16")
+DIRECT = {"BLOCK_P": 32, "BLOCK_C": 32, "num_warps": 4, "num_stages": 1}
+
+
+def direct(pass_, **times):
+    return entry(DEPTHWISE, pass_, algorithm="depthwise_direct", config=DIRECT, **times)
+
+
+def test_entries_have_the_fields_of_their_algorithm(user_file):
+    user_file(file_text(direct("fprop")))
+    assert (plan(DEPTHWISE).algorithm, plan(DEPTHWISE).config) == ("depthwise_direct", DIRECT)
+
+
+def test_fused_backward_is_planned_where_it_is_faster():
+    found = dispatch.plan(DEPTHWISE, devices.DEFAULT, "triton")
+    assert found.backward is not None
+    assert found.backward.time_us < found.dgrad.time_us + found.wgrad.time_us
+    assert "backward: depthwise_direct" in str(found)
+    assert dispatch.plan(DEPTHWISE, devices.DEFAULT, "triton:implicit_gemm").backward is None
+    assert dispatch.plan(DEPTHWISE, devices.DEFAULT, "torch").backward is None
+    assert dispatch.plan(DEPTHWISE, devices.DEFAULT, refusal="a reason").backward is None
+    assert dispatch.plan(PROBLEM, devices.DEFAULT, "triton").backward is None
+
+
+@pytest.mark.parametrize(("fused", "taken"), [(19.0, True), (21.0, False)])
+def test_measured_fused_backward_is_compared_with_both_passes(user_file, fused, taken):
+    user_file(file_text(direct("dgrad"), direct("wgrad"), direct("backward", time=fused, torch_time=60.0)))
+    assert (dispatch.plan(DEPTHWISE, devices.DEFAULT).backward is not None) is taken
+
+
+def test_modelled_and_measured_times_are_not_compared(user_file):
+    user_file(file_text(direct("dgrad", time=1e6, torch_time=1e7), direct("wgrad", time=1e6, torch_time=1e7)))
+    assert dispatch.plan(DEPTHWISE, devices.DEFAULT).backward is None
+
+
 DAMAGED = {
     "empty": "",
     "truncated": file_text(entry())[:-20],
@@ -108,6 +143,7 @@ DAMAGED = {
     "block-too-small": _with_config(BLOCK_K=8),
     "block-true": _with_config(BLOCK_K=True),
     "too-many-warps": _with_config(num_warps=64),
+    "fields-of-another-algorithm": file_text(entry(algorithm="depthwise_direct")),
     "missing-field": file_text(entry(config={"BLOCK_M": 64})),
     "extra-field": _with_config(SPLITS=2),
     "time-negative": file_text(entry(time=-1.0)),
@@ -157,6 +193,11 @@ def test_shipped_files_are_whole():
     assert all(default.algorithm in REGISTRY for default in configs.modelled_defaults())
 
 
+def pointwise(n, dtype):
+    """A layer whose GEMM N is n in every pass."""
+    return ConvProblem(2, n, 5, 5, n, 1, 1, dtype=dtype)
+
+
 @pytest.mark.parametrize("target", devices.BY_ARCH)
 @pytest.mark.parametrize("pass_", ["fprop", "dgrad", "wgrad"])
 @pytest.mark.parametrize("element_bytes", [2, 4])
@@ -165,17 +206,17 @@ def test_every_width_has_a_default_that_fits(target, pass_, element_bytes):
 
     device = devices.named(target)
     for n in (1, 16, 17, 64, 100, 128, 300, 5000):
-        default = configs.modelled("implicit_gemm", pass_, element_bytes, n, target)
-        assert default is not None
         dtype = "fp32" if element_bytes == 4 else "fp16"
+        default = configs.modelled("implicit_gemm", pointwise(n, dtype), pass_, target)
+        assert default is not None
         assert implicit_gemm.fits(default.config, dtype, device) is None
         larger = [d.most_n for d in configs.modelled_defaults() if d.pass_ == pass_ and d.most_n >= n]
         assert default.most_n >= n or not larger
 
 
 def test_defaults_for_one_architecture_replace_the_general_ones():
-    general = configs.modelled("implicit_gemm", "fprop", 4, 64, "sm_90")
-    special = configs.modelled("implicit_gemm", "fprop", 4, 64, "gfx1100")
+    general = configs.modelled("implicit_gemm", pointwise(64, "fp32"), "fprop", "sm_90")
+    special = configs.modelled("implicit_gemm", pointwise(64, "fp32"), "fprop", "gfx1100")
     assert general is not None
     assert special is not None
     assert general.only is None

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from groupconv import launcher, triton_conv
+from groupconv import launcher, ops, triton_conv
 from groupconv.algorithms import REGISTRY, implicit_gemm
 from groupconv.problem import ConvProblem
 
@@ -71,7 +71,7 @@ def test_many_splits(dtype, device):
 @pytest.mark.parametrize("name", REGISTRY)
 @pytest.mark.parametrize("view", ["nchw", "nhwc"])
 def test_wgrad_is_repeatable(name, view, device):
-    problem = ConvProblem(40, 2, 6, 7, 2, 3, 3, pad=(1, 1, 1, 1), groups=2, dtype="bf16", layout=view)
+    problem = ConvProblem(9, 2, 6, 7, 2, 5, 5, pad=(2, 2, 2, 2), groups=2, dtype="bf16", layout=view)
     assert REGISTRY[name].supports(problem, "wgrad", ON) is None
     case = cases.Case(problem, view, dy=view, tiles="many")
     outs = [cases.run(case, "wgrad", name, device)[0]["wgrad"] for _ in range(2)]
@@ -95,6 +95,30 @@ def test_gradients_singly_and_together(wanted, view, device):
         dy = random(*problem.y_shape, device=device, view=view, seed=3)
         found = torch.autograd.grad(y, [tensors[name] for name in wanted], dy)
     check_gradients(problem, *tensors.values(), y, dy, dict(zip(wanted, found, strict=True)))
+
+
+@pytest.mark.parametrize("wanted", [("x", "w"), ("x", "w", "bias"), ("x",), ("w", "bias")], ids="-".join)
+def test_fused_backward(wanted, device):
+    """Both gradients come from one kernel where the plan says so; one alone does not pay for the other."""
+    problem = ConvProblem(2, 16, 9, 8, 16, 3, 3, pad=(1, 1, 1, 1), groups=16, dtype="bf16")
+    tensors = {
+        "x": random(*problem.x_shape, dtype=torch.bfloat16, device=device, view="nhwc"),
+        "w": random(*problem.w_shape, dtype=torch.bfloat16, device=device, seed=1),
+        "bias": random(16, dtype=torch.bfloat16, device=device, seed=2),
+    }
+    for name in wanted:
+        tensors[name].requires_grad_()
+    call = ops.lookup(*tensors.values(), 1, 1, 1, 16, "triton:depthwise_direct")
+    assert call.plan.backward.algorithm == "depthwise_direct"
+    with cases.guarded():
+        y = triton_conv(*tensors.values(), padding=1, groups=16, backend="triton:depthwise_direct")
+        dy = random(*problem.y_shape, dtype=torch.bfloat16, device=device, view="nhwc", seed=3)
+        found = torch.autograd.grad(y, [tensors[name] for name in wanted], dy)
+    ran = {key[0] for key in call._backward}
+    assert ("backward" in ran) == ({"x", "w"} <= set(wanted))
+    assert ran <= ({"backward"} if {"x", "w"} <= set(wanted) else {"dgrad", "wgrad"})
+    check_gradients(problem, *tensors.values(), y, dy, dict(zip(wanted, found, strict=True)))
+    call._backward.clear()
 
 
 @pytest.mark.parametrize("view", ["nchw", "nhwc"])
@@ -193,9 +217,10 @@ def test_offsets_past_two_to_the_31(case, pass_, name, device):
     moved = "dy" if pass_ == "dgrad" else "x"
     far = dataclasses.replace(given, **{moved: apart(getattr(given, moved), 2**30 + 4096)})
     strides = given.strides(problem) | {moved: getattr(far, moved).stride()}
-    config = cases.config(algorithm, problem, pass_, ON, "few")
+    on = cases.machine(device, "few")
+    config = cases.config(algorithm, problem, pass_, on, "few")
     with cases.guarded():
-        out = algorithm.prepare(problem, pass_, config, ON, strides)(*far.of(pass_))
+        out = algorithm.prepare(problem, pass_, config, on, strides)(*far.of(pass_))
     expected = cases.references(problem, given)
     produced = cases.PRODUCES.get(pass_, (pass_,))
     for each, result in zip(produced, out if isinstance(out, tuple) else (out,), strict=True):

@@ -17,8 +17,9 @@ from .calls import Fused, Single, SplitK, align, emulate_bf16, index_64, named_s
 NAME = "depthwise_direct"
 BLOCKS = {"BLOCK_P": (1, 4096), "BLOCK_C": (1, 256)}
 MOST_TAPS = 128  # filters are held in registers, each tap in its own
-MOST_REGISTERS = 200  # as estimated; compiled, 255 are there
+MOST_REGISTERS = 196  # as estimated: some compile to more, and 255 are there
 MOST_SEGMENTS = 16
+BUSY = 4  # programs that keep a multiprocessor's memory pipeline busy
 
 
 def supports(problem: ConvProblem, pass_: str, target: Target) -> str | None:
@@ -90,10 +91,14 @@ def _elements(problem: ConvProblem, config: dict, target: Target) -> tuple[int, 
 
 
 def _registers(problem: ConvProblem, pass_: str, config: dict, target: Target) -> int:
-    """An estimate of what ptxas takes: for sm_90 within about 10, and high where many loads are in flight."""
+    """An estimate of what ptxas takes for sm_90, within about 15: all loads of a step are in flight at once."""
     march, (elements, vector) = _march(problem, pass_), _elements(problem, config, target)
-    addresses = 1 if problem.layout == "nhwc" else 6 + march.loads // 3
-    return march.taps * vector + (march.held + march.sums + addresses) * elements + 28
+    if problem.layout == "nhwc":
+        each = march.held + march.sums + march.loads * problem.element_bytes / 4 + 1
+        return math.ceil(march.taps * vector + each * elements + 16)
+    # Each element has its own address and load, and the taps of the one channel lie in uniform registers.
+    each = march.held + march.sums + march.loads + 5
+    return math.ceil(max(0, march.taps - 60) + each * elements + 8)
 
 
 def candidates(problem: ConvProblem, pass_: str, target: Target) -> list[dict]:
@@ -120,10 +125,11 @@ def _grid(problem: ConvProblem, pass_: str, config: dict, target: Target) -> tup
     """(programs of a row segment, segments, steps a segment): as many segments as end the march soonest."""
     march = _march(problem, pass_)
     tiles = math.ceil(march.columns / config["BLOCK_P"]) * math.ceil(march.channels / config["BLOCK_C"])
-    slots = target.multiprocessors * _resident(problem, pass_, config, target)
+    busy = min(BUSY, _resident(problem, pass_, config, target))
 
     def end(segments):
-        return math.ceil(tiles * segments / slots) * (math.ceil(march.rows / segments) + march.warm_up + 1)
+        programs = max(busy, math.ceil(tiles * segments / target.multiprocessors))
+        return programs * (math.ceil(march.rows / segments) + march.warm_up + 1)
 
     segments = min(range(1, min(march.rows, MOST_SEGMENTS) + 1), key=end)
     steps = math.ceil(march.rows / segments)
