@@ -22,11 +22,10 @@ from types import ModuleType
 
 from ..devices import Target
 from ..problem import ConvProblem
-from . import depthwise_direct, depthwise_toeplitz, implicit_gemm
+from . import depthwise_direct, depthwise_plane, depthwise_toeplitz, implicit_gemm
 
-REGISTRY: dict[str, ModuleType] = {
-    algorithm.NAME: algorithm for algorithm in (implicit_gemm, depthwise_direct, depthwise_toeplitz)
-}
+ALGORITHMS = (implicit_gemm, depthwise_direct, depthwise_toeplitz, depthwise_plane)
+REGISTRY: dict[str, ModuleType] = {algorithm.NAME: algorithm for algorithm in ALGORITHMS}
 
 
 def able(problem: ConvProblem, pass_: str, target: Target) -> list[str]:
