@@ -65,10 +65,7 @@ def _compile(args) -> int:
     work = compile_check.shipped(targets, args.pass_, args.dtype)
     for dtype in ELEMENT_BYTES if args.dtype is None else (args.dtype,):
         for layout in ("nhwc", "nchw"):
-            chosen = argparse.Namespace(
-                layers="suite", groups=None, quick=False, kernels=None, dtype=dtype, layout=layout
-            )
-            suite = [layer.problem for layer in layers.make(chosen)]
+            suite = [layer.problem for layer in layers.suite(dtype, layout)]
             work += compile_check.planned(targets, suite, args.pass_)
     work = [job for job in work if args.algorithm in (None, job.algorithm)]
     console = Console(width=None if sys.stdout.isatty() else 160)

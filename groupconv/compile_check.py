@@ -8,7 +8,7 @@ import os
 
 import torch
 
-from . import configs, devices, dispatch, resources, stub_driver
+from . import configs, devices, dispatch, launcher, resources, stub_driver
 from .algorithms import REGISTRY
 from .problem import ConvProblem, dense_strides
 
@@ -30,10 +30,10 @@ def dense_operand_strides(problem: ConvProblem) -> dict:
     }
 
 
-def compile_pass(
+def launched(
     problem: ConvProblem, pass_: str, algorithm: str, config: dict, target: str
-) -> list[resources.Resources]:
-    """Compile one pass for a target as a call would, and say what each of its kernels takes."""
+) -> tuple[launcher.Launch, ...]:
+    """The launches of one pass, compiled for a target as a call would."""
     strides = dense_operand_strides(problem)
     shapes = {"x": problem.x_shape, "w": problem.w_shape, "dy": problem.y_shape}
     dtype = TORCH_DTYPES[problem.dtype]
@@ -44,7 +44,14 @@ def compile_pass(
     with stub_driver.active(target):
         call = REGISTRY[algorithm].prepare(problem, pass_, config, devices.named(target), strides)
         call(*operands)
-        return [resources.of(launch.compiled) for launch in call.launches]
+    return call.launches
+
+
+def compile_pass(
+    problem: ConvProblem, pass_: str, algorithm: str, config: dict, target: str
+) -> list[resources.Resources]:
+    """What each kernel of one pass takes, compiled for a target as a call would."""
+    return [resources.of(launch.compiled) for launch in launched(problem, pass_, algorithm, config, target)]
 
 
 @dataclasses.dataclass(frozen=True)

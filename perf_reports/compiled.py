@@ -1,4 +1,4 @@
-"""Compiling for `modelled`: answers jobs with what each kernel of a pass takes.
+"""Compiling for reports: answers jobs with what each kernel of a pass takes, and how often its main loop runs if asked.
 
 python -m groupconv.perf_reports.compiled < jobs
 """
@@ -6,15 +6,19 @@ python -m groupconv.perf_reports.compiled < jobs
 from __future__ import annotations
 
 import dataclasses
+import math
 
-from .. import compile_check
-from . import children
+from .. import compile_check, resources
+from . import children, iterations
 
 
 def _answer(job: dict) -> dict:
     problem = children.problem_of(job["problem"])
-    kernels = compile_check.compile_pass(problem, job["pass"], job["algorithm"], job["config"], job["target"])
-    return {"kernels": [dataclasses.asdict(kernel) for kernel in kernels]}
+    made = compile_check.launched(problem, job["pass"], job["algorithm"], job["config"], job["target"])
+    answer: dict = {"kernels": [dataclasses.asdict(resources.of(launch.compiled)) for launch in made]}
+    if job.get("iterations"):
+        answer |= {"programs": math.prod(made[0].grid), "iterations": iterations.of(made[0])}
+    return answer
 
 
 if __name__ == "__main__":

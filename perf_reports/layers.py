@@ -13,6 +13,8 @@ from .rows import Layer
 
 GROUPS = (1, 2, 4, 8, 16, 32, 64, 128)
 QUICK_GROUPS = (4, 32)
+KERNELS = (1, 3, 5, 7, 9, 11, 13, 17, 21, 27, 31)
+QUICK_KERNELS = (3, 7)
 QUICK_STEP = 16  # of a list of layers, every 16th
 COLUMNS = (
     "name", "N", "C_in", "H", "W", "C_out", "KH", "KW", "stride_h", "stride_w", "pad_h", "pad_w", "dil_h", "dil_w",
@@ -22,17 +24,21 @@ COLUMNS = (
 
 def make(args: argparse.Namespace) -> list[Layer]:
     """The layers that the arguments of `groupconv report` ask for; ValueError where they make no convolution."""
-    if args.layers != "groups":
-        if args.groups:
-            raise ValueError("--groups: a list of layers has its own group counts")
-        found = _read_layers(args)
-        return found[::QUICK_STEP] if args.quick else found
+    if args.layers == "kernels":
+        return _across_kernels(args)
+    if args.kernels:
+        raise ValueError(f"--kernels: {_listed(args.kernels)} is for --layers kernels, not --layers {args.layers}")
+    if args.layers == "groups":
+        return _across_groups(args)
+    if args.groups:
+        raise ValueError("--groups: a list of layers has its own group counts")
+    found = suite(args.dtype, args.layout) if args.layers == "suite" else _of_file(args)
+    return found[::QUICK_STEP] if args.quick else found
 
+
+def _across_groups(args: argparse.Namespace) -> list[Layer]:
     c_in, c_out = _pair(args.channels, "--channels")
-    (height, width), (kh, kw) = _pair(args.size, "--size"), _pair(args.kernel, "--kernel")
-    stride = _pair(args.stride, "--stride")
-    pad_h, pad_w = (kh // 2, kw // 2) if args.padding is None else _pair(args.padding, "--padding", least=0)
-    (batch, _) = _pair([args.batch], "--batch")
+    kh, kw = _pair(args.kernel or [3], "--kernel")
     groups = args.groups
     if groups is None:
         groups = [g for g in (QUICK_GROUPS if args.quick else GROUPS) if c_in % g == 0 and c_out % g == 0] or [1]
@@ -42,14 +48,37 @@ def make(args: argparse.Namespace) -> list[Layer]:
         for channels, which in ((c_in, "input"), (c_out, "output")):
             if channels % count:
                 raise ValueError(f"--groups: {count} does not divide the {channels} {which} channels")
+    problem = _problem(args, kh, kw, batch=128)
+    return [Layer(f"g{count}", dataclasses.replace(problem, groups=count)) for count in sorted(set(groups))]
 
+
+def _across_kernels(args: argparse.Namespace) -> list[Layer]:
+    for option, values in (("--groups", args.groups), ("--kernel", args.kernel)):
+        if values:
+            raise ValueError(f"{option}: {_listed(values)} is not for --layers kernels: depthwise, by --kernels")
+    c_in, c_out = _pair(args.channels, "--channels")
+    if c_out % c_in:
+        raise ValueError(f"--channels: {c_out} depthwise output channels are no multiple of {c_in} input channels")
+    sizes = sorted(set(args.kernels or (QUICK_KERNELS if args.quick else KERNELS)))
+    for size in sizes:
+        _pair([size], "--kernels")
+    problems = [_problem(args, size, size, batch=64) for size in sizes]
+    return [Layer(f"k{problem.kh}", dataclasses.replace(problem, groups=c_in)) for problem in problems]
+
+
+def _problem(args: argparse.Namespace, kh: int, kw: int, batch: int) -> ConvProblem:
+    """The layer of the options, ungrouped. `batch`: where the options have none."""
+    (c_in, c_out), (height, width) = _pair(args.channels, "--channels"), _pair(args.size, "--size")
+    stride = _pair(args.stride, "--stride")
+    pad_h, pad_w = (kh // 2, kw // 2) if args.padding is None else _pair(args.padding, "--padding", least=0)
+    images, _ = _pair([batch if args.batch is None else args.batch], "--batch")
     problem = ConvProblem(
-        batch, c_in, height, width, c_out, kh, kw, stride, (pad_h, pad_h, pad_w, pad_w),
+        images, c_in, height, width, c_out, kh, kw, stride, (pad_h, pad_h, pad_w, pad_w),
         dtype=args.dtype, layout=args.layout, out_layout=args.layout,
     )  # fmt: skip
     if min(problem.h_out, problem.w_out) < 1:
         raise ValueError(f"--size: a {kh}x{kw} kernel does not fit {height}x{width} pixels with this padding")
-    return [Layer(f"g{count}", dataclasses.replace(problem, groups=count)) for count in sorted(set(groups))]
+    return problem
 
 
 def _pair(values: list[int], option: str, least: int = 1) -> tuple[int, int]:
@@ -61,23 +90,33 @@ def _pair(values: list[int], option: str, least: int = 1) -> tuple[int, int]:
     return values[0], values[-1]
 
 
-def _read_layers(args: argparse.Namespace) -> list[Layer]:
-    if args.layers == "suite":
-        text = importlib.resources.files(__package__).joinpath("suite.csv").read_text(encoding="utf-8")
-    else:
-        path = pathlib.Path(args.layers)
-        if not path.is_file():
-            raise ValueError(f'--layers: {args.layers!r} is not "groups", "suite" or a CSV file that exists')
-        text = path.read_text(encoding="utf-8")
+def _listed(values: list[int]) -> str:
+    return " ".join(map(str, values))
+
+
+def suite(dtype: str, layout: str) -> list[Layer]:
+    """The shipped layers of published models."""
+    text = importlib.resources.files(__package__).joinpath("suite.csv").read_text(encoding="utf-8")
+    return _parsed(text, "suite", dtype, layout)
+
+
+def _of_file(args: argparse.Namespace) -> list[Layer]:
+    path = pathlib.Path(args.layers)
+    if not path.is_file():
+        raise ValueError(f'--layers: {args.layers!r} is not "groups", "kernels", "suite" or a CSV file that exists')
+    return _parsed(path.read_text(encoding="utf-8"), args.layers, args.dtype, args.layout)
+
+
+def _parsed(text: str, name: str, dtype: str, layout: str) -> list[Layer]:
     reader = csv.DictReader(text.splitlines())
-    missing = [name for name in COLUMNS if name not in (reader.fieldnames or ())]
+    missing = [column for column in COLUMNS if column not in (reader.fieldnames or ())]
     if missing:
-        raise ValueError(f"--layers: {args.layers} has no column {', '.join(missing)}")
+        raise ValueError(f"--layers: {name} has no column {', '.join(missing)}")
     layers: list[Layer] = []
     for number, line in enumerate(reader, start=2):
-        where = f"--layers: {args.layers}, line {number}"
+        where = f"--layers: {name}, line {number}"
         try:
-            batch, c_in, h, w, c_out, kh, kw, sh, sw, ph, pw, dh, dw, groups = (int(line[name]) for name in COLUMNS[1:])
+            batch, c_in, h, w, c_out, kh, kw, sh, sw, ph, pw, dh, dw, groups = (int(line[c]) for c in COLUMNS[1:])
         except (TypeError, ValueError):
             raise ValueError(f"{where}: a size is not a whole number") from None
         if min(batch, c_in, h, w, c_out, kh, kw, sh, sw, dh, dw, groups) < 1 or min(ph, pw) < 0:
@@ -85,14 +124,13 @@ def _read_layers(args: argparse.Namespace) -> list[Layer]:
         if c_in % groups or c_out % groups:
             raise ValueError(f"{where}: {groups} groups do not divide {c_in} and {c_out} channels")
         problem = ConvProblem(
-            batch, c_in, h, w, c_out, kh, kw, (sh, sw), (ph, ph, pw, pw), (dh, dw), groups,
-            args.dtype, args.layout, args.layout,
-        )  # fmt: skip
+            batch, c_in, h, w, c_out, kh, kw, (sh, sw), (ph, ph, pw, pw), (dh, dw), groups, dtype, layout, layout
+        )
         if min(problem.h_out, problem.w_out) < 1:
             raise ValueError(f"{where}: the kernel does not fit")
         if line["name"] in {layer.name for layer in layers}:
             raise ValueError(f"{where}: a second layer called {line['name']!r}")
         layers.append(Layer(line["name"], problem))
     if not layers:
-        raise ValueError(f"--layers: {args.layers} has no layers")
+        raise ValueError(f"--layers: {name} has no layers")
     return layers

@@ -14,10 +14,11 @@ import triton.testing
 from torch import Tensor
 
 from .. import compile_check, cost, dispatch, resources
-from ..algorithms import REGISTRY, able
+from ..algorithms import REGISTRY
 from ..devices import Target
-from ..problem import PASSES, ConvProblem
-from .numerics import Operands, error_bound, operands, poisoned, reference, relative_error
+from ..problem import ConvProblem
+from .numerics import Operands, operands, poisoned, reference, worst_error
+from .passes import reported, taken
 from .rows import Layer, Timing, layer_row, limit_row, timing_fields
 
 Timer = Callable[[Callable[[], object]], Timing]
@@ -74,8 +75,8 @@ def settings(dtype: str) -> Iterator[None]:
 
 def count(layers: list[Layer], target: Target) -> int:
     """How many rows `rows` yields."""
-    each = sum(len(able(layer.problem, p, target)) + len(BASELINES) + 1 for layer in layers for p in PASSES)
-    return 2 + each
+    each = (names for layer in layers for _, names in reported(layer.problem, target))
+    return 2 + sum(len(names) + len(BASELINES) + 1 for names in each)
 
 
 def rows(
@@ -96,8 +97,8 @@ def rows(
         yield limit_row("matrix_limit", dtype, found.matrix_tflops, "measured")
         for layer in layers:
             bench = _Bench(layer, target, device, timer, found)
-            for pass_ in PASSES:
-                yield from bench.rows(pass_)
+            for pass_, names in reported(layer.problem, target):
+                yield from bench.rows(pass_, names)
 
 
 class _Bench:
@@ -108,20 +109,20 @@ class _Bench:
         self.device, self.timer, self.limits = device, timer, found
         # The first images and the last: an index that overflows does so at the end.
         self.images = sorted({0, min(1, self.problem.batch - 1), self.problem.batch - 1})
-        self._expected: tuple[str, Tensor] | None = None
+        self._expected: tuple[str, Any] | None = None
 
     @functools.cached_property
     def given(self) -> Operands:
         return operands(self.problem, self.device)
 
-    def expected(self, pass_: str) -> Tensor:
+    def expected(self, pass_: str) -> Any:
         if self._expected is None or self._expected[0] != pass_:
             self._expected = pass_, reference(self.problem, self.given, pass_, self.images)
         return self._expected[1]
 
-    def rows(self, pass_: str) -> Iterator[dict]:
+    def rows(self, pass_: str, names: list[str]) -> Iterator[dict]:
         done: dict[str, dict] = {}
-        for name in able(self.problem, pass_, self.target):
+        for name in names:
             plan = dispatch.plan_pass(self.problem, pass_, self.target, f"triton:{name}")
             done[name] = self._ours(pass_, name, plan)
             yield done[name]
@@ -132,18 +133,21 @@ class _Bench:
 
     def _about(self, pass_: str, provider: str, source: str, config: dict | None = None) -> dict:
         ungrouped = dataclasses.replace(self.problem, groups=1)
+        images = ", ".join(map(str, self.images))
         return {
             **layer_row(self.layer, pass_, provider),
             "source": source,
             "config": config,
             "floor_us": self.limits.floor_us(self.problem, pass_, self.target),
             "ungrouped_floor_us": self.limits.floor_us(ungrouped, pass_, self.target),
-            "err_on": "dw" if pass_ == "wgrad" else f"images {', '.join(map(str, self.images))}",
+            "err_on": "dw" if pass_ == "wgrad" else f"{'dw, ' * (pass_ == 'backward')}images {images}",
         }
 
     def _auto(self, pass_: str, done: dict[str, dict]) -> dict:
         """What dispatch chooses: mostly a row that is there already."""
-        plan = dispatch.plan_pass(self.problem, pass_, self.target)
+        plan = taken(self.problem, pass_, self.target)
+        if plan is None:
+            return {**self._about(pass_, "auto", ""), "note": "takes dgrad and wgrad"}
         by_torch = "torch_channels_last" if self.problem.layout == "nhwc" else "torch_contiguous"
         row = done[by_torch if plan.algorithm == "torch" else plan.algorithm]
         if plan.algorithm != "torch" and row["config"] != plan.config:
@@ -154,13 +158,12 @@ class _Bench:
 
     def _ours(self, pass_: str, provider: str, plan: dispatch.PassPlan) -> dict:
         row = self._about(pass_, provider, plan.source, plan.config)
-        row["err_bound"] = error_bound(self.problem, pass_)
         try:
             strides = compile_check.dense_operand_strides(self.problem)
             call = REGISTRY[plan.algorithm].prepare(self.problem, pass_, plan.config, self.target, strides)
             tensors = self.given.of(pass_)
             with poisoned():
-                row["max_rel_err"] = self._error(pass_, call(*tensors))
+                row["max_rel_err"], row["err_bound"] = self._error(pass_, call(*tensors))
             compiled = call.launches[0].compiled
             if compiled is not None:
                 row |= _resources(compiled)
@@ -181,7 +184,7 @@ class _Bench:
                 t.contiguous(memory_format=BASELINES[provider]) for t in (self.given.x, self.given.w, self.given.dy)
             )
             run = _torch_call(self.problem, pass_, x, w, dy)
-            row["max_rel_err"] = self._error(pass_, run())
+            row["max_rel_err"], _ = self._error(pass_, run())
             if row["max_rel_err"] < float("inf"):
                 row |= self._timed(pass_, run)
             else:
@@ -190,15 +193,19 @@ class _Bench:
             row["note"] = _failure(error)
         return row
 
-    def _error(self, pass_: str, found: Tensor) -> float:
-        return relative_error(found if pass_ == "wgrad" else found[self.images], self.expected(pass_))
+    def _error(self, pass_: str, found: Any) -> tuple[float, float]:
+        if pass_ == "backward":
+            found = found[0][self.images], found[1]
+        elif pass_ != "wgrad":
+            found = found[self.images]
+        return worst_error(self.problem, pass_, found, self.expected(pass_))
 
     def _timed(self, pass_: str, run: Callable[[], object]) -> dict:
         floor = self.limits.floor_us(self.problem, pass_, self.target)
         return timing_fields(self.problem, pass_, self.timer(run), floor)
 
 
-def _torch_call(problem: ConvProblem, pass_: str, x: Tensor, w: Tensor, dy: Tensor) -> Callable[[], Tensor]:
+def _torch_call(problem: ConvProblem, pass_: str, x: Tensor, w: Tensor, dy: Tensor) -> Callable[[], Any]:
     """F.conv2d or its backward. Padding that is not symmetric is put there first, and is not part of the time."""
     top, bottom, left, right = problem.pad
     symmetric = (top, left) == (bottom, right)
@@ -208,13 +215,13 @@ def _torch_call(problem: ConvProblem, pass_: str, x: Tensor, w: Tensor, dy: Tens
     args = (problem.stride, padding, problem.dilation)
     if pass_ == "fprop":
         return lambda: F.conv2d(x, w, None, *args, problem.groups)
-    mask = [pass_ == "dgrad", pass_ == "wgrad", False]
+    mask = [pass_ != "wgrad", pass_ != "dgrad", False]
 
-    def backward() -> Tensor:
+    def backward() -> Any:
         dx, dw, _ = torch.ops.aten.convolution_backward(dy, x, w, None, *args, False, (0, 0), problem.groups, mask)
-        if dx is None:
-            return dw
-        return dx if symmetric else dx[:, :, top : top + problem.h_in, left : left + problem.w_in]
+        if dx is not None and not symmetric:
+            dx = dx[:, :, top : top + problem.h_in, left : left + problem.w_in]
+        return {"dgrad": dx, "wgrad": dw, "backward": (dx, dw)}[pass_]
 
     return backward
 

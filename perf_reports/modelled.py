@@ -7,17 +7,16 @@ from collections.abc import Generator
 from concurrent.futures import Future
 
 from .. import cost, dispatch
-from ..algorithms import able
 from ..devices import Target
-from ..problem import PASSES
 from .children import Children, problem_json
-from .numerics import error_bound, shrunk
+from .numerics import shrunk
+from .passes import reported, taken
 from .rows import Layer, Timing, layer_row, limit_row, timing_fields
 
 
 def count(layers: list[Layer], target: Target) -> int:
     """How many rows `rows` yields."""
-    return 2 + sum(len(able(layer.problem, pass_, target)) + 1 for layer in layers for pass_ in PASSES)
+    return 2 + sum(len(names) + 1 for layer in layers for _, names in reported(layer.problem, target))
 
 
 def rows(layers: list[Layer], target: Target, narrow: bool = False) -> Generator[dict, None, None]:
@@ -33,8 +32,8 @@ def rows(layers: list[Layer], target: Target, narrow: bool = False) -> Generator
     with interpreter, compiler:
         pending: list[tuple[dict, Future[dict] | None, Future[dict] | None]] = []
         for layer in layers:
-            for pass_ in PASSES:
-                for name in able(layer.problem, pass_, target):
+            for pass_, names in reported(layer.problem, target):
+                for name in names:
                     pending.append(_submit(layer, pass_, name, target, narrow, interpreter, compiler))
                 pending.append((_auto(layer, pass_, target), None, None))
         for row, error, kernels in pending:
@@ -57,13 +56,12 @@ def _submit(
         "config": config,
         **timing_fields(problem, pass_, Timing(estimate.time_us), floor),
         "bound": estimate.bound,
-        "err_bound": error_bound(small, pass_),
         "err_on": f"interpreter {small}",
         "compiled_for": target.arch_name,
     }
-    job = {"pass": pass_, "algorithm": name}
+    job = {"pass": pass_, "algorithm": name, "config": config}
     error = interpreter.submit({**job, "problem": problem_json(small)})
-    kernels = compiler.submit({**job, "problem": problem_json(problem), "config": config, "target": target.arch_name})
+    kernels = compiler.submit({**job, "problem": problem_json(problem), "target": target.arch_name})
     return row, error, kernels
 
 
@@ -78,21 +76,24 @@ def _about(layer: Layer, pass_: str, provider: str, target: Target) -> dict:
 
 def _auto(layer: Layer, pass_: str, target: Target) -> dict:
     """What dispatch would choose. It has a time only if that is modelled: F.conv2d has no model, only a prior."""
-    plan = dispatch.plan_pass(layer.problem, pass_, target)
-    row = {**_about(layer, pass_, "auto", target), "source": plan.source, "config": plan.config}
+    row = _about(layer, pass_, "auto", target)
+    plan = taken(layer.problem, pass_, target)
+    if plan is None:
+        return {**row, "note": "takes dgrad and wgrad"}
+    row |= {"source": plan.source, "config": plan.config}
     if plan.algorithm != "torch" and plan.time_source == "modelled" and plan.time_us is not None:
         row |= timing_fields(layer.problem, pass_, Timing(plan.time_us), row["floor_us"])
-    taken = plan.algorithm
-    if taken == "torch":
-        taken = "F.conv2d (prior)" if plan.source == "modelled" else f"F.conv2d ({plan.source})"
-    return {**row, "note": f"takes {taken}"}
+    takes = plan.algorithm
+    if takes == "torch":
+        takes = "F.conv2d (prior)" if plan.source == "modelled" else f"F.conv2d ({plan.source})"
+    return {**row, "note": f"takes {takes}"}
 
 
 def _add_error(row: dict, answer: dict) -> None:
     if "failed" in answer:
         row["note"] = f"not interpreted: {answer['failed']}"
         return
-    row["max_rel_err"] = answer["error"]
+    row |= {"max_rel_err": answer["error"], "err_bound": answer["bound"]}
     if not answer["error"] <= row["err_bound"]:
         row["note"] = f"wrong: error {answer['error']:.2g} above the bound {row['err_bound']:.2g}"
 

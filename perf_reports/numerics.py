@@ -41,8 +41,8 @@ class Operands:
 
 
 def operands(problem: ConvProblem, device: str = "cpu", seed: int = 0) -> Operands:
-    """Standard normal operands."""
-    generator = torch.Generator(device).manual_seed(seed)
+    """Standard normal operands; "meta" ones are without values."""
+    generator = None if device == "meta" else torch.Generator(device).manual_seed(seed)
     strides = compile_check.dense_operand_strides(problem)
     dtype = compile_check.TORCH_DTYPES[problem.dtype]
 
@@ -53,8 +53,10 @@ def operands(problem: ConvProblem, device: str = "cpu", seed: int = 0) -> Operan
     return Operands(normal(problem.x_shape, "x"), normal(problem.w_shape, "w"), normal(problem.y_shape, "dy"))
 
 
-def reference(problem: ConvProblem, given: Operands, pass_: str, images: Sequence[int] | None = None) -> Tensor:
-    """A pass in float64 by F.conv2d. fprop and dgrad: of `images` only; wgrad: of the whole batch."""
+def reference(problem: ConvProblem, given: Operands, pass_: str, images: Sequence[int] | None = None) -> Any:
+    """A pass in float64 by F.conv2d; (dx, dw) of "backward". y and dx: of `images` only; dw: of the whole batch."""
+    if pass_ == "backward":
+        return tuple(reference(problem, given, part, images) for part in ("dgrad", "wgrad"))
     top, bottom, left, right = problem.pad
     w = given.w.double()
 
@@ -78,13 +80,21 @@ def reference(problem: ConvProblem, given: Operands, pass_: str, images: Sequenc
     return torch.cat(list(parts))
 
 
+def worst_error(problem: ConvProblem, pass_: str, found, expected) -> tuple[float, float]:
+    """(relative error, its bound) of a pass; in "backward" of (dx, dw), the one that is nearer its bound or past it."""
+    if pass_ != "backward":
+        return relative_error(found, expected), error_bound(problem, pass_)
+    both = [worst_error(problem, *one) for one in zip(("dgrad", "wgrad"), found, expected, strict=True)]
+    return max(both, key=lambda each: math.inf if math.isnan(each[0]) else each[0] / each[1])
+
+
 def relative_error(found: Tensor, expected: Tensor) -> float:
     """||found - expected|| / ||expected||; NaN where anything was left unwritten."""
     return ((found.double() - expected).norm() / expected.norm().clamp(min=1e-30)).item()
 
 
 def error_bound(problem: ConvProblem, pass_: str) -> float:
-    """The largest relative error that a pass may have: fp32 by its reduction's length, others by their rounding."""
+    """The largest relative error of one of PASSES: fp32 by its reduction's length, others by their rounding."""
     if problem.dtype != "fp32":
         return {"tf32": 1e-3, "fp16": 5e-4, "bf16": 4e-3}[problem.dtype]
     taps = problem.kh * problem.kw
@@ -109,7 +119,10 @@ def poisoned() -> Iterator[None]:
 
 
 def shrunk(problem: ConvProblem, narrow: bool) -> ConvProblem:
-    """The problem on a small batch of small maps; with all its channels, or only a few groups of small width."""
+    """The problem on a small batch of small maps; with all its channels, or only a few groups of small width.
+
+    The kernel stays as it is, and maps are as large as it takes for each tap to meet a pixel.
+    """
 
     def size(small, actual, kernel, pad, dilation):
         return min(actual, max(small, dilation * (kernel - 1) + 1 - pad))
@@ -121,8 +134,8 @@ def shrunk(problem: ConvProblem, narrow: bool) -> ConvProblem:
     return dataclasses.replace(
         problem,
         batch=min(problem.batch, SMALL[0]),
-        h_in=size(SMALL[1], problem.h_in, problem.kh, top + bottom, problem.dilation[0]),
-        w_in=size(SMALL[2], problem.w_in, problem.kw, left + right, problem.dilation[1]),
+        h_in=size(SMALL[1], problem.h_in, problem.kh, min(top, bottom), problem.dilation[0]),
+        w_in=size(SMALL[2], problem.w_in, problem.kw, min(left, right), problem.dilation[1]),
         c_in=groups * cin_g,
         c_out=groups * cout_g,
         groups=groups,
@@ -146,12 +159,14 @@ def _operands(problem: ConvProblem) -> Operands:
 
 def _answer(job: dict) -> dict:
     problem, pass_, algorithm = children.problem_of(job["problem"]), job["pass"], REGISTRY[job["algorithm"]]
-    config = largest_tiles(algorithm.candidates(problem, pass_, devices.DEFAULT))
+    # Where nothing is worth measuring for so small a problem, the configuration of the one that it stands for.
+    config = largest_tiles(algorithm.candidates(problem, pass_, devices.DEFAULT) or [job["config"]])
     given = _operands(problem)
     call = algorithm.prepare(problem, pass_, config, devices.DEFAULT, compile_check.dense_operand_strides(problem))
     with poisoned():
         found = call(*given.of(pass_))
-    return {"error": relative_error(found, reference(problem, given, pass_))}
+    error, bound = worst_error(problem, pass_, found, reference(problem, given, pass_))
+    return {"error": error, "bound": bound}
 
 
 if __name__ == "__main__":

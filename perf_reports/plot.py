@@ -12,12 +12,13 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from ..problem import PASSES
-from .text import NAMES, Row, across_groups, is_modelled, layer_rows, provenance, subject
+from .text import NAMES, Row, across_groups, across_kernels, is_modelled, layer_rows, provenance, subject
 
 # Okabe and Ito's colours, which colour-blind readers can tell apart; each with a marker of its own, for print.
 TORCH_STYLES = {"torch_contiguous": ("#E69F00", "X"), "torch_channels_last": ("#56B4E9", "P")}
 OWN_STYLES = (("#0072B2", "o"), ("#D55E00", "s"), ("#009E73", "^"), ("#CC79A7", "D"), ("#F0E442", "v"))
 FLOOR: dict[str, Any] = {"color": "black", "linestyle": "--", "linewidth": 1.2}
+AUTO: dict[str, Any] = {"color": "black", "linestyle": "none", "marker": "o", "markersize": 12, "fillstyle": "none"}
 UNGROUPED: dict[str, Any] = {"color": "0.45", "linestyle": ":", "linewidth": 1.6}
 
 
@@ -32,6 +33,8 @@ def write(rows: list[Row], folder: pathlib.Path) -> list[pathlib.Path]:
             "fraction.png": _passes(rows, _fraction),
             "work.png": _work(rows),
         }
+    elif across_kernels(rows):
+        drawn = {"time.png": _passes(rows, _time), "fraction.png": _passes(rows, _fraction)}
     else:
         drawn = {"fraction.png": _layers(rows)}
     written = []
@@ -44,7 +47,7 @@ def write(rows: list[Row], folder: pathlib.Path) -> list[pathlib.Path]:
 
 
 def _styles(rows: list[Row]) -> dict[str, tuple[str, str]]:
-    """(colour, marker) by provider, in order of appearance. "auto" repeats another's figures and is not drawn."""
+    """(colour, marker) by provider, in order of appearance. "auto" repeats another's figures: it is no line."""
     providers = list(dict.fromkeys(row["provider"] for row in layer_rows(rows) if row["provider"] != "auto"))
     own = [name for name in providers if name not in TORCH_STYLES]
     styles = {name: OWN_STYLES[i % len(OWN_STYLES)] for i, name in enumerate(own)}
@@ -56,9 +59,15 @@ def _right(row: Row) -> bool:
     return not (row["max_rel_err"] and row["err_bound"]) or float(row["max_rel_err"]) <= float(row["err_bound"])
 
 
+def _along(rows: list[Row]) -> str:
+    """The field along the axis: what the layers differ in."""
+    return "groups" if across_groups(rows) else "kh"
+
+
 def _points(rows: list[Row], pass_: str, provider: str, field: str) -> tuple[list[int], list[float]]:
+    along = _along(rows)
     found = sorted(
-        (int(row["groups"]), float(row[field]))
+        (int(row[along]), float(row[field]))
         for row in rows
         if (row["pass"], row["provider"]) == (pass_, provider) and row[field] and _right(row)
     )
@@ -73,12 +82,14 @@ def _titled(rows: list[Row], figure: Figure, what: str) -> None:
     figure.suptitle(f"{_label(rows, what)}\n{subject(rows)}\n{provenance(rows)}", fontsize=10)
 
 
-def _group_axis(axes: Axes, rows: list[Row]) -> None:
-    counts = sorted({int(row["groups"]) for row in layer_rows(rows)})
-    axes.set_xscale("log", base=2)
+def _sweep_axis(axes: Axes, rows: list[Row]) -> None:
+    along = _along(rows)
+    counts = sorted({int(row[along]) for row in layer_rows(rows)})
+    if along == "groups":
+        axes.set_xscale("log", base=2)
     axes.set_xticks(counts, [str(count) for count in counts])
     axes.xaxis.set_minor_locator(ticker.NullLocator())
-    axes.set_xlabel("groups")
+    axes.set_xlabel("groups" if along == "groups" else "kernel height and width, pixels")
     axes.grid(True, which="major", color="0.9")
     axes.set_axisbelow(True)
 
@@ -95,14 +106,17 @@ def _time(axes: Axes, rows: list[Row], pass_: str) -> None:
     for provider, (colour, marker) in _styles(rows).items():
         x, y = _points(rows, pass_, provider, "us_p50")
         axes.plot(x, y, color=colour, marker=marker, label=_label(rows, NAMES.get(provider, provider)))
-    floors = {int(row["groups"]): row for row in layer_rows(rows) if row["pass"] == pass_}
+    along = _along(rows)
+    floors = {int(row[along]): row for row in layer_rows(rows) if row["pass"] == pass_}
     counts = sorted(floors)
     limit = [float(floors[count]["floor_us"]) for count in counts]
     axes.plot(counts, limit, label=_label(rows, "floor"), **FLOOR)
-    if counts:  # a run that ended early may lack a pass
+    if along == "kh":
+        axes.plot(*_points(rows, pass_, "auto", "us_p50"), label=_label(rows, "auto"), **AUTO)
+    elif counts:  # a run that ended early may lack a pass
         ungrouped = float(floors[counts[0]]["ungrouped_floor_us"])
         axes.axhline(ungrouped, label=_label(rows, "floor of the ungrouped layer"), **UNGROUPED)
-    _group_axis(axes, rows)
+    _sweep_axis(axes, rows)
     _log_y(axes, _label(rows, "time, us"))
     axes.set_title(pass_, fontsize=10)
 
@@ -113,7 +127,7 @@ def _fraction(axes: Axes, rows: list[Row], pass_: str) -> None:
         label = _label(rows, NAMES.get(provider, provider))
         axes.plot(x, [100 * f for f in y], color=colour, marker=marker, label=label)
     axes.axhline(100, label=_label(rows, "limit"), **FLOOR)
-    _group_axis(axes, rows)
+    _sweep_axis(axes, rows)
     axes.set_ylim(bottom=0)
     axes.set_ylabel(_label(rows, "floor / time, %"))
     axes.set_title(pass_, fontsize=10)
@@ -147,7 +161,7 @@ def _work_panels(panels, rows: list[Row]) -> None:
         ungrouped = values[0] / float(layers[0][1][ratio])
         axes.plot(counts, values, color="#0072B2", marker="o", label="this layer")
         axes.plot(counts, [ungrouped / count for count in counts], label="ungrouped / groups", **FLOOR)
-        _group_axis(axes, rows)
+        _sweep_axis(axes, rows)
         _log_y(axes, unit)
         axes.set_title(title, fontsize=10)
         axes.legend(fontsize=8, frameon=False)
@@ -160,7 +174,7 @@ def _work_panels(panels, rows: list[Row]) -> None:
     ):
         values = [float(row[f"{field}_ratio"]) for _, row in layers]
         panels[2].plot(counts, values, color=colour, label=label, **style)
-    _group_axis(panels[2], rows)
+    _sweep_axis(panels[2], rows)
     _log_y(panels[2], "ratio")
     panels[2].set_title("beside the ungrouped layer", fontsize=10)
     panels[2].legend(fontsize=8, frameon=False)

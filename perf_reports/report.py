@@ -1,4 +1,4 @@
-"""`groupconv report`: a layer across group counts, or a list of layers; a table, and a folder of results."""
+"""`groupconv report`: a layer across group counts or kernel sizes, or a list of layers; a table and a folder."""
 
 from __future__ import annotations
 
@@ -23,28 +23,30 @@ DTYPES = ("bf16", "fp16", "fp32", "tf32")
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `groupconv report`."""
     parser.description = (
-        "Reports on one layer across group counts (by default ResNeXt-50's 3x3 at 56x56): parameters, FLOPs, bytes and "
-        "time of each pass. On a GPU times are measured; without one they are modelled for --target, kernels are "
-        "compiled for it, and their numbers checked under Triton's interpreter."
+        "Reports on one layer across group counts (by default ResNeXt-50's 3x3 at 56x56), or a depthwise one across "
+        "kernel sizes: parameters, FLOPs, bytes and time of each pass. On a GPU times are measured; without one they "
+        "are modelled for --target, kernels are compiled for it, and their numbers checked under Triton's interpreter."
     )
     add = parser.add_argument
     add("--groups", type=int, nargs="+", metavar="G", help="group counts (default: 1 2 4 ... 128)")
     add("--channels", type=int, nargs="+", default=[128], metavar="C", help="input channels, output channels")
-    add("--batch", type=int, default=128, metavar="N", help="images (default: 128)")
+    add("--batch", type=int, metavar="N", help="images (default: 128; 64 across kernel sizes)")
     add("--size", type=int, nargs="+", default=[56], metavar="H", help="height, width (default: 56)")
-    add("--kernel", type=int, nargs="+", default=[3], metavar="K", help="kernel height, width (default: 3)")
+    add("--kernel", type=int, nargs="+", metavar="K", help="kernel height, width (default: 3)")
+    add("--kernels", type=int, nargs="+", metavar="K", help="with --layers kernels: sizes (default: 1 3 5 ... 31)")
     add("--stride", type=int, nargs="+", default=[1], metavar="S", help="vertical, horizontal stride (default: 1)")
     add("--padding", type=int, nargs="+", metavar="P", help="vertical, horizontal (default: half the kernel)")
     add("--dtype", choices=DTYPES, default="bf16", help="default: bf16")
     add("--layout", choices=("nhwc", "nchw"), default="nhwc", help="memory order; nhwc is channels_last (default)")
     add(
         "--layers", default="groups", metavar="LAYERS",
-        help='"groups" (default), "suite" for 65 layers of published models, or a CSV with the columns of suite.csv',
+        help='"groups" (default), "kernels" for a depthwise layer across kernel sizes, "suite" for 65 layers of '
+        "published models, or a CSV with the columns of suite.csv",
     )  # fmt: skip
     add("--target", metavar="DEVICE", help="model this GPU, even where another is present (default: nvidia_h200)")
     add("--budget-seconds", type=float, metavar="S", help="begin nothing after this time; keep what there is")
     add("--out", type=pathlib.Path, metavar="DIR", help="default: perf_reports/<device>")
-    add("--quick", action="store_true", help="fewer group counts or layers, for a smoke test")
+    add("--quick", action="store_true", help="fewer group counts, kernel sizes or layers, for a smoke test")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -68,7 +70,7 @@ def run(args: argparse.Namespace) -> int:
         total, found = measure.count(chosen, target), measure.rows(chosen, target)
     else:
         gpu, slug = target.slug, f"modelled_{target.slug}"
-        # A list of published layers has thousands of channels: too many programs to interpret.
+        # A depthwise layer, or a list of published ones, has many groups: too many programs to interpret.
         total, found = modelled.count(chosen, target), modelled.rows(chosen, target, narrow=args.layers != "groups")
 
     deadline = rows.Deadline(args.budget_seconds)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from rich.table import Table
 
-from ..problem import PASSES
+from ..configs import PLANNED
 from . import rows as rows_
 
 Row = dict[str, str]
@@ -26,12 +26,21 @@ def across_groups(rows: list[Row]) -> bool:
     return len({tuple(row[field] for field in fields) for row in layer_rows(rows)}) <= 1
 
 
-def shape(row: Row) -> str:
-    """`128 -> 128 channels, 3x3, stride 1, 56x56 pixels, batch 128`."""
+def across_kernels(rows: list[Row]) -> bool:
+    """Whether the layers are depthwise and differ in nothing but a square kernel and its padding."""
+    free = ("kh", "kw", "pad_top", "pad_bottom", "pad_left", "pad_right")
+    fields = [field for field in rows_.PROBLEM_FIELDS if field not in free]
+    layers = _first_of_each_layer(rows)
+    sizes = {row["kh"] for row in layers if row["kh"] == row["kw"] and row["groups"] == row["c_in"]}
+    return 1 < len(layers) == len(sizes) and len({tuple(row[field] for field in fields) for row in layers}) == 1
+
+
+def shape(row: Row, kernel: str) -> str:
+    """`128 to 128 channels, 3x3, stride 1, 56x56 pixels, batch 128`."""
     strides = row["stride_h"], row["stride_w"]
     stride = strides[0] if strides[0] == strides[1] else "x".join(strides)
     return (
-        f"{row['c_in']} to {row['c_out']} channels, {row['kh']}x{row['kw']}, stride {stride}, "
+        f"{row['c_in']} to {row['c_out']} channels, {kernel}, stride {stride}, "
         f"{row['h_in']}x{row['w_in']} pixels, batch {row['batch']}"
     )
 
@@ -39,7 +48,12 @@ def shape(row: Row) -> str:
 def subject(rows: list[Row]) -> str:
     """What a report is about, in a line."""
     first = layer_rows(rows)[0]
-    what = shape(first) if across_groups(rows) else f"{len({row['layer'] for row in layer_rows(rows)})} layers"
+    if across_groups(rows):
+        what = shape(first, f"{first['kh']}x{first['kw']}")
+    elif across_kernels(rows):
+        what = shape(first, "depthwise")
+    else:
+        what = f"{len(_first_of_each_layer(rows))} layers"
     return f"{what}, {first['dtype']}, {first['layout']}"
 
 
@@ -164,7 +178,8 @@ def _failed(note: str) -> bool:
     return any(word in note for word in ("wrong:", "failed:", "not compiled:", "not interpreted:"))
 
 
-def _markdown_table(header, lines: list[list[str]], left: int) -> list[str]:
+def markdown_table(header, lines: list[list[str]], left: int) -> list[str]:
+    """The lines of a table whose first `left` columns are words."""
     rule = [":--" if i < left else "--:" for i in range(len(header))]
     escaped = [[cell.replace("|", "\\|") for cell in line] for line in lines]
     return [f"| {' | '.join(line)} |" for line in (header, rule, *escaped)]
@@ -189,6 +204,8 @@ def markdown(rows: list[Row], plots: list[str], taken: int, total: int) -> str:
     if taken < total:
         lines += [f"**Incomplete:** the time budget ended after {taken} of {total} rows.", ""]
     lines += [*(_modelled_words(rows) if modelled else _measured_words(rows)), ""]
+    if any(row["pass"] == "backward" for row in rows):
+        lines += ['"backward" is dgrad and wgrad by one kernel, which "auto" takes where that is faster.', ""]
     failed = [line for line in time_cells(rows) if _failed(line[-1])]
     if failed:
         lines += [f"{len(failed)} rows failed; their notes say why, and no plot shows them.", ""]
@@ -201,9 +218,9 @@ def markdown(rows: list[Row], plots: list[str], taken: int, total: int) -> str:
         lines += [f"![{PLOTS.get(name, name)}]({name})", ""]
     lines += ["## Work", "", "Beside each figure, its ratio to the same layer without groups. Bytes: every operand", ""]
     lines[-2] += " moved once."
-    lines += [*_markdown_table(WORK, work_cells(rows), 1), ""]
+    lines += [*markdown_table(WORK, work_cells(rows), 1), ""]
     lines += [f"## Passes{' (times modelled)' if modelled else ''}", ""]
-    lines += [*_markdown_table(time_header(rows), time_cells(rows), 3), ""]
+    lines += [*markdown_table(time_header(rows), time_cells(rows), 3), ""]
     lines += ["All figures and their configurations: [results.csv](results.csv).", ""]
     return "\n".join(lines)
 
@@ -249,7 +266,7 @@ def _measured_words(rows: list[Row]) -> list[str]:
 
 def _largest_errors(rows: list[Row]) -> str:
     found = []
-    for pass_ in PASSES:
+    for pass_ in PLANNED:
         mine = [
             row
             for row in rows

@@ -185,10 +185,13 @@ def operands(case: Case, device: str = "cpu", seed: int = 0) -> Operands:
     return Operands(random(p.x_shape, case.x), random(p.w_shape, case.w), bias, random(p.y_shape, case.dy))
 
 
-def actual(case: Case, given: Operands) -> ConvProblem:
+def actual(case: Case) -> ConvProblem:
     """The case's problem with the layouts that PyTorch sees in its operands."""
-    nhwc = is_channels_last(given.x)
-    out_nhwc = nhwc or is_channels_last(given.w)
+    x, w = (lay_out(torch.empty(shape), view) for shape, view in (
+        (case.problem.x_shape, case.x), (case.problem.w_shape, case.w)
+    ))  # fmt: skip
+    nhwc = is_channels_last(x)
+    out_nhwc = nhwc or is_channels_last(w)
     layouts = {"layout": "nhwc" if nhwc else "nchw", "out_layout": "nhwc" if out_nhwc else "nchw"}
     return dataclasses.replace(case.problem, **layouts)
 
@@ -216,6 +219,11 @@ def config(algorithm, problem: ConvProblem, pass_: str, on, tiles: str) -> dict:
         names = ("BLOCK_M", "BLOCK_N", "BLOCK_K")
         return dict(zip(names, blocks, strict=True)) | {"num_warps": 4, "num_stages": 2}
 
+    if algorithm.NAME == "depthwise_direct" and INTERPRETED and tiles == "few":
+        columns, channels = problem.batch * max(problem.w_in, problem.w_out), max(problem.c_in, problem.c_out)
+        blocks = {"BLOCK_P": min(512, triton.next_power_of_2(columns)), "BLOCK_C": triton.next_power_of_2(channels)}
+        return blocks | {"num_warps": 4, "num_stages": 1}
+
     def programs(candidate):
         return algorithm.tiling(problem, pass_, candidate, on).programs
 
@@ -238,7 +246,7 @@ def wide_reduction(tiles: str):
 def run(case: Case, pass_: str, name: str, device: str) -> tuple[dict[str, torch.Tensor], Operands, ConvProblem]:
     """One pass by an algorithm's own entry, its results guarded: (results by pass, operands, problem)."""
     given = operands(case, device)
-    problem, on, algorithm = actual(case, given), machine(device, case.tiles), REGISTRY[name]
+    problem, on, algorithm = actual(case), machine(device, case.tiles), REGISTRY[name]
     strides = given.strides(problem)
     with guarded(), wide_reduction(case.tiles):
         prepared = algorithm.prepare(problem, pass_, config(algorithm, problem, pass_, on, case.tiles), on, strides)
@@ -413,9 +421,10 @@ def runs(on, cases=None) -> list[tuple[Case, str, str]]:
     return [
         (case, pass_, name)
         for case in ((*CASES, *DEPTHWISE) if cases is None else cases)
+        for problem in [actual(case)]
         for pass_ in (*PASSES, *PRODUCES)
         for name, algorithm in REGISTRY.items()
-        if not (name == "implicit_gemm" and case in DEPTHWISE) and algorithm.supports(case.problem, pass_, on) is None
+        if not (name == "implicit_gemm" and case in DEPTHWISE) and algorithm.supports(problem, pass_, on) is None
     ]
 
 

@@ -1,22 +1,43 @@
 """`groupconv report`: its rows without a GPU and with a pretended one, its files, and its refusals."""
 
 import argparse
+import math
 import os
 import pathlib
 import subprocess
 import sys
+import types
 
 import pytest
 import torch
 from matplotlib import image
 
-from groupconv import cli, devices
-from groupconv.algorithms import REGISTRY
-from groupconv.perf_reports import layers, measure, plot, report, rows, text
+from groupconv import cli, cost, devices, dispatch, resources
+from groupconv.algorithms import REGISTRY, able
+from groupconv.configs import PLANNED
+from groupconv.perf_reports import (
+    children,
+    depthwise_tables,
+    iterations,
+    layers,
+    measure,
+    numerics,
+    passes,
+    plot,
+    report,
+    rows,
+    text,
+)
 from groupconv.perf_reports.rows import Layer, Timing
 from groupconv.problem import PASSES, ConvProblem
 
 PROVIDERS = {*REGISTRY, "auto", "torch_contiguous", "torch_channels_last"}
+
+
+def layers_of(*arguments):
+    parser = argparse.ArgumentParser()
+    report.add_arguments(parser)
+    return layers.make(parser.parse_args(arguments))
 
 
 def small_layers(counts=(1, 4)):
@@ -110,8 +131,19 @@ def test_quick_report(tmp_path):
         (["--kernel", "9", "--padding", "0", "--size", "5"], "--size: a 9x9 kernel does not fit 5x5 pixels"),
         (["--budget-seconds", "0"], "--budget-seconds: 0.0 is not a positive number"),
         (["--budget-seconds", "nan"], "--budget-seconds: nan is not a positive number"),
-        (["--layers", "nosuch.csv"], '--layers: \'nosuch.csv\' is not "groups", "suite" or a CSV file that exists'),
+        (["--layers", "nosuch.csv"], '--layers: \'nosuch.csv\' is not "groups", "kernels", "suite" or a CSV file'),
         (["--layers", "suite", "--groups", "2"], "--groups: a list of layers has its own group counts"),
+        (["--kernels", "3", "5"], "--kernels: 3 5 is for --layers kernels, not --layers groups"),
+        (["--layers", "suite", "--kernels", "3"], "--kernels: 3 is for --layers kernels, not --layers suite"),
+        (["--layers", "kernels", "--kernels", "3", "0"], "--kernels: 0 is not a positive number"),
+        (["--layers", "kernels", "--kernel", "3"], "--kernel: 3 is not for --layers kernels"),
+        (["--layers", "kernels", "--groups", "1", "4"], "--groups: 1 4 is not for --layers kernels"),
+        (
+            ["--layers", "kernels", "--channels", "6", "8"],
+            "--channels: 8 depthwise output channels are no multiple of 6",
+        ),
+        (["--layers", "kernels", "--size", "5", "--padding", "0"], "--size: a 7x7 kernel does not fit 5x5 pixels"),
+        (["--layers", "kernels", "--batch", "0"], "--batch: 0 is not a positive number"),
         (["--target", "abacus"], "target 'abacus' is not known"),
     ],
 )
@@ -272,9 +304,7 @@ def test_a_budget_too_short_for_any_layer(tmp_path, writer):
 
 
 def test_suite_is_shipped():
-    parser = argparse.ArgumentParser()
-    report.add_arguments(parser)
-    found = layers.make(parser.parse_args(["--layers", "suite", "--dtype", "fp16", "--layout", "nchw"]))
+    found = layers_of("--layers", "suite", "--dtype", "fp16", "--layout", "nchw")
     assert len(found) == 65
     assert {(layer.problem.dtype, layer.problem.layout) for layer in found} == {("fp16", "nchw")}
     strided = next(layer for layer in found if layer.name == "resnext50_32x4d.s2d")
@@ -282,8 +312,356 @@ def test_suite_is_shipped():
 
 
 def test_group_counts_that_divide_are_the_default():
-    parser = argparse.ArgumentParser()
-    report.add_arguments(parser)
-    found = layers.make(parser.parse_args(["--channels", "96", "--size", "7", "5", "--kernel", "5"]))
+    found = layers_of("--channels", "96", "--size", "7", "5", "--kernel", "5")
     assert [layer.problem.groups for layer in found] == [1, 2, 4, 8, 16, 32]
     assert found[0].problem.y_shape == (128, 96, 7, 5)
+
+
+def test_kernel_sizes_of_the_sweep():
+    found = layers_of("--layers", "kernels")
+    assert [layer.name for layer in found] == ["k1", "k3", "k5", "k7", "k9", "k11", "k13", "k17", "k21", "k27", "k31"]
+    assert str(found[-1].problem) == "n64-g128-c1x1-h56x56-k31x31-s1x1-p15x15-d1x1-bf16-nhwc"
+    given = "--kernels", "5", "2", "5", "--channels", "6", "12", "--size", "9", "8", "--padding", "3", "--batch", "7"
+    found = layers_of("--layers", "kernels", *given)
+    assert [str(layer.problem) for layer in found] == [
+        f"n7-g6-c1x2-h9x8-k{kernel}-s1x1-p3x3-d1x1-bf16-nhwc" for kernel in ("2x2", "5x5")
+    ]
+
+
+def depthwise(kernel, size=6, channels=2, batch=2, **fields):
+    """A small depthwise layer that keeps the size of its map."""
+    pad = (kernel // 2,) * 4
+    return ConvProblem(batch, channels, size, size, channels, kernel, kernel, (1, 1), pad, (1, 1), channels, **fields)
+
+
+def test_shrunk_problems_keep_their_kernel_and_use_all_of_it():
+    problem = layers_of("--layers", "kernels", "--kernels", "31")[0].problem
+    small = numerics.shrunk(problem, narrow=True)
+    assert (small.kh, small.kw, small.groups, small.h_in, small.w_in) == (31, 31, 2, 16, 16)
+    given = numerics.operands(small)
+    assert numerics.reference(small, given, "wgrad").ne(0).all()  # a tap that meets no pixel has no gradient
+    assert str(numerics.shrunk(small_layers()[0].problem, narrow=False)).startswith("n2-g1-c8x8-h6x5-k3x3")
+
+
+def fused_on(target):
+    """A depthwise problem with a fused backward pass, and the algorithms that have it."""
+    problem = depthwise(3, dtype="fp32")
+    names = able(problem, "backward", target)
+    if not names:
+        pytest.skip("no algorithm has a fused backward pass")
+    return problem, names
+
+
+def test_measured_fused_pass(device, monkeypatch):
+    """Rows of dgrad and wgrad by one kernel, and what "auto" takes for it."""
+    problem, names = fused_on(devices.DEFAULT)
+    bench = measure._Bench(Layer("k3", problem), devices.DEFAULT, device, FakeClock().timer, fake_limits("", None, ""))
+    fused = dispatch.plan_pass(problem, "backward", devices.DEFAULT, "triton")
+    for plan, takes in ((fused, fused.algorithm), (None, "dgrad and wgrad")):
+        monkeypatch.setattr(measure, "taken", lambda problem, pass_, target, plan=plan: plan)
+        found = list(bench.rows("backward", names))
+        assert [row["provider"] for row in found] == [*names, "torch_contiguous", "torch_channels_last", "auto"]
+        assert found[-1]["note"] == f"takes {takes}"
+        assert ("us_p50" in found[-1]) == (plan is not None)
+        for row in found[:-1]:
+            assert row["max_rel_err"] < 1e-6
+            assert row["us_p50"] == 20
+            assert row["flops"] == 4 * 2 * 2 * 36 * 9
+
+
+def sweep_rows(writer, chosen, most_taps=50):
+    """Rows without work: each algorithm takes its own time, one of them only small kernels, and "auto" the fastest."""
+    for layer in chosen:
+        problem = layer.problem
+        for pass_, names in passes.reported(problem, devices.DEFAULT):
+            floor = cost.floor_us(problem, pass_, devices.DEFAULT)
+            served = [*names, *(["small"] if problem.kh * problem.kw < most_taps else []), "auto"]
+            for time_us, name in enumerate(reversed(served), start=100):
+                timing = rows.timing_fields(problem, pass_, Timing(max(time_us, 101)), floor)
+                limits = {"floor_us": floor, "ungrouped_floor_us": floor}
+                writer.append(rows.layer_row(layer, pass_, name) | timing | limits)
+
+
+def test_plot_across_kernel_sizes(tmp_path):
+    chosen = layers_of("--layers", "kernels")
+    with rows.Writer(tmp_path / "results.csv", rows.environment("modelled", "Pretended GPU")) as writer:
+        sweep_rows(writer, chosen)
+    kept = rows.read(tmp_path / "results.csv")
+    assert [path.name for path in plot.write(kept, tmp_path)] == ["time.png", "fraction.png"]
+    for name in ("time.png", "fraction.png"):
+        check_png(tmp_path / name)
+    figure = plot._passes(kept, plot._time)
+    assert [axes.get_title() for axes in figure.axes] == list(PASSES)
+    for axes in figure.axes:
+        assert axes.get_xlabel() == "kernel height and width, pixels"
+        lines = {line.get_label().removesuffix(" (modelled)"): line for line in axes.get_lines()}
+        sizes = {name: list(line.get_xdata()) for name, line in lines.items()}
+        served = {
+            name: [
+                layer.problem.kh for layer in chosen if name in able(layer.problem, axes.get_title(), devices.DEFAULT)
+            ]
+            for name in REGISTRY
+        }
+        assert {name: found for name, found in sizes.items() if name in served} == {
+            name: found for name, found in served.items() if name in sizes or found
+        }
+        assert sizes["floor"] == sizes["auto"] == list(layers.KERNELS)
+        assert sizes["small"] == [1, 3, 5, 7]
+        assert set(lines["auto"].get_ydata()) == {101.0}
+        shown = [(line.get_color(), line.get_marker(), line.get_linestyle()) for line in axes.get_lines()]
+        assert len(set(shown)) == len(shown)
+    said = text.markdown(kept, ["time.png"], len(kept), len(kept))
+    assert "128 to 128 channels, depthwise, stride 1, 56x56 pixels, batch 64, bf16, nhwc" in said
+    assert '"backward" is dgrad and wgrad by one kernel' in said
+    assert not text.across_kernels([row for row in kept if row["layer"] == "k3"])
+
+
+def test_a_wrong_fused_pass_is_found_in_either_gradient():
+    problem, _ = fused_on(devices.DEFAULT)
+    expected = numerics.reference(problem, numerics.operands(problem), "backward")
+    for wrong in (0, 1):
+        for fault in (lambda t: t * 1.01, lambda t: t * float("nan")):
+            found = [fault(t) if i == wrong else t for i, t in enumerate(expected)]
+            error, bound = numerics.worst_error(problem, "backward", found, expected)
+            assert not error <= bound
+    assert numerics.worst_error(problem, "backward", expected, expected)[0] == 0
+
+
+# What nvdisasm prints, as far as it is read: an outer loop, one in it that waits, one that works and has a second way
+# round, one of the end that is never reached, and a block at the end that jumps back.
+SASS = """
+.text.kernel:
+        /*0000*/                   IADD3 R1, R1, 0x1, RZ ;
+        /*0010*/              @!P1 EXIT ;
+.L_x_0:
+        /*0020*/                   LDG.E.LTC128B.128.CONSTANT R4, desc[UR4][R2.64] ;
+.L_x_1:
+        /*0030*/                   SYNCS.PHASECHK.TRANS64.TRYWAIT P0, [UR4], R0 ;
+        /*0040*/              @!P0 BRA `(.L_x_1) ;
+.L_x_2:
+        /*0050*/              @!P3 LDG.E.U16 R4, desc[UR4][R2.64] ;
+        /*0060*/               @P2 BRA `(.L_x_4) ;
+.L_x_3:
+        /*0070*/                   HGMMA.64x32x16.F32.BF16 R24, gdesc[UR4], R24, gsb0 ;
+        /*0080*/                   HMMA.1688.F32.TF32 R8, R4, R6, R8 ;
+        /*0090*/                   FFMA R1, R2, R3, R1 ;
+        /*00a0*/                   STG.E.64 desc[UR4][R2.64], R4 ;
+        /*00b0*/               @P0 BRA `(.L_x_2) ;
+        /*00c0*/                   BRA.U UP0, `(.L_x_0) ;
+        /*00d0*/                   EXIT ;
+.L_x_4:
+        /*00e0*/                   FADD R1, R2, R3 ;
+        /*00f0*/                   BRA `(.L_x_3) ;
+.L_x_5:
+        /*0100*/                   BRA `(.L_x_5);
+"""
+
+
+def test_loops_of_machine_code():
+    (loop,) = resources.innermost_loops(SASS)
+    assert [op.split(".")[0] for op in loop] == ["LDG", "BRA", "HGMMA", "HMMA", "FFMA", "STG", "BRA", "FADD", "BRA"]
+    work = resources._work(loop, warps=8)
+    assert work == resources.Work(
+        issues=9 * 8, multiply_adds=256, matrix_multiply_adds=8 * (16 * 32 * 16 + 16 * 8 * 8),
+        loaded_bytes=256 * 2, stored_bytes=256 * 8,
+    )  # fmt: skip
+    assert resources._work(resources._SASS_OPCODE.findall(SASS), warps=1).loaded_bytes == 32 * (16 + 2)
+
+
+# Two loops, the first with a loop in it, whose bounds the number of a program decides.
+TTIR = """
+    %c1_i32 = arith.constant 1 : i32 loc(#loc1)
+    %c3_i32 = arith.constant 3 : i32 loc(#loc1)
+    %pid = tt.get_program_id x : i32 loc(#loc2)
+    %row = tt.get_program_id y : i32 loc(#loc3)
+    %up = arith.subi %c1_i32, %pid : i32 loc(#loc4)
+    %half = arith.divsi %up, %c3_i32 : i32 loc(#loc4)
+    %late = arith.cmpi sgt, %pid, %c1_i32 : i32 loc(#loc5)
+    %end = arith.select %late, %steps, %c1_i32 : i32 loc(#loc6)
+    %0:2 = scf.for %b = %half to %blocks step %c1_i32 iter_args(%x = %y) -> (tensor<4xf32>) : i32 {
+      %1 = scf.for %t = %row to %end step %c3_i32 iter_args(%z = %x) -> (tensor<4xf32>) : i32 {
+        scf.yield %z : tensor<4xf32> loc(#loc7)
+      } loc(#loc7)
+      scf.yield %1 : tensor<4xf32> loc(#loc8)
+    } loc(#loc8)
+    scf.for %t = %c1_i32 to %blocks step %c1_i32  : i32 {
+    } loc(#loc9)
+    scf.for %t = %c1_i32 to %memory step %c1_i32  : i32 {
+    } loc(#loc10)
+"""
+
+
+def test_iterations_of_loops():
+    def launch(ttir):
+        kernel = types.SimpleNamespace(arg_names=["x_ptr", "blocks", "steps"])
+        compiled = types.SimpleNamespace(asm={"ttir": ttir})
+        return types.SimpleNamespace(compiled=compiled, kernel=kernel, scalars=(2, 8), grid=(5, 2, 1))
+
+    known, _ = TTIR.split("    scf.for %t = %c1_i32 to %memory")
+    # Programs 0 to 3 begin the outer loop at 0, and 4, at (1 - 4) / 3, with -1. Of the inner one, 0 and 1 have only
+    # the step of row 0; the others walk from the row to 8 by threes.
+    assert iterations.of(launch(known)) == [2 * 2 * 1 + (2 + 2 + 3) * (3 + 3), 10 * 1]
+    with pytest.raises(ValueError, match="a loop's bound depends on %memory, which no operation makes"):
+        iterations.of(launch(TTIR))
+
+
+@pytest.fixture(scope="module")
+def compiler():
+    with children.Children("groupconv.perf_reports.compiled", interpret=False) as compiler:
+        yield compiler
+
+
+def compiled(compiler, problem, pass_, name, target="sm_90"):
+    """(configuration, what the compiler says, by output element what its loop asks for)."""
+    _, config, _ = dispatch.modelled(problem, pass_, devices.named(target), name)
+    job = {"problem": children.problem_json(problem), "pass": pass_, "algorithm": name, "config": config}
+    answer = compiler.submit({**job, "target": target, "iterations": True}).result()
+    assert "failed" not in answer, answer
+    return config, answer, depthwise_tables.counts(answer, depthwise_tables.outputs(problem, pass_))
+
+
+def test_loops_of_implicit_gemm(compiler):
+    """128 channels a group: the products, iterations and bytes of its loop are its tiles'."""
+    problem = ConvProblem(8, 256, 14, 14, 256, 3, 3, (1, 1), (1, 1, 1, 1), (1, 1), 2)
+    config, answer, found = compiled(compiler, problem, "fprop", "implicit_gemm")
+    (loop,) = answer["kernels"][0]["loops"]
+    m, n, k = (config[f"BLOCK_{axis}"] for axis in "MNK")
+    assert loop["matrix_multiply_adds"] == m * n * k
+    assert loop["loaded_bytes"] == (m + n) * k * 2
+    assert loop["multiply_adds"] == loop["stored_bytes"] == 0
+    assert answer["iterations"] == [answer["programs"] * math.ceil(9 * 128 / k)]
+    tiles = math.ceil(8 * 14 * 14 / m) * math.ceil(128 / n) * 2
+    assert found["matrix_multiply_adds"] == pytest.approx(tiles * m * n * math.ceil(1152 / k) * k / (8 * 256 * 14 * 14))
+    assert 0 < found["issues"] < found["matrix_multiply_adds"]
+
+
+@pytest.mark.parametrize(("pass_", "layout"), [("fprop", "nhwc"), ("backward", "nchw")])
+def test_loops_of_depthwise_direct(compiler, pass_, layout):
+    """A multiply-add a tap and output, and in each iteration a tile of outputs; a few rows more to begin with."""
+    problem = depthwise(3, size=56, channels=128, batch=64, layout=layout, out_layout=layout)
+    config, answer, found = compiled(compiler, problem, pass_, "depthwise_direct")
+    (loop,) = answer["kernels"][0]["loops"]
+    tile, taps = config["BLOCK_P"] * config["BLOCK_C"], 18 if pass_ == "backward" else 9
+    assert (loop["multiply_adds"], loop["stored_bytes"], loop["matrix_multiply_adds"]) == (taps * tile, 2 * tile, 0)
+    elements = 64 * 128 * 56 * 56
+    assert found["multiply_adds"] == pytest.approx(answer["iterations"][0] * taps * tile / elements)
+    assert taps < found["multiply_adds"] < 1.3 * taps
+    assert found["issues"] > found["multiply_adds"]
+
+
+def test_counts_of_an_unrolled_loop():
+    """The compiler may unroll a loop and leave a small one for the rest: counts are the same."""
+    elements = 3200
+    one = {"issues": 10, "multiply_adds": 96, "matrix_multiply_adds": 0, "loaded_bytes": 64, "stored_bytes": 32}
+    four = {name: 4 * value for name, value in one.items()} | {"issues": 36}
+    code = {name: one[name] + four[name] for name in one} | {"issues": 50}
+
+    def counts(*loops):
+        answer = {"kernels": [{"code": code, "loops": loops}], "iterations": [elements // 32], "programs": elements}
+        return depthwise_tables.counts(answer, elements)
+
+    assert counts(one)["multiply_adds"] == counts(four, one)["multiply_adds"] == 3
+    assert (counts(four, one)["issues"], counts(four, one)["once"]) == (9, 32 * 4)
+
+
+def test_loops_of_amd_are_not_counted(compiler):
+    _, answer, found = compiled(compiler, depthwise(3, size=28, channels=64), "fprop", "depthwise_direct", "gfx942")
+    assert (answer["kernels"][0]["code"], answer["kernels"][0]["loops"], found) == (None, [], None)
+    assert answer["iterations"][0] > answer["programs"] > 0
+
+
+def test_depthwise_tables(monkeypatch, tmp_path, capsys):
+    """Every depthwise layer of the suite is in the first table; the second has each able algorithm's code."""
+    example = Layer("k1", depthwise(1, size=20, channels=64))
+    monkeypatch.setattr(depthwise_tables, "examples", lambda: [example])
+    assert depthwise_tables.main(["--out", str(tmp_path), "--jobs", "1"]) == 0
+    assert capsys.readouterr().out == f"DEPTHWISE.md in {tmp_path}\n"
+    said = (tmp_path / "DEPTHWISE.md").read_text()
+    lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in said.splitlines() if line[:1] == "|"]
+    plans = [line for line in lines if len(line) == len(depthwise_tables.PLAN_HEADER)][2:]
+    code = [line for line in lines if len(line) == len(depthwise_tables.CODE_HEADER)][2:]
+    summary = [line for line in lines if len(line) == 5 + len(REGISTRY)][2:]
+
+    suite = [layer.name for layer in layers.suite("bf16", "nhwc") if layer.problem.cin_g == 1]
+    assert len(suite) == 26
+    for pass_ in PASSES:
+        for layout in ("nhwc", "nchw"):
+            assert [line[0] for line in plans if line[2:4] == [layout, pass_]] == suite
+    for line in plans:
+        ratio = float(line[8].strip("*"))
+        assert ratio == pytest.approx(float(line[6].replace(",", "")) / float(line[7].replace(",", "")), rel=0.02)
+        assert line[4] in REGISTRY
+        goal = 1.4 if line[1][:3] in ("7x7", "9x9") else 1.3
+        assert line[8].startswith("**") == (ratio > goal) or ratio == goal
+    assert [line[:2] for line in summary] == [[pass_, layout] for pass_ in PLANNED for layout in ("nhwc", "nchw")]
+    for pass_, layout, count, *taken, over, _ in summary:
+        mine = [line for line in plans if line[2:4] == [layout, pass_]]
+        assert int(count) == len(mine) == sum(map(int, taken))
+        assert int(over) == sum(line[8].startswith("**") for line in mine)
+        assert [int(n) for n in taken] == [sum(line[4] == name for line in mine) for name in REGISTRY]
+
+    expected = [[p, name] for p in PLANNED for name in able(example.problem, p, devices.DEFAULT)]
+    assert [line[2:4] for line in code] == expected
+    for line in code:
+        assert line[-1] == ""
+        assert int(line[9]) > 0
+    assert "Nothing here was measured" in said
+    assert "not a measurement" in said
+    assert str(tmp_path) not in said
+
+
+def test_tables_row_of_a_layer():
+    """A row's time is dispatch's, and its bound the model's."""
+    layer = next(layer for layer in depthwise_tables.suite() if layer.name == "convnext_tiny.s0")
+    found = list(depthwise_tables.plans([layer], devices.DEFAULT))
+    plan = dispatch.plan(layer.problem, devices.DEFAULT, "triton")
+    for row, one in zip(found, filter(None, (*plan.passes, plan.backward)), strict=True):
+        assert (row.pass_, row.algorithm, row.config) == (one.pass_, one.algorithm, one.config)
+        assert row.estimate.time_us == pytest.approx(one.time_us)
+        assert row.floor_us == cost.floor_us(layer.problem, row.pass_, devices.DEFAULT)
+        assert f"bound by {row.estimate.bound}" in one.reason
+        assert row.goal == 1.4
+    names = [(layer.problem.kh, layer.problem.h_in, layer.problem.layout) for layer in depthwise_tables.examples()]
+    sizes = [(3, 56), (5, 56), (7, 56), (9, 56), (31, 56), (7, 14)]
+    assert names == [(*size, layout) for size in sizes for layout in ("nhwc", "nchw")]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--target", "abacus"], "--target: target 'abacus' is not known"),
+        (["--jobs", "0"], "--jobs: 0 is not a positive"),
+    ],
+)
+def test_bad_arguments_of_the_tables(arguments, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as ended:
+        depthwise_tables.main(arguments)
+    assert ended.value.code == 2
+    assert message in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_modelled_kernel_sizes(tmp_path):
+    """Without a GPU: the command, with rows of every algorithm that is able, compiled and interpreted."""
+    command = [sys.executable, "-m", "groupconv.cli", "report", "--layers", "kernels", "--kernels", "1", "2"]
+    command += ["--channels", "2", "--size", "17", "--batch", "1", "--target", "nvidia_h200", "--out", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["REPORT.md", "fraction.png", "results.csv", "time.png"]
+    found = rows.read(tmp_path / "results.csv")
+    expected = {
+        (layer.name, pass_, name)
+        for layer in layers_of("--layers", "kernels", *command[6:-4])
+        for pass_, names in passes.reported(layer.problem, devices.DEFAULT)
+        for name in (*names, "auto")
+    }
+    assert {(row["layer"], row["pass"], row["provider"]) for row in found[2:]} == expected
+    for row in found[2:]:
+        if row["provider"] != "auto":
+            assert not row["note"]
+            assert 0 < float(row["max_rel_err"]) <= float(row["err_bound"]) == 4e-3
+            assert int(row["registers"]) > 0
+    said = (tmp_path / "REPORT.md").read_text()
+    assert "Nothing in this report was measured" in said
+    assert "depthwise, stride 1, 17x17 pixels, batch 1" in said

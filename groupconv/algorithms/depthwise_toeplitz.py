@@ -13,9 +13,12 @@ from ..problem import ConvProblem
 from .calls import Single, SplitK, align, emulate_bf16, index_64, named_strides, pixels_last, split_config
 
 NAME = "depthwise_toeplitz"
-BLOCKS = {"BLOCK_C": (1, 32), "BLOCK_M": (16, 256), "BLOCK_W": (8, 64), "BLOCK_H": (4, 1024), "BLOCK_T": (1, 32)}
-# BLOCK_H: the most output rows of a segment, about. BLOCK_T: wgrad's filter rows of a program.
-
+BLOCKS = {
+    "BLOCK_C": (1, 32), "BLOCK_M": (16, 256), "BLOCK_W": (8, 64), "BLOCK_H": (4, 1024), "BLOCK_T": (1, 32),
+    "BLOCK_R": (1, 16),
+}  # fmt: skip
+# BLOCK_H: the most output rows of a segment, about. BLOCK_T: wgrad's filter rows of a program. BLOCK_R: output rows
+# that a program holds at once: 1 marches, 16 holds a whole map (map_kernel).
 
 LEAST_TAPS = 10
 BLOCK_K = 16  # input columns of a product
@@ -25,6 +28,10 @@ MOST_PRODUCTS, MOST_LOADS = 56, 8  # in the body of wgrad's loop
 MOST_REGISTERS = (240, 195)
 SQUEEZED = (146, 160)
 MOST_WAVES = 4  # of wgrad's programs
+TALL = 9  # rows of a filter that map_kernel is for,
+SMALL = 16  # and rows and columns of a map that it holds at most
+GROUP = 4  # rows of x that it loads together
+MOST_MAP = (64, 128)  # registers of its accumulators; the first where it needs many others
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,7 +114,7 @@ def supports(problem: ConvProblem, pass_: str, target: Target) -> str | None:
         return "a channel or pixel count is zero"
     if pass_ == "dgrad" and problem.stride[1] not in (1, 2, 4, 8):
         return "dgrad takes column strides of 1, 2, 4 and 8"
-    if next(_configs(problem, pass_, target), None) is None:
+    if not any(True for configs in (_map_configs, _configs) for _ in configs(problem, pass_, target)):
         return f"the filter's matrices or accumulators do not fit {target.arch_name}"
     return None
 
@@ -195,8 +202,102 @@ def _fits(problem: ConvProblem, pass_: str, config: dict, target: Target) -> boo
     return shared_bytes(problem, pass_, config, made, target) <= target.shared_bytes
 
 
+@dataclasses.dataclass(frozen=True)
+class Maps:
+    """A launch of map_kernel: the maps and padding of the convolution that it does, and what is made of them."""
+
+    h_in: int
+    w_in: int
+    h_out: int
+    w_out: int
+    pad_h: int
+    pad_w: int
+    matrices: int  # of a channel
+    pairs: int  # of an input and an output row that meet
+    c_blocks: int
+    blocks: int  # of images, of a program
+    programs: int
+    resident: int
+
+
+def _maps(problem: ConvProblem, pass_: str, config: dict, target: Target) -> Maps:
+    maps = (problem.h_in, problem.w_in, problem.h_out, problem.w_out)
+    pad_h, pad_w = problem.pad[0], problem.pad[2]
+    if pass_ == "dgrad":
+        maps = (*maps[2:], *maps[:2])
+        pad_h, pad_w = problem.kh - 1 - pad_h, problem.kw - 1 - pad_w
+    taps = [h - out + pad_h for h in range(maps[0]) for out in range(maps[2])]
+    taps = [tap for tap in taps if 0 <= tap < problem.kh]
+    c_blocks, m_blocks = math.ceil(problem.c_out / config["BLOCK_C"]), math.ceil(problem.batch / config["BLOCK_M"])
+    # It takes nearly all the registers that a thread can have.
+    resident = 65536 // (256 * 32 * config["num_warps"])
+    resident = max(1, min(resident, target.shared_bytes // _map_shared_bytes(problem, config, len(set(taps)))))
+
+    def rounds(splits):  # building the matrices takes about as long as a block of images
+        return math.ceil(splits * c_blocks / (target.multiprocessors * resident)) * (math.ceil(m_blocks / splits) + 1)
+
+    blocks = math.ceil(m_blocks / min(range(1, m_blocks + 1), key=rounds))
+    programs = c_blocks * math.ceil(m_blocks / blocks)
+    return Maps(*maps, pad_h, pad_w, len(set(taps)), len(taps), c_blocks, blocks, programs, resident)
+
+
+def _map_shared_bytes(problem: ConvProblem, config: dict, matrices: int) -> int:
+    """The Toeplitz matrices, and a group of rows on their way into the layout of an operand."""
+    elements = config["BLOCK_C"] * BLOCK_K * (matrices * config["BLOCK_W"] + GROUP * config["BLOCK_M"])
+    return elements * problem.element_bytes
+
+
+def _map_configs(problem: ConvProblem, pass_: str, target: Target):
+    if target.backend == "hip" or pass_ == "wgrad" or problem.kh < TALL:
+        return
+    if problem.stride != (1, 1) or problem.dilation != (1, 1) or problem.batch < 1:
+        return
+    if max(problem.h_in, problem.w_in, problem.h_out, problem.w_out) > SMALL:
+        return
+    if problem.element_bytes == 4 and (problem.layout == "nchw" or target.arch < 90):  # it spills
+        return
+    out = (problem.h_in, problem.w_in) if pass_ == "dgrad" else (problem.h_out, problem.w_out)
+    shapes, roomy = [(8, 16, 8), (4, 16, 4), (4, 16, 8)], _wide(problem)
+    if problem.layout == "nchw":
+        # tcgen05, which takes 64 images, keeps the accumulators of all rows in a tensor memory that is too small.
+        shapes = [(1, 32, 2) if target.arch == 100 else (1, 64, 4), (1, 32, 4)]
+        roomy = (problem.w_in | problem.w_out) % 2 == 0
+    for block_c, block_m, warps in shapes:
+        config = {
+            "BLOCK_C": block_c, "BLOCK_M": block_m, "BLOCK_W": 8 if out[1] <= 8 else 16, "BLOCK_H": SMALL,
+            "BLOCK_T": 16, "BLOCK_R": SMALL, "num_warps": warps, "num_stages": 1,
+        }  # fmt: skip
+        made = _maps(problem, pass_, config, target)
+        acc = out[0] * block_c * block_m * config["BLOCK_W"] / (32 * warps)
+        if acc <= MOST_MAP[roomy] and _map_shared_bytes(problem, config, made.matrices) <= target.shared_bytes:
+            yield config
+
+
+def _map_tiling(problem: ConvProblem, pass_: str, config: dict, target: Target) -> Tiling:
+    made, size = _maps(problem, pass_, config, target), problem.element_bytes
+    block_c, block_m, block_w = (config[f"BLOCK_{axis}"] for axis in "CMW")
+    maps = made.programs * made.blocks * block_c * block_m
+    x, y, products = maps * made.h_in * BLOCK_K, maps * made.h_out * block_w, maps * made.pairs * BLOCK_K * block_w
+    matrices = made.programs * block_c * made.matrices * BLOCK_K * block_w
+    waste = max(1.0, 32 / (block_c * size)) if problem.layout == "nhwc" else 1 + 32 / (made.w_in * size)
+    if block_c == 1:  # wgmma reads both operands of every product from shared memory
+        fragments = products / block_m + products / block_w
+    else:
+        fragments = matrices * made.blocks
+    return Tiling(
+        programs=made.programs,
+        # wgmma of so few columns waits for its other operand half of the time
+        matrix_flops=2.0 * products * (2 if target.arch in (90, 100) else 1),
+        l2_bytes=problem.min_bytes(pass_) * waste + matrices * size,
+        instructions=(4 if _wide(problem) else 8) * (x + y) + products / 64 + 10 * matrices,
+        dram_bytes=problem.min_bytes(pass_),
+        resident=made.resident,
+        shared_bytes=(2 * (x + y) + fragments) * size,
+    )
+
+
 def candidates(problem: ConvProblem, pass_: str, target: Target) -> list[dict]:
-    return list(_configs(problem, pass_, target))
+    return [*_map_configs(problem, pass_, target), *_configs(problem, pass_, target)]
 
 
 def _configs(problem: ConvProblem, pass_: str, target: Target):
@@ -214,7 +315,7 @@ def _configs(problem: ConvProblem, pass_: str, target: Target):
                     for height in heights:
                         config = {
                             "BLOCK_C": block_c, "BLOCK_M": block_m, "BLOCK_W": block_w, "BLOCK_H": height,
-                            "BLOCK_T": block_t, "num_warps": warps, "num_stages": 1,
+                            "BLOCK_T": block_t, "BLOCK_R": 1, "num_warps": warps, "num_stages": 1,
                         }  # fmt: skip
                         if _fits(problem, pass_, config, target):
                             yield config
@@ -246,6 +347,8 @@ def _splits(problem: ConvProblem, config: dict, made: Launched, target: Target) 
 
 
 def tiling(problem: ConvProblem, pass_: str, config: dict, target: Target) -> Tiling:
+    if config["BLOCK_R"] > 1:
+        return _map_tiling(problem, pass_, config, target)
     made = _launched(problem, pass_, config, target)
     cut, size = made.cut, problem.element_bytes
     block_c, block_m, block_w = (config[f"BLOCK_{axis}"] for axis in "CMW")
@@ -299,7 +402,9 @@ def tiling(problem: ConvProblem, pass_: str, config: dict, target: Target) -> Ti
 def prepare(problem: ConvProblem, pass_: str, config: dict, target: Target, strides: dict):
     top, _, pad, _ = problem.pad
     tiles, options = split_config(config)
-    del tiles["BLOCK_H"], tiles["BLOCK_T"]
+    del tiles["BLOCK_H"], tiles["BLOCK_T"], tiles["BLOCK_R"]
+    if config["BLOCK_R"] > 1:
+        return _prepare_map(problem, pass_, config, target, strides, tiles, options)
     transposed, wgrad = pass_ == "dgrad", pass_ == "wgrad"
     made = _launched(problem, pass_, config, target)
     cut = made.cut
@@ -341,6 +446,31 @@ def prepare(problem: ConvProblem, pass_: str, config: dict, target: Target, stri
     scalars |= named_strides("x", strides[source]) | named_strides("wgt", strides["w"])
     scalars |= named_strides("y", strides[result])
     launch = launcher.Launch(kernel, (made.m_blocks * made.c_blocks,), scalars, **options)
+    if transposed:
+        return Single(launch, problem.x_shape, strides["dx"], lambda dy, w, dx: launch(dy, w, None, dx))
+    return Single(launch, problem.y_shape, strides["y"])
+
+
+def _prepare_map(problem: ConvProblem, pass_: str, config: dict, target: Target, strides: dict, tiles, options):
+    made, transposed = _maps(problem, pass_, config, target), pass_ == "dgrad"
+    source, result = ("dy", "dx") if transposed else ("x", "y")
+    scalars = {
+        "batch": problem.batch, "blocks": made.blocks,
+        **named_strides("x", strides[source]), **named_strides("wgt", strides["w"]),
+        **named_strides("y", strides[result]),
+        "H_IN": made.h_in, "W_IN": made.w_in, "H_OUT": made.h_out, "W_OUT": made.w_out,
+        "CHANNELS": problem.c_out, "MULTIPLIER": problem.cout_g, "KH": problem.kh, "KW": problem.kw,
+        "PAD_H": made.pad_h, "PAD_W": made.pad_w,
+        "TRANSPOSED": transposed, "HAS_BIAS": problem.bias and not transposed,
+        "INDEX_64": index_64(problem, strides),
+        "PRECISION": target.precision(problem.dtype),
+        "EMULATE_BF16": emulate_bf16(kernels.map_kernel, problem),
+        **tiles, "BLOCK_K": BLOCK_K, "GROUP": GROUP,
+    }  # fmt: skip
+    for name, memory in (("X", strides[source]), ("Y", strides[result])):
+        last = pixels_last(memory)
+        scalars |= {f"{name}_PIXELS_LAST": last, f"{name}_ALIGN": align(memory, (0, 1, 2) if last else (0, 2, 3))}
+    launch = launcher.Launch(kernels.map_kernel, (made.programs,), scalars, **options)
     if transposed:
         return Single(launch, problem.x_shape, strides["dx"], lambda dy, w, dx: launch(dy, w, None, dx))
     return Single(launch, problem.y_shape, strides["y"])

@@ -1,0 +1,268 @@
+"""Tables of depthwise layers, modelled and compiled: python -m groupconv.perf_reports.depthwise_tables
+
+Writes DEPTHWISE.md: what dispatch plans for the suite's depthwise layers, and what the main loop of each algorithm asks
+of the machine by output element.
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import dataclasses
+import math
+import os
+import pathlib
+import sys
+from collections.abc import Iterable, Iterator
+
+import triton
+
+from .. import cost, devices, dispatch
+from ..algorithms import REGISTRY, able
+from ..configs import PLANNED
+from ..devices import Target
+from ..problem import ConvProblem
+from . import layers, report
+from .children import Children, problem_json
+from .rows import Layer, write_atomically
+from .text import markdown_table, number
+
+DTYPE, LAYOUTS = "bf16", ("nhwc", "nchw")
+# The most that a time may be over its floor, and for kernels of some sizes.
+GOAL, LARGE_GOAL, LARGE = 1.3, 1.4, (7, 9)
+KERNELS = (3, 5, 7, 9, 31)  # of the layer that `report --layers kernels` takes
+SMALL_MAP = "convnext_base.s2"  # of the suite: 7x7 on 14x14 pixels
+PLAN_HEADER = (
+    "layer", "shape", "layout", "pass", "algorithm", "configuration", "us (modelled)", "floor us (modelled)",
+    "time / floor (modelled)", "bound by (modelled)",
+)  # fmt: skip
+CODE_HEADER = (
+    "shape", "layout", "pass", "algorithm", "bytes loaded", "FMA", "matrix multiply-adds", "issue slots",
+    "issue slots, once", "registers", "spills", "shared", "time / floor (modelled)", "note",
+)  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Planned:
+    """A pass of a layer and what may serve it, its time modelled."""
+
+    layer: Layer
+    pass_: str
+    algorithm: str
+    config: dict
+    estimate: cost.Estimate
+    floor_us: float
+
+    @property
+    def ratio(self) -> float:
+        return self.estimate.time_us / self.floor_us
+
+    @property
+    def goal(self) -> float:
+        """What `ratio` is to stay under."""
+        problem = self.layer.problem
+        return LARGE_GOAL if problem.kh == problem.kw and problem.kh in LARGE else GOAL
+
+
+def plans(chosen: Iterable[Layer], target: Target) -> Iterator[Planned]:
+    """What dispatch plans of our algorithms; of "backward" where it is taken."""
+    for layer in chosen:
+        plan = dispatch.plan(layer.problem, target, "triton")
+        for one in (*plan.passes, plan.backward):
+            if one is not None and one.config is not None:
+                tiling = REGISTRY[one.algorithm].tiling(layer.problem, one.pass_, one.config, target)
+                estimate = cost.estimate(layer.problem, tiling, target)
+                yield Planned(layer, one.pass_, one.algorithm, one.config, estimate, one.floor_us)
+
+
+def choices(chosen: Iterable[Layer], target: Target) -> Iterator[Planned]:
+    """Every algorithm that can serve a pass of a layer, with the configuration that the model takes."""
+    for layer in chosen:
+        for pass_ in PLANNED:
+            floor = cost.floor_us(layer.problem, pass_, target)
+            for name in able(layer.problem, pass_, target):
+                yield Planned(layer, pass_, *dispatch.modelled(layer.problem, pass_, target, name), floor)
+
+
+def suite() -> list[Layer]:
+    """The suite's depthwise layers, in both layouts."""
+    both = zip(*(layers.suite(DTYPE, layout) for layout in LAYOUTS), strict=True)
+    return [layer for pair in both for layer in pair if layer.problem.cin_g == 1]
+
+
+def examples() -> list[Layer]:
+    """The layers whose code is counted, in both layouts."""
+    parser = argparse.ArgumentParser()
+    report.add_arguments(parser)
+    sweep = ["--layers", "kernels", "--kernels", *map(str, KERNELS), "--dtype", DTYPE, "--layout"]
+    found: list[Layer] = []
+    for both in zip(*(layers.make(parser.parse_args([*sweep, layout])) for layout in LAYOUTS), strict=True):
+        found += both
+    return found + [layer for layer in suite() if layer.name == SMALL_MAP]
+
+
+def plan_cells(row: Planned) -> list[str]:
+    """A line of the first table."""
+    ratio = f"{row.ratio:.2f}"
+    return [
+        row.layer.name, _shape(row.layer.problem), row.layer.problem.layout, row.pass_, row.algorithm,
+        _config(row.config), number(str(row.estimate.time_us)), number(str(row.floor_us)),
+        f"**{ratio}**" if row.ratio > row.goal else ratio, row.estimate.bound,
+    ]  # fmt: skip
+
+
+def summary(rows: list[Planned]) -> list[list[str]]:
+    """A line a pass and layout: rows by algorithm, and those over their goal."""
+    lines = []
+    for pass_ in PLANNED:
+        for layout in LAYOUTS:
+            mine = [row for row in rows if (row.pass_, row.layer.problem.layout) == (pass_, layout)]
+            taken = collections.Counter(row.algorithm for row in mine)
+            over = sum(row.ratio > row.goal for row in mine)
+            worst = f"{max(row.ratio for row in mine):.2f}" if mine else "-"
+            lines.append([pass_, layout, str(len(mine)), *(str(taken[name]) for name in REGISTRY), str(over), worst])
+    return lines
+
+
+def _shape(problem: ConvProblem) -> str:
+    """`3x3 s2 d1, 112x112, 96 channels, batch 128`."""
+    channels = str(problem.c_in) if problem.cout_g == 1 else f"{problem.c_in} to {problem.c_out}"
+    return (
+        f"{problem.kh}x{problem.kw} s{problem.stride[0]} d{problem.dilation[0]}, {problem.h_in}x{problem.w_in}, "
+        f"{channels} channels, batch {problem.batch}"
+    )
+
+
+def _config(config: dict) -> str:
+    return " ".join(f"{name.removeprefix('BLOCK_').removeprefix('num_')}={value}" for name, value in config.items())
+
+
+def outputs(problem: ConvProblem, pass_: str) -> int:
+    """What counts are divided by: the elements of y, of dx, or, in wgrad, of the dy that it reads."""
+    return math.prod(problem.x_shape if pass_ in ("dgrad", "backward") else problem.y_shape)
+
+
+def counts(answer: dict, elements: int) -> dict[str, float] | None:
+    """By output element, what all iterations of the main loop ask for; None where it is not known.
+
+    A kernel without a loop, its only iteration made straight code, counts as a whole. "once": the issue slots of what
+    is outside the innermost loop, passed once by each program.
+    """
+    main, programs = answer["kernels"][0], answer["programs"]
+    code, loops = main["code"], main["loops"]
+    if code is None or (loops and len(answer["iterations"]) != 1):
+        return None
+    if loops:
+        # The compiler may have unrolled the loop; then a smaller one does the iterations that are left over.
+        loop, times = max(loops, key=_work), answer["iterations"][0] / _unrolled(loops)
+    else:
+        loop, times = code, programs
+    found = {name: value * times / elements for name, value in loop.items()}
+    # An issue of a warp is a slot of each of its threads.
+    outside = code["issues"] - sum(each["issues"] for each in loops or [code])
+    return found | {"issues": 32 * found["issues"], "once": 32 * outside * programs / elements}
+
+
+def _work(loop: dict[str, int]) -> int:
+    return loop["loaded_bytes"] + loop["multiply_adds"] + loop["matrix_multiply_adds"]
+
+
+def _unrolled(loops: list[dict[str, int]]) -> float:
+    """The iterations that the largest loop does at once, if the smallest does one."""
+    sizes = [_work(loop) for loop in loops]
+    return max(sizes) / max(1, min(sizes))
+
+
+def code_cells(row: Planned, answer: dict) -> list[str]:
+    """A line of the second table, from the compiler's answer."""
+    problem = row.layer.problem
+    cells = [_shape(problem), problem.layout, row.pass_, row.algorithm]
+    ratio = f"{row.ratio:.2f}"
+    if "failed" in answer:
+        return [*cells, *["-"] * 8, ratio, answer["failed"]]
+    main, found = answer["kernels"][0], counts(answer, outputs(problem, row.pass_))
+    names = ("loaded_bytes", "multiply_adds", "matrix_multiply_adds", "issues", "once")
+    cells += [number(f"{found[name]:.6g}") if found else "-" for name in names]
+    cells += [str(main[name]) for name in ("registers", "spill_bytes", "shared_bytes")]
+    return [*cells, ratio, "" if found else "loops not counted"]
+
+
+def compile_all(rows: list[Planned], target: Target, processes: int) -> Iterator[dict]:
+    """The compiler's answers, in the rows' order."""
+    with Children("groupconv.perf_reports.compiled", interpret=False, count=processes) as compiler:
+        jobs = [
+            {
+                "problem": problem_json(row.layer.problem), "pass": row.pass_, "algorithm": row.algorithm,
+                "config": row.config, "target": target.arch_name, "iterations": True,
+            }
+            for row in rows
+        ]  # fmt: skip
+        for answer in [compiler.submit(job) for job in jobs]:
+            yield answer.result()
+
+
+def markdown(target: Target, planned: list[Planned], code: list[list[str]]) -> str:
+    """DEPTHWISE.md."""
+
+    def table(header, lines: list[list[str]], left: int) -> str:
+        return "\n".join(markdown_table(header, lines, left))
+
+    large = " and ".join(f"{size}x{size}" for size in LARGE)
+    return f"""# Depthwise layers, modelled for {target.slug}
+
+**Nothing here was measured.** Times and floors are modelled, counts are of kernels as compiled for {target.arch_name}
+by triton {triton.__version__}. {DTYPE}. The floor is the larger of the time to move every operand once and that of the
+useful FLOPs on the matrix unit.
+
+## Plans of the suite's depthwise layers
+
+What dispatch plans of our own algorithms (`backend="triton"`). "backward" is dgrad and wgrad by one kernel, and has a
+row where that is faster than the two. Bold: over {GOAL} times the floor ({LARGE_GOAL} for {large}).
+
+{table(("pass", "layout", "rows", *REGISTRY, "over", "worst (modelled)"), summary(planned), 2)}
+
+{table(PLAN_HEADER, [plan_cells(row) for row in planned], 6)}
+
+## Compiled main loops
+
+By output element (of y; of dx in dgrad and backward; of dy in wgrad), what the innermost loop of a pass's main kernel
+asks for: its instructions in the machine code, times the iterations of all programs, which the launch decides. It is a
+count of the compiled code, not a measurement: it has what masks leave out, and what tiles have past the edges. FMA and
+issue slots are those of one thread; "once": of the code outside that loop, if each program passes it once. A kernel
+without a loop counts as a whole.
+
+{table(CODE_HEADER, code, 4)}
+"""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Write the tables; the return value is the exit status."""
+    parser = argparse.ArgumentParser(prog="depthwise_tables", description="Writes DEPTHWISE.md; needs no GPU.")
+    parser.add_argument("--target", default=devices.DEFAULT.slug, metavar="DEVICE", help="default: %(default)s")
+    parser.add_argument("--out", type=pathlib.Path, metavar="DIR", help="default: perf_reports/modelled_<device>")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, metavar="N", help="processes that compile")
+    args = parser.parse_args(argv)
+    if args.jobs < 1:
+        parser.error(f"--jobs: {args.jobs} is not a positive number")
+    try:
+        target = devices.named(args.target)
+    except ValueError as error:
+        parser.error(f"--target: {error}")
+
+    from rich.console import Console
+    from rich.progress import track
+
+    console = Console(stderr=True)
+    planned = list(track(plans(suite(), target), "planning", console=console, total=None))
+    compiled = list(choices(examples(), target))
+    answers = track(compile_all(compiled, target, args.jobs), "compiling", console=console, total=len(compiled))
+    code = [code_cells(row, answer) for row, answer in zip(compiled, answers, strict=True)]
+    folder = args.out or pathlib.Path("perf_reports", f"modelled_{target.slug}")
+    folder.mkdir(parents=True, exist_ok=True)
+    write_atomically(folder / "DEPTHWISE.md", markdown(target, planned, code))
+    print(f"DEPTHWISE.md in {folder}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
