@@ -9,7 +9,7 @@ import os
 import torch
 
 from . import configs, devices, dispatch, launcher, resources, stub_driver
-from .algorithms import REGISTRY
+from .algorithms import REGISTRY, able
 from .problem import ConvProblem, dense_strides
 
 TORCH_DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -104,10 +104,9 @@ def planned(targets: list[str], problems: list[ConvProblem], only_pass: str | No
         on = devices.named(target)
         for problem in problems:
             for pass_ in configs.PLANNED if only_pass is None else (only_pass,):
-                able = [name for name in REGISTRY if REGISTRY[name].supports(problem, pass_, on) is None]
-                choices = [dispatch.modelled(problem, pass_, on, name) for name in able]
-                if choices:
-                    name, config, _ = min(choices, key=lambda choice: choice[2].score)
+                names = able(problem, pass_, on)
+                if names:
+                    name, config, _ = dispatch.best(problem, pass_, on, names)
                     if configs.modelled(name, problem, pass_, on.arch_name) is None:
                         found.append(Job(name, pass_, config, problem, target))
     return found

@@ -141,15 +141,18 @@ def plan_pass(
             reason = f"measured {entry.time_us:.1f} us, F.conv2d {entry.torch_time_us:.1f} us ({file.path})"
             return made(entry.algorithm, entry.config, tier, reason, *times)
 
-    name, config, estimate = min(
-        (modelled(problem, pass_, target, name) for name in able), key=lambda choice: choice[2].score
-    )
+    name, config, estimate = best(problem, pass_, target, able)
     prior = cost.torch_prior_us(problem, pass_, target)
     compared = f"modelled {estimate.time_us:.1f} us (bound by {estimate.bound}), F.conv2d's prior {prior:.1f} us"
     if not forced and prior <= estimate.time_us:
         return made("torch", None, "modelled", f"{name} {compared}", estimate.time_us, prior)
     reason = f"{compared}; nothing measured on {target.slug}"
     return made(name, config, "modelled", reason, estimate.time_us, prior)
+
+
+def best(problem: ConvProblem, pass_: str, target: Target, names: list[str]) -> tuple[str, dict, cost.Estimate]:
+    """`modelled` of the fastest of some algorithms."""
+    return min((modelled(problem, pass_, target, name) for name in names), key=lambda choice: choice[2].score)
 
 
 def modelled(problem: ConvProblem, pass_: str, target: Target, name: str) -> tuple[str, dict, cost.Estimate]:

@@ -137,3 +137,48 @@ with stub_driver.active("sm_90"):
 print("ok")
 """
     assert python(code).strip() == "ok"
+
+
+DEPTHWISE = """
+import dataclasses, json, sys, triton
+from groupconv import compile_check as check
+from groupconv.perf_reports import layers
+target, layout, names, passes = json.loads(sys.argv[1])
+suite = [row.problem for row in layers.suite("bf16", layout) if row.name in names]
+assert len(suite) == len(names)
+found = []
+for pass_ in passes:
+    for outcome in map(check.run, check.planned([target], suite, pass_)):
+        about = {"name": str(outcome.job), "pass": pass_, "algorithm": outcome.job.algorithm, "faults": outcome.faults}
+        found.append(about | dataclasses.asdict(outcome.resources))
+print(json.dumps(found))
+"""
+ALL_PASSES = ["fprop", "dgrad", "wgrad", "backward"]
+
+
+@pytest.mark.parametrize(
+    ("target", "layout", "names", "passes"),
+    [
+        ("sm_90", "nhwc", ["mobilenetv2_100.b3", "mobilenetv2_100.b1d", "convnext_tiny.s0"], ALL_PASSES),
+        ("sm_90", "nchw", ["mobilenetv2_100.b0", "convnext_base.s2", "efficientnet_b0.b4"], ALL_PASSES[:3]),
+        ("sm_80", "nhwc", ["efficientnet_b0.b4"], ALL_PASSES[:3]),
+        ("sm_100", "nchw", ["mobilenetv2_100.b3"], ["fprop", "wgrad"]),
+        ("gfx942", "nhwc", ["mobilenetv2_100.b3", "convnext_tiny.s0"], ["fprop", "dgrad"]),
+    ],
+)
+def test_planned_depthwise_configurations(target, layout, names, passes):
+    """No spills, matrix instructions where they are promised, channels_last loads of activations 16 bytes wide."""
+    done = subprocess.run(
+        [sys.executable, "-c", DEPTHWISE, json.dumps([target, layout, names, passes])],
+        capture_output=True, text=True, env=ENVIRONMENT, timeout=580,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert len(found) >= len(passes)
+    for used in found:
+        assert used["faults"] == [], used["name"]
+        assert used["spill_bytes"] == 0
+        assert used["algorithm"].startswith("depthwise_")
+        assert (used["matrix_count"] > 0) == (used["algorithm"] != "depthwise_direct"), used["name"]
+        if layout == "nhwc" and used["pass"] != "backward":  # which has registers for half as many channels
+            assert used["wide_loads"] > 0, used["name"]

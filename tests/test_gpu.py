@@ -8,8 +8,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from groupconv import configs, ops, triton_conv
-from groupconv.algorithms import REGISTRY
+from groupconv import configs, dispatch, ops, triton_conv
+from groupconv.algorithms import REGISTRY, able
+from groupconv.perf_reports import layers
 from groupconv.problem import PASSES, ConvProblem
 
 pytestmark = [
@@ -46,11 +47,11 @@ def check_layer(y, grads, tensors, kwargs, dy):
 # --- Named cases, as triton_conv plans them --------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("case", [case for case in cases.CASES if case.tiles == "few"], ids=str)
+@pytest.mark.parametrize("case", [c for c in (*cases.CASES, *cases.DEPTHWISE) if c.tiles == "few"], ids=str)
 def test_case(case):
     """Value and gradients in guarded memory."""
     given = cases.operands(case, "cuda")
-    p = cases.actual(case, given)
+    p = cases.actual(case)
     cases.set_precision("tf32" if p.dtype == "tf32" else "ieee")
     x, w = given.x.requires_grad_(), given.w.requires_grad_()
     leaves = [t for t in (x, w, given.bias) if t is not None]
@@ -77,7 +78,7 @@ def test_case(case):
 def test_auto(case):
     """The planned choice, of which F.conv2d may be a part: within the bound, or twice F.conv2d's own error."""
     given = cases.operands(case, "cuda")
-    p = cases.actual(case, given)
+    p = cases.actual(case)
     cases.set_precision("tf32" if p.dtype == "tf32" else "ieee")
     x, w = given.x.requires_grad_(), given.w.requires_grad_()
     args = given.bias, p.stride, p.pad[::2], p.dilation, p.groups
@@ -161,17 +162,41 @@ def test_shipped_configuration(entry):
     assert torch.equal(*outs)
 
 
+DEPTHWISE = [row for layout in ("nhwc", "nchw") for row in layers.suite("bf16", layout) if row.problem.cin_g == 1]
+
+
+@pytest.mark.parametrize("pass_", configs.PLANNED)
+@pytest.mark.parametrize("layer", DEPTHWISE, ids=lambda row: f"{row.name}-{row.problem.layout}")
+def test_planned_configuration(layer, pass_):
+    """What the plan of a suite's depthwise layer takes here, on a few of its images."""
+    names = able(layer.problem, pass_, ON)
+    if not names:
+        pytest.skip(f"no algorithm does {pass_} of this layer")
+    name, config, _ = dispatch.best(layer.problem, pass_, ON, names)
+    problem = dataclasses.replace(layer.problem, batch=4)
+    given = cases.operands(cases.Case(problem, problem.layout, problem.layout, problem.layout), "cuda")
+    run = REGISTRY[name].prepare(problem, pass_, config, ON, given.strides(problem))
+    expected = cases.references(problem, given)
+    for _ in range(2):
+        with cases.guarded():
+            out = run(*given.of(pass_))
+        results = out if isinstance(out, tuple) else (out,)
+        for each, result in zip(cases.PRODUCES.get(pass_, (pass_,)), results, strict=True):
+            assert cases.error(result, expected[each]) <= cases.bound("bf16", cases.terms(problem, each)), each
+
+
 # --- Repeatability ---------------------------------------------------------------------------------------------------
 
 
-def test_repeatable():
+@pytest.mark.parametrize(("groups", "kernel"), [(16, 3), (64, 3), (64, 7)])
+def test_repeatable(groups, kernel):
     """Value and gradients to the last bit, twenty times, with splits enough to race."""
     x = random(32, 64, 56, 56).requires_grad_()
-    w = random(64, 4, 3, 3, seed=1).requires_grad_()
+    w = random(64, 64 // groups, kernel, kernel, seed=1).requires_grad_()
     dy = random(32, 64, 56, 56, seed=2)
 
     def once():
-        y = triton_conv(x, w, padding=1, groups=16, backend="triton")
+        y = triton_conv(x, w, padding=kernel // 2, groups=groups, backend="triton")
         return y, *torch.autograd.grad(y, (x, w), dy)
 
     first = once()

@@ -112,7 +112,9 @@ def candidates(problem: ConvProblem, pass_: str, target: Target) -> list[dict]:
             config = {"BLOCK_P": block_p, "BLOCK_C": block_c, "num_warps": 4, "num_stages": 1}
             if block_p >= 1 and _registers(problem, pass_, config, target) <= MOST_REGISTERS:
                 found.append(config)
-    return found
+    # Loads as wide as the channels allow, if any tile that fits has them.
+    widest = max((_elements(problem, config, target)[1] for config in found), default=1)
+    return [config for config in found if _elements(problem, config, target)[1] == widest]
 
 
 def _resident(problem: ConvProblem, pass_: str, config: dict, target: Target) -> int:
