@@ -26,7 +26,7 @@ def narrow(acc, dtype: tl.constexpr, EMULATE_BF16: tl.constexpr):
 @triton.jit
 def index(i, INDEX_64: tl.constexpr):
     """`i` in the type of an element offset: int64 only where a tensor reaches past 2^31 elements."""
-    return i.to(tl.int64) if INDEX_64 else i
+    return tl.cast(i, tl.int64) if INDEX_64 else i
 
 
 @triton.jit

@@ -200,12 +200,10 @@ def apart(values: torch.Tensor, batch_stride: int) -> torch.Tensor:
 
 FAR = [
     cases.Case(
-        ConvProblem(
-            3, 8, 6, 5, 8, 3, 3, pad=(1, 1, 1, 1), groups=groups, dtype="fp16", layout="nchw", out_layout="nchw"
-        ),
+        ConvProblem(3, 8, 6, 5, 8, k, k, (1, 1), (k // 2,) * 4, (1, 1), groups, "fp16", "nchw", "nchw"),
         "nchw", "nchw", "nchw",
     )
-    for groups in (2, 8)
+    for groups, k in ((2, 3), (8, 3), (8, 5), (8, 11))
 ]  # fmt: skip
 
 

@@ -260,7 +260,7 @@ def _map_configs(problem: ConvProblem, pass_: str, target: Target):
     shapes, roomy = [(8, 16, 8), (4, 16, 4), (4, 16, 8)], _wide(problem)
     if problem.layout == "nchw":
         # tcgen05, which takes 64 images, keeps the accumulators of all rows in a tensor memory that is too small.
-        shapes = [(1, 32, 2) if target.arch == 100 else (1, 64, 4), (1, 32, 4)]
+        shapes = [(1, 32, 2) if 100 <= int(target.arch) < 120 else (1, 64, 4), (1, 32, 4)]
         roomy = (problem.w_in | problem.w_out) % 2 == 0
     for block_c, block_m, warps in shapes:
         config = {
