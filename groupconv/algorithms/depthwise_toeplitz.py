@@ -254,7 +254,7 @@ def _map_configs(problem: ConvProblem, pass_: str, target: Target):
         return
     if max(problem.h_in, problem.w_in, problem.h_out, problem.w_out) > SMALL:
         return
-    if problem.element_bytes == 4 and (problem.layout == "nchw" or target.arch < 90):  # it spills
+    if problem.element_bytes == 4 and (problem.layout == "nchw" or int(target.arch) < 90):  # it spills
         return
     out = (problem.h_in, problem.w_in) if pass_ == "dgrad" else (problem.h_out, problem.w_out)
     shapes, roomy = [(8, 16, 8), (4, 16, 4), (4, 16, 8)], _wide(problem)
