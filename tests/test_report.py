@@ -580,7 +580,7 @@ def test_depthwise_tables(monkeypatch, tmp_path, capsys):
     lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in said.splitlines() if line[:1] == "|"]
     plans = [line for line in lines if len(line) == len(depthwise_tables.PLAN_HEADER)][2:]
     code = [line for line in lines if len(line) == len(depthwise_tables.CODE_HEADER)][2:]
-    summary = [line for line in lines if len(line) == 5 + len(REGISTRY)][2:]
+    summary = [line for line in lines if len(line) == 6 + len(REGISTRY)][2:]
 
     suite = [layer.name for layer in layers.suite("bf16", "nhwc") if layer.problem.cin_g == 1]
     assert len(suite) == 26
@@ -594,10 +594,11 @@ def test_depthwise_tables(monkeypatch, tmp_path, capsys):
         goal = 1.4 if line[1][:3] in ("7x7", "9x9") else 1.3
         assert line[8].startswith("**") == (ratio > goal) or ratio == goal
     assert [line[:2] for line in summary] == [[pass_, layout] for pass_ in PLANNED for layout in ("nhwc", "nchw")]
-    for pass_, layout, count, *taken, over, _ in summary:
+    for pass_, layout, count, *taken, over, net, _ in summary:
         mine = [line for line in plans if line[2:4] == [layout, pass_]]
         assert int(count) == len(mine) == sum(map(int, taken))
         assert int(over) == sum(line[8].startswith("**") for line in mine)
+        assert int(net) == sum(line[9].startswith("**") for line in mine) <= int(over)
         assert [int(n) for n in taken] == [sum(line[4] == name for line in mine) for name in REGISTRY]
 
     expected = [[p, name] for p in PLANNED for name in able(example.problem, p, devices.DEFAULT)]
