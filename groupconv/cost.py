@@ -97,4 +97,7 @@ def torch_prior_us(problem: ConvProblem, pass_: str, target: Target) -> float:
     if pass_ == "backward":
         return torch_prior_us(problem, "dgrad", target) + torch_prior_us(problem, "wgrad", target)
     kind = "depthwise" if problem.cin_g == 1 else "narrow" if width <= 32 else "wide"
-    return TORCH_OVER_FLOOR[kind][pass_] * floor_us(problem, pass_, target) + LAUNCH_US
+    time = TORCH_OVER_FLOOR[kind][pass_] * floor_us(problem, pass_, target)
+    if kind == "depthwise":  # neither PyTorch's nor cuDNN's kernels use matrix units
+        time = max(time, problem.flops(pass_) / (target.matrix_rate("fp32") * 1e6))
+    return time + LAUNCH_US
