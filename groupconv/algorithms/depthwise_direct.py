@@ -16,7 +16,7 @@ from .calls import Fused, Single, SplitK, align, emulate_bf16, index_64, named_s
 
 NAME = "depthwise_direct"
 BLOCKS = {"BLOCK_P": (1, 4096), "BLOCK_C": (1, 256)}
-MOST_TAPS = 64  # filters are held in registers, each tap in its own
+MOST_TAPS = 64  # of a filter; twice as many of all that a channel meets: filters are held in registers, each tap in its own
 MOST_REGISTERS = 196  # as estimated: some compile to more, and 255 are there
 MOST_SEGMENTS = 16
 BUSY = 4  # programs that keep a multiprocessor's memory pipeline busy
@@ -27,9 +27,10 @@ def supports(problem: ConvProblem, pass_: str, target: Target) -> str | None:
         return f"{problem.cin_g} input channels a group, not 1"
     if min(problem.x_shape[1:] + problem.w_shape) < 1:
         return "a channel or pixel count is zero"
-    taps = problem.kh * problem.kw * (1 if pass_ == "fprop" else problem.cout_g)
-    if taps > MOST_TAPS:
-        return f"{taps} taps, more than {MOST_TAPS}"
+    taps = problem.kh * problem.kw
+    met = taps * (1 if pass_ == "fprop" else problem.cout_g)
+    if taps > MOST_TAPS or met > 2 * MOST_TAPS:
+        return f"{taps} taps, {met} with the channel multiplier, more than {MOST_TAPS} and {2 * MOST_TAPS}"
     if not candidates(problem, pass_, target):
         return "its sums do not fit the registers"
     return None
