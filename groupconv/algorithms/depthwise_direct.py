@@ -16,7 +16,7 @@ from .calls import Fused, Single, SplitK, align, emulate_bf16, index_64, named_s
 
 NAME = "depthwise_direct"
 BLOCKS = {"BLOCK_P": (1, 4096), "BLOCK_C": (1, 256)}
-MOST_TAPS = 64  # of a filter; twice as many of all that a channel meets: filters are held in registers, each tap in its own
+MOST_TAPS = 64  # of a filter, and twice as many of all that a channel meets: each is held in a register
 MOST_REGISTERS = 196  # as estimated: some compile to more, and 255 are there
 MOST_SEGMENTS = 16
 BUSY = 4  # programs that keep a multiprocessor's memory pipeline busy
