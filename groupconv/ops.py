@@ -198,10 +198,9 @@ class Call:
         if self.problem.batch == 0:
             dx = launcher.allocate(self.problem.x_shape, self.strides["dx"], dy) if need_x else None
             dw = launcher.allocate(self.problem.w_shape, self.strides["dw"], dy).zero_() if need_w else None
+        elif need_x and need_w and self.plan.backward is not None:
+            dx, dw = self._backward_pass("backward", dy)(dy, x, w)
         else:
-            if need_x and need_w and self.plan.backward is not None:
-                dx, dw = self._backward_pass("backward", dy)(dy, x, w)
-                return dx, dw, dy.sum((0, 2, 3)) if need_b else None
             by_torch = (need_x and self.torch_dgrad, need_w and self.torch_wgrad)
             if any(by_torch):
                 dx, dw = torch_reference.backward(self.problem, dy, x, w, *by_torch)

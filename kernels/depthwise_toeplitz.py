@@ -27,6 +27,15 @@ def along(v, AXIS: tl.constexpr, BLOCK_C: tl.constexpr):
 
 
 @triton.jit
+def scaled(i, stride, ALIGNED: tl.constexpr, ALIGN: tl.constexpr):
+    """i * stride, which ALIGN divides where ALIGNED: along the axis that is not the contiguous one."""
+    if ALIGNED:
+        return tl.multiple_of(i * stride, ALIGN)
+    else:
+        return i * stride
+
+
+@triton.jit
 def lane(m, segments, col_blocks, DIL_H: tl.constexpr):
     """(image, class of rows, segment of rows, block of columns) of a lane number."""
     image = m // (col_blocks * segments * DIL_H)
@@ -104,20 +113,12 @@ def march_kernel(
             matrices = matrices + (tl.load(wgt_ptr + at, mask=tap, other=0.0),)
 
     x_lane = tl.multiple_of(image * stride_x_n + in_row * stride_x_h + in_col * stride_x_w, X_ALIGN)
-    x_c = c // MULTIPLIER * stride_x_c
-    x_k = k * stride_x_w
-    if X_PIXELS_LAST:
-        x_c = tl.multiple_of(x_c, X_ALIGN)
-    else:
-        x_k = tl.multiple_of(x_k, X_ALIGN)
+    x_c = scaled(c // MULTIPLIER, stride_x_c, X_PIXELS_LAST, X_ALIGN)
+    x_k = scaled(k, stride_x_w, not X_PIXELS_LAST, X_ALIGN)
     x_at = along(x_c, 0, BLOCK_C) + along(x_lane, 1, BLOCK_C) + along(x_k, 2, BLOCK_C)
     y_lane = tl.multiple_of(image * stride_y_n + out_row * stride_y_h + block * BLOCK_W * stride_y_w, Y_ALIGN)
-    y_c = c * stride_y_c
-    y_j = j * stride_y_w
-    if Y_PIXELS_LAST:
-        y_c = tl.multiple_of(y_c, Y_ALIGN)
-    else:
-        y_j = tl.multiple_of(y_j, Y_ALIGN)
+    y_c = scaled(c, stride_y_c, Y_PIXELS_LAST, Y_ALIGN)
+    y_j = scaled(j, stride_y_w, not Y_PIXELS_LAST, Y_ALIGN)
     y_at = along(y_c, 0, BLOCK_C) + along(y_lane, 1, BLOCK_C) + along(y_j, 2, BLOCK_C)
     col = along(in_col, 1, BLOCK_C) + along(k, 2, BLOCK_C)
     out_col = along(block * BLOCK_W, 1, BLOCK_C) + along(j, 2, BLOCK_C)
@@ -206,18 +207,10 @@ def map_kernel(
         else:
             matrices = matrices + (None,)
 
-    x_c = c // MULTIPLIER * stride_x_c
-    x_k = k * stride_x_w
-    if X_PIXELS_LAST:
-        x_c = tl.multiple_of(x_c, X_ALIGN)
-    else:
-        x_k = tl.multiple_of(x_k, X_ALIGN)
-    y_c = c * stride_y_c
-    y_j = j * stride_y_w
-    if Y_PIXELS_LAST:
-        y_c = tl.multiple_of(y_c, Y_ALIGN)
-    else:
-        y_j = tl.multiple_of(y_j, Y_ALIGN)
+    x_c = scaled(c // MULTIPLIER, stride_x_c, X_PIXELS_LAST, X_ALIGN)
+    x_k = scaled(k, stride_x_w, not X_PIXELS_LAST, X_ALIGN)
+    y_c = scaled(c, stride_y_c, Y_PIXELS_LAST, Y_ALIGN)
+    y_j = scaled(j, stride_y_w, not Y_PIXELS_LAST, Y_ALIGN)
     x_at = along(x_c, 0, BLOCK_C) + along(x_k, 2, BLOCK_C)
     y_at = along(y_c, 0, BLOCK_C) + along(y_j, 2, BLOCK_C)
     x_mask = along(k < W_IN, 2, BLOCK_C) & in_channel
@@ -287,18 +280,10 @@ def wgrad_kernel(
     split = index(pid // (C_BLOCKS * T_BLOCKS), INDEX_64)
     j = tl.arange(0, BLOCK_W)
     k = tl.arange(0, BLOCK_K)
-    x_c = c // MULTIPLIER * stride_x_c
-    x_k = k * stride_x_w
-    if X_PIXELS_LAST:
-        x_c = tl.multiple_of(x_c, X_ALIGN)
-    else:
-        x_k = tl.multiple_of(x_k, X_ALIGN)
-    dy_c = c * stride_dy_c
-    dy_j = j * stride_dy_w
-    if DY_PIXELS_LAST:
-        dy_c = tl.multiple_of(dy_c, DY_ALIGN)
-    else:
-        dy_j = tl.multiple_of(dy_j, DY_ALIGN)
+    x_c = scaled(c // MULTIPLIER, stride_x_c, X_PIXELS_LAST, X_ALIGN)
+    x_k = scaled(k, stride_x_w, not X_PIXELS_LAST, X_ALIGN)
+    dy_c = scaled(c, stride_dy_c, DY_PIXELS_LAST, DY_ALIGN)
+    dy_j = scaled(j, stride_dy_w, not DY_PIXELS_LAST, DY_ALIGN)
 
     # Steps whose rows of x all lie in the padding are left out where every lane starts at the top of its map.
     above = PAD_H - first_tap * DIL_H

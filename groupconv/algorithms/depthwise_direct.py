@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 
 import triton
@@ -102,6 +103,7 @@ def _registers(problem: ConvProblem, pass_: str, config: dict, target: Target) -
     return math.ceil(max(0, march.taps - 60) + each * elements + 8)
 
 
+@functools.lru_cache(256)  # `supports` and the plan both ask
 def candidates(problem: ConvProblem, pass_: str, target: Target) -> list[dict]:
     march = _march(problem, pass_)
     fitting = triton.next_power_of_2(march.channels)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 
 import triton
@@ -99,6 +100,7 @@ def supports(problem: ConvProblem, pass_: str, target: Target) -> str | None:
     return None
 
 
+@functools.lru_cache(256)  # `supports` and the plan both ask
 def candidates(problem: ConvProblem, pass_: str, target: Target) -> list[dict]:
     found = []
     nhwc = problem.layout == "nhwc"
