@@ -1,6 +1,7 @@
 """`groupconv report`: its rows without a GPU and with a pretended one, its files, and its refusals."""
 
 import argparse
+import dataclasses
 import math
 import os
 import pathlib
@@ -17,7 +18,6 @@ from groupconv.algorithms import REGISTRY, able
 from groupconv.configs import PLANNED
 from groupconv.perf_reports import (
     children,
-    depthwise_tables,
     iterations,
     layers,
     measure,
@@ -26,6 +26,7 @@ from groupconv.perf_reports import (
     plot,
     report,
     rows,
+    tables,
     text,
 )
 from groupconv.perf_reports.rows import Layer, Timing
@@ -517,7 +518,7 @@ def compiled(compiler, problem, pass_, name, target="sm_90"):
     job = {"problem": children.problem_json(problem), "pass": pass_, "algorithm": name, "config": config}
     answer = compiler.submit({**job, "target": target, "iterations": True}).result()
     assert "failed" not in answer, answer
-    return config, answer, depthwise_tables.counts(answer, depthwise_tables.outputs(problem, pass_))
+    return config, answer, tables.counts(answer, tables.outputs(problem, pass_))
 
 
 def test_loops_of_implicit_gemm(compiler):
@@ -558,7 +559,7 @@ def test_counts_of_an_unrolled_loop():
 
     def counts(*loops):
         answer = {"kernels": [{"code": code, "loops": loops}], "iterations": [elements // 32], "programs": elements}
-        return depthwise_tables.counts(answer, elements)
+        return tables.counts(answer, elements)
 
     assert counts(one)["multiply_adds"] == counts(four, one)["multiply_adds"] == 3
     assert (counts(four, one)["issues"], counts(four, one)["once"]) == (9, 32 * 4)
@@ -570,20 +571,24 @@ def test_loops_of_amd_are_not_counted(compiler):
     assert answer["iterations"][0] > answer["programs"] > 0
 
 
-def test_depthwise_tables(monkeypatch, tmp_path, capsys):
-    """Every depthwise layer of the suite is in the first table; the second has each able algorithm's code."""
-    example = Layer("k1", depthwise(1, size=20, channels=64))
-    monkeypatch.setattr(depthwise_tables, "examples", lambda: [example])
-    assert depthwise_tables.main(["--out", str(tmp_path), "--jobs", "1"]) == 0
-    assert capsys.readouterr().out == f"DEPTHWISE.md in {tmp_path}\n"
-    said = (tmp_path / "DEPTHWISE.md").read_text()
+@pytest.mark.parametrize(("name", "rows_of_suite"), [("depthwise", 26), ("narrow", 18)])
+def test_tables(name, rows_of_suite, monkeypatch, tmp_path, capsys):
+    """Every such layer of the suite is in the first table; the second has each able algorithm's code."""
+    subject = tables.SUBJECTS[name]
+    example = Layer(
+        "k1", dataclasses.replace(depthwise(1, size=20, channels=64), groups=64 if name == "depthwise" else 8)
+    )
+    monkeypatch.setitem(tables.SUBJECTS, name, dataclasses.replace(subject, examples=lambda: [example]))
+    assert tables.main([name, "--out", str(tmp_path), "--jobs", "1"]) == 0
+    assert capsys.readouterr().out == f"{subject.file} in {tmp_path}\n"
+    said = (tmp_path / subject.file).read_text()
     lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in said.splitlines() if line[:1] == "|"]
-    plans = [line for line in lines if len(line) == len(depthwise_tables.PLAN_HEADER)][2:]
-    code = [line for line in lines if len(line) == len(depthwise_tables.CODE_HEADER)][2:]
+    plans = [line for line in lines if len(line) == len(tables.PLAN_HEADER)][2:]
+    code = [line for line in lines if len(line) == len(tables.CODE_HEADER)][2:]
     summary = [line for line in lines if len(line) == 6 + len(REGISTRY)][2:]
 
-    suite = [layer.name for layer in layers.suite("bf16", "nhwc") if layer.problem.cin_g == 1]
-    assert len(suite) == 26
+    suite = [layer.name for layer in layers.suite("bf16", "nhwc") if subject.holds(layer.problem)]
+    assert len(suite) == rows_of_suite
     for pass_ in PASSES:
         for layout in ("nhwc", "nchw"):
             assert [line[0] for line in plans if line[2:4] == [layout, pass_]] == suite
@@ -591,7 +596,7 @@ def test_depthwise_tables(monkeypatch, tmp_path, capsys):
         ratio = float(line[8].strip("*"))
         assert ratio == pytest.approx(float(line[6].replace(",", "")) / float(line[7].replace(",", "")), rel=0.02)
         assert line[4] in REGISTRY
-        goal = 1.4 if line[1][:3] in ("7x7", "9x9") else 1.3
+        goal = 1.5 if name == "narrow" else 1.4 if line[1][:3] in ("7x7", "9x9") else 1.3
         assert line[8].startswith("**") == (ratio > goal) or ratio == goal
     assert [line[:2] for line in summary] == [[pass_, layout] for pass_ in PLANNED for layout in ("nhwc", "nchw")]
     for pass_, layout, count, *taken, over, net, _ in summary:
@@ -613,8 +618,9 @@ def test_depthwise_tables(monkeypatch, tmp_path, capsys):
 
 def test_tables_row_of_a_layer():
     """A row's time is dispatch's, and its bound the model's."""
-    layer = next(layer for layer in depthwise_tables.suite() if layer.name == "convnext_tiny.s0")
-    found = list(depthwise_tables.plans([layer], devices.DEFAULT))
+    subject = tables.SUBJECTS["depthwise"]
+    layer = next(layer for layer in subject.suite() if layer.name == "convnext_tiny.s0")
+    found = list(tables.plans(subject, [layer], devices.DEFAULT))
     plan = dispatch.plan(layer.problem, devices.DEFAULT, "triton")
     for row, one in zip(found, filter(None, (*plan.passes, plan.backward)), strict=True):
         assert (row.pass_, row.algorithm, row.config) == (one.pass_, one.algorithm, one.config)
@@ -622,7 +628,7 @@ def test_tables_row_of_a_layer():
         assert row.floor_us == cost.floor_us(layer.problem, row.pass_, devices.DEFAULT)
         assert f"bound by {row.estimate.bound}" in one.reason
         assert row.goal == 1.4
-    names = [(layer.problem.kh, layer.problem.h_in, layer.problem.layout) for layer in depthwise_tables.examples()]
+    names = [(layer.problem.kh, layer.problem.h_in, layer.problem.layout) for layer in subject.examples()]
     sizes = [(3, 56), (5, 56), (7, 56), (9, 56), (31, 56), (7, 14)]
     assert names == [(*size, layout) for size in sizes for layout in ("nhwc", "nchw")]
 
@@ -632,12 +638,13 @@ def test_tables_row_of_a_layer():
     [
         (["--target", "abacus"], "--target: target 'abacus' is not known"),
         (["--jobs", "0"], "--jobs: 0 is not a positive"),
+        (["wide"], "SUBJECT: 'wide' is not one of depthwise, narrow"),
     ],
 )
 def test_bad_arguments_of_the_tables(arguments, message, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as ended:
-        depthwise_tables.main(arguments)
+        tables.main(arguments)
     assert ended.value.code == 2
     assert message in capsys.readouterr().err
     assert not list(tmp_path.iterdir())

@@ -1,7 +1,7 @@
-"""Tables of depthwise layers, modelled and compiled: python -m groupconv.perf_reports.depthwise_tables
+"""Tables of depthwise layers and of narrow groups, modelled and compiled: python -m groupconv.perf_reports.tables
 
-Writes DEPTHWISE.md: what dispatch plans for the suite's depthwise layers, and what the main loop of each algorithm asks
-of the machine by output element.
+Writes DEPTHWISE.md and NARROW.md: what dispatch plans for such layers of the suite, and what the main loop of each
+algorithm asks of the machine by output element.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import math
 import os
 import pathlib
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import triton
 
@@ -28,10 +28,13 @@ from .rows import Layer, write_atomically
 from .text import markdown_table, number
 
 DTYPE, LAYOUTS = "bf16", ("nhwc", "nchw")
-# The most that a time may be over its floor, and for kernels of some sizes.
-GOAL, LARGE_GOAL, LARGE = 1.3, 1.4, (7, 9)
-KERNELS = (3, 5, 7, 9, 31)  # of the layer that `report --layers kernels` takes
+KERNELS = (3, 5, 7, 9, 31)  # of the depthwise layer that `report --layers kernels` takes
 SMALL_MAP = "convnext_base.s2"  # of the suite: 7x7 on 14x14 pixels
+NARROW = 32  # input channels a group, at most
+NARROW_EXAMPLES = (
+    "resnext50_32x4d.s1", "resnext50_32x4d.s2d", "resnext50_32x4d.s2", "resnext50_32x4d.s3", "resnext50_32x4d.s4",
+    "dpn92.s1", "senet154.s3", "efficientnet_b0_g8_gn.s5",
+)  # fmt: skip
 PLAN_HEADER = (
     "layer", "shape", "layout", "pass", "algorithm", "configuration", "us (modelled)", "floor us (modelled)",
     "time / floor (modelled)", "without launches (modelled)", "bound by (modelled)",
@@ -43,10 +46,58 @@ CODE_HEADER = (
 
 
 @dataclasses.dataclass(frozen=True)
+class Subject:
+    """The layers of one file. goals: the most that a time may be over its floor, by kernel size; 0: of all others.
+
+    examples: the layers whose code is counted.
+    """
+
+    title: str
+    file: str
+    holds: Callable[[ConvProblem], bool]
+    goals: dict[int, float]
+    examples: Callable[[], list[Layer]]
+
+    def suite(self) -> list[Layer]:
+        """The suite's layers of this kind, in both layouts."""
+        both = zip(*(layers.suite(DTYPE, layout) for layout in LAYOUTS), strict=True)
+        return [layer for pair in both for layer in pair if self.holds(layer.problem)]
+
+    def goal(self, problem: ConvProblem) -> float:
+        """What the time over the floor is to stay under."""
+        return self.goals.get(problem.kh if problem.kh == problem.kw else 0, self.goals[0])
+
+
+def depthwise_examples() -> list[Layer]:
+    parser = argparse.ArgumentParser()
+    report.add_arguments(parser)
+    sweep = ["--layers", "kernels", "--kernels", *map(str, KERNELS), "--dtype", DTYPE, "--layout"]
+    found: list[Layer] = []
+    for both in zip(*(layers.make(parser.parse_args([*sweep, layout])) for layout in LAYOUTS), strict=True):
+        found += both
+    return found + [layer for layer in SUBJECTS["depthwise"].suite() if layer.name == SMALL_MAP]
+
+
+def narrow_examples() -> list[Layer]:
+    return [layer for layer in SUBJECTS["narrow"].suite() if layer.name in NARROW_EXAMPLES]
+
+
+SUBJECTS = {
+    "depthwise": Subject(
+        "Depthwise layers", "DEPTHWISE.md", lambda p: p.cin_g == 1, {0: 1.3, 7: 1.4, 9: 1.4}, depthwise_examples
+    ),
+    "narrow": Subject(
+        f"Groups of 2 to {NARROW} channels", "NARROW.md", lambda p: 2 <= p.cin_g <= NARROW, {0: 1.5}, narrow_examples
+    ),
+}
+
+
+@dataclasses.dataclass(frozen=True)
 class Planned:
     """A pass of a layer and what may serve it, its time modelled."""
 
     layer: Layer
+    goal: float  # what `ratio` is to stay under
     target: Target
     pass_: str
     algorithm: str
@@ -64,48 +115,27 @@ class Planned:
         tiling = REGISTRY[self.algorithm].tiling(self.layer.problem, self.pass_, self.config, self.target)
         return (self.estimate.time_us - cost.LAUNCH_US * tiling.launches) / self.floor_us
 
-    @property
-    def goal(self) -> float:
-        """What `ratio` is to stay under."""
-        problem = self.layer.problem
-        return LARGE_GOAL if problem.kh == problem.kw and problem.kh in LARGE else GOAL
 
-
-def plans(chosen: Iterable[Layer], target: Target) -> Iterator[Planned]:
+def plans(subject: Subject, chosen: Iterable[Layer], target: Target) -> Iterator[Planned]:
     """What dispatch plans of our algorithms; of "backward" where it is taken."""
     for layer in chosen:
+        goal = subject.goal(layer.problem)
         plan = dispatch.plan(layer.problem, target, "triton")
         for one in (*plan.passes, plan.backward):
             if one is not None and one.config is not None:
                 tiling = REGISTRY[one.algorithm].tiling(layer.problem, one.pass_, one.config, target)
                 estimate = cost.estimate(layer.problem, tiling, target)
-                yield Planned(layer, target, one.pass_, one.algorithm, one.config, estimate, one.floor_us)
+                yield Planned(layer, goal, target, one.pass_, one.algorithm, one.config, estimate, one.floor_us)
 
 
-def choices(chosen: Iterable[Layer], target: Target) -> Iterator[Planned]:
+def choices(subject: Subject, chosen: Iterable[Layer], target: Target) -> Iterator[Planned]:
     """Every algorithm that can serve a pass of a layer, with the configuration that the model takes."""
     for layer in chosen:
+        goal = subject.goal(layer.problem)
         for pass_ in PLANNED:
             floor = cost.floor_us(layer.problem, pass_, target)
             for name in able(layer.problem, pass_, target):
-                yield Planned(layer, target, pass_, *dispatch.modelled(layer.problem, pass_, target, name), floor)
-
-
-def suite() -> list[Layer]:
-    """The suite's depthwise layers, in both layouts."""
-    both = zip(*(layers.suite(DTYPE, layout) for layout in LAYOUTS), strict=True)
-    return [layer for pair in both for layer in pair if layer.problem.cin_g == 1]
-
-
-def examples() -> list[Layer]:
-    """The layers whose code is counted, in both layouts."""
-    parser = argparse.ArgumentParser()
-    report.add_arguments(parser)
-    sweep = ["--layers", "kernels", "--kernels", *map(str, KERNELS), "--dtype", DTYPE, "--layout"]
-    found: list[Layer] = []
-    for both in zip(*(layers.make(parser.parse_args([*sweep, layout])) for layout in LAYOUTS), strict=True):
-        found += both
-    return found + [layer for layer in suite() if layer.name == SMALL_MAP]
+                yield Planned(layer, goal, target, pass_, *dispatch.modelled(layer.problem, pass_, target, name), floor)
 
 
 def plan_cells(row: Planned) -> list[str]:
@@ -135,8 +165,11 @@ def summary(rows: list[Planned]) -> list[list[str]]:
 
 
 def _shape(problem: ConvProblem) -> str:
-    """`3x3 s2 d1, 112x112, 96 channels, batch 128`."""
-    channels = str(problem.c_in) if problem.cout_g == 1 else f"{problem.c_in} to {problem.c_out}"
+    """`3x3 s2 d1, 112x112, 96 channels, batch 128`; the channels as groups x group width where it is not 1."""
+    channels = str(problem.c_in) if problem.c_in == problem.c_out else f"{problem.c_in} to {problem.c_out}"
+    if problem.cin_g > 1:
+        out = "" if problem.cin_g == problem.cout_g else f" to {problem.cout_g}"
+        channels = f"{problem.groups} x {problem.cin_g}{out}"
     return (
         f"{problem.kh}x{problem.kw} s{problem.stride[0]} d{problem.dilation[0]}, {problem.h_in}x{problem.w_in}, "
         f"{channels} channels, batch {problem.batch}"
@@ -211,24 +244,24 @@ def compile_all(rows: list[Planned], target: Target, processes: int) -> Iterator
             yield answer.result()
 
 
-def markdown(target: Target, planned: list[Planned], code: list[list[str]]) -> str:
-    """DEPTHWISE.md."""
+def markdown(subject: Subject, target: Target, planned: list[Planned], code: list[list[str]]) -> str:
+    """The file of a subject."""
 
     def table(header, lines: list[list[str]], left: int) -> str:
         return "\n".join(markdown_table(header, lines, left))
 
-    large = " and ".join(f"{size}x{size}" for size in LARGE)
-    return f"""# Depthwise layers, modelled for {target.slug}
+    others = "".join(f" ({goal} for {size}x{size})" for size, goal in subject.goals.items() if size)
+    return f"""# {subject.title}, modelled for {target.slug}
 
 **Nothing here was measured.** Times and floors are modelled, counts are of kernels as compiled for {target.arch_name}
 by triton {triton.__version__}. {DTYPE}. The floor is the larger of the time to move every operand once and that of the
 useful FLOPs on the matrix unit.
 
-## Plans of the suite's depthwise layers
+## Plans of these layers of the suite
 
 What dispatch plans of our own algorithms (`backend="triton"`). "backward" is dgrad and wgrad by one kernel, and has a
 row where that is faster than the two. A launch is modelled as {cost.LAUNCH_US} us, and wgrad and backward make two:
-that is most of what small layers are over. Bold: over {GOAL} times the floor ({LARGE_GOAL} for {large}).
+that is most of what small layers are over. Bold: over {subject.goals[0]} times the floor{others}.
 
 {table(("pass", "layout", "rows", *REGISTRY, "over", "over without launches", "worst of these"), summary(planned), 2)}
 
@@ -240,7 +273,7 @@ By output element (of y; of dx in dgrad and backward; of dy in wgrad), what the 
 asks for: its instructions in the machine code, times the iterations of all programs, which the launch decides. It is a
 count of the compiled code, not a measurement: it has what masks leave out, and what tiles have past the edges. FMA and
 issue slots are those of one thread; "once": of the code outside that loop, if each program passes it once. A kernel
-without a loop counts as a whole.
+without a loop counts as a whole. In fprop all but the weights of implicit_gemm is x: {DTYPE} elements of 2 bytes.
 
 {table(CODE_HEADER, code, 4)}
 """
@@ -248,13 +281,17 @@ without a loop counts as a whole.
 
 def main(argv: list[str] | None = None) -> int:
     """Write the tables; the return value is the exit status."""
-    parser = argparse.ArgumentParser(prog="depthwise_tables", description="Writes DEPTHWISE.md; needs no GPU.")
+    parser = argparse.ArgumentParser(prog="tables", description="Writes DEPTHWISE.md, NARROW.md; needs no GPU.")
+    parser.add_argument("subjects", nargs="*", metavar="SUBJECT", help=f"{', '.join(SUBJECTS)}; default: all")
     parser.add_argument("--target", default=devices.DEFAULT.slug, metavar="DEVICE", help="default: %(default)s")
     parser.add_argument("--out", type=pathlib.Path, metavar="DIR", help="default: perf_reports/modelled_<device>")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, metavar="N", help="processes that compile")
     args = parser.parse_args(argv)
     if args.jobs < 1:
         parser.error(f"--jobs: {args.jobs} is not a positive number")
+    for name in args.subjects:
+        if name not in SUBJECTS:
+            parser.error(f"SUBJECT: {name!r} is not one of {', '.join(SUBJECTS)}")
     try:
         target = devices.named(args.target)
     except ValueError as error:
@@ -264,14 +301,17 @@ def main(argv: list[str] | None = None) -> int:
     from rich.progress import track
 
     console = Console(stderr=True)
-    planned = list(track(plans(suite(), target), "planning", console=console, total=None))
-    compiled = list(choices(examples(), target))
-    answers = track(compile_all(compiled, target, args.jobs), "compiling", console=console, total=len(compiled))
-    code = [code_cells(row, answer) for row, answer in zip(compiled, answers, strict=True)]
     folder = args.out or pathlib.Path("perf_reports", f"modelled_{target.slug}")
     folder.mkdir(parents=True, exist_ok=True)
-    write_atomically(folder / "DEPTHWISE.md", markdown(target, planned, code))
-    print(f"DEPTHWISE.md in {folder}")
+    for subject in (SUBJECTS[name] for name in args.subjects or SUBJECTS):
+        planned = list(track(plans(subject, subject.suite(), target), "planning", console=console, total=None))
+        compiled = list(choices(subject, subject.examples(), target))
+        answers = track(
+            compile_all(compiled, target, args.jobs), "compiling", console=console, total=len(compiled)
+        )  # fmt: skip
+        code = [code_cells(row, answer) for row, answer in zip(compiled, answers, strict=True)]
+        write_atomically(folder / subject.file, markdown(subject, target, planned, code))
+        print(f"{subject.file} in {folder}")
     return 0
 
 

@@ -1,0 +1,299 @@
+"""Narrow groups, several to a channel tile, by a march down the rows (kernels/row_march.py)."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import itertools
+import math
+
+import triton
+
+from .. import launcher
+from ..cost import Tiling, estimate
+from ..devices import Target
+from ..kernels import row_march as kernels
+from ..problem import ConvProblem
+from .calls import Fused, Single, SplitK, align, emulate_bf16, index_64, named_strides, pixels_last, split_config
+
+NAME = "row_march"
+BLOCKS = {"BLOCK_P": (16, 512), "BLOCK_C": (16, 256), "BLOCK_S": (1, 16)}
+MOST_WIDTH = 64  # of a group; wider ones fill a matrix instruction alone
+MOST_TAPS = 49
+MOST_REGISTERS = 195  # as estimated: some compile to more, and 255 are there
+MOST_SEGMENTS = 16
+
+
+def supports(problem: ConvProblem, pass_: str, target: Target) -> str | None:
+    if not target.matrix_rate(problem.dtype):
+        return f"Triton has no {problem.dtype} matrix instructions on {target.arch_name}"
+    if min(problem.x_shape[1:] + problem.w_shape) < 1:
+        return "a channel or pixel count is zero"
+    if problem.cin_g == 1:
+        return "depthwise convolution has algorithms of its own"
+    if max(problem.cin_g, problem.cout_g) > MOST_WIDTH:
+        return f"a group width of {max(problem.cin_g, problem.cout_g)}, more than {MOST_WIDTH}"
+    if problem.kh * problem.kw > MOST_TAPS:
+        return f"{problem.kh * problem.kw} taps, more than {MOST_TAPS}"
+    if pass_ != "fprop" and any(s > 1 and d > 1 for s, d in zip(problem.stride, problem.dilation, strict=True)):
+        return "stride and dilation along one axis"
+    if not candidates(problem, pass_, target):
+        return "its sums do not fit the registers"
+    return None
+
+
+@dataclasses.dataclass(frozen=True)
+class _Channels:
+    """How a pass cuts its channels: result channels in `tiles` tiles of `step`, each reading `read` of the source."""
+
+    step: int
+    tiles: int
+    read: int
+    block_k: int  # the power of two that holds `read`
+    align: int  # of the first channel read
+
+
+@functools.lru_cache(4096)
+def _channels(result: int, source: int, groups: int, block_c: int, align: int) -> _Channels | None:
+    """The cut with the least padding for tiles of block_c; None where a narrower tile would hold as much.
+
+    result, source: group widths of what the pass writes and what it reads. align: channels in 16 bytes, or 1.
+    """
+    total = groups * result
+    wide = math.gcd(align, total)  # the alignment that every tile of the result can have
+    steps = {min(block_c, total)}
+    steps |= {block_c // width * width for width in (result, math.lcm(result, wide)) if width <= block_c}
+    found = []
+    for step in steps:
+        first = [c // result * source // align * align for c in range(0, total, step)]
+        past = [((min(c + step, total) - 1) // result + 1) * source for c in range(0, total, step)]
+        read = max(b - a for a, b in zip(first, past, strict=True))
+        read = min(math.ceil(read / align) * align, math.ceil(groups * source / align) * align)
+        block_k = max(16, triton.next_power_of_2(read))
+        tiles = math.ceil(total / step)
+        waste = tiles * block_k * (1.0 if step % wide == 0 or tiles == 1 else 1.2)
+        found.append((waste, tiles, _Channels(step, tiles, read, block_k, align)))
+    best = min(found, key=lambda choice: choice[:2])[2]
+    return best if block_c == max(16, triton.next_power_of_2(best.step)) else None
+
+
+@dataclasses.dataclass(frozen=True)
+class _March:
+    """What a pass walks over, and what each step of the walk does. A lane is an (image, class of rows, column)."""
+
+    lanes: int
+    rows: int  # steps that complete rows of the result
+    begin: int  # steps before this one meet no row of the source,
+    end: int  # and those from this one on
+    warm_up: int  # steps that a segment, but the first of backward, spends on its neighbour's rows
+    shifts: int  # column taps, or in backward distinct column shifts
+    rows_loaded: int  # of the source in a step
+    products: int  # pairs of a source row and a result row (and phase) that meet in a step
+    sums: int  # tiles of the result in fp32, carried from step to step
+    stored: int  # tiles of the result that a step completes
+    held: int  # tiles of x, in wgrad, of which
+    fresh: int  # so many are new in each step
+
+
+def _march(problem: ConvProblem, pass_: str) -> _March:
+    (kh, kw), (stride_h, stride_w), dil_h = (problem.kh, problem.kw), problem.stride, problem.dilation[0]
+    top, _, left, _ = problem.pad
+    if pass_ == "fprop":
+        live = (kh - 1) // stride_h + 1
+        rows = math.ceil(problem.h_out / dil_h)
+        above = -((dil_h - 1) * stride_h - top) // dil_h  # rows of padding in the class that has fewest, rounded down
+        end = math.ceil(math.ceil((problem.h_in + top) / dil_h) / stride_h)
+        return _March(
+            lanes=problem.batch * dil_h * problem.w_out, rows=rows,
+            begin=min(max(0, above) // stride_h, live - 1), end=max(rows, end), warm_up=live - 1,
+            shifts=kw, rows_loaded=min(stride_h, kh), products=kh, sums=live, stored=1, held=0, fresh=0,
+        )  # fmt: skip
+    live = max(kh, stride_h)
+    rows = ((problem.h_in - 1 + top) // dil_h + stride_h) // stride_h
+    shifts = kw if stride_w == 1 else (stride_w - 1 + left) // stride_w - (left - kw + 1) // stride_w + 1
+    want_dx, want_dw = pass_ != "wgrad", pass_ != "dgrad"
+    return _March(
+        lanes=problem.batch * dil_h * math.ceil(problem.w_in / stride_w), rows=rows,
+        begin=0, end=max(math.ceil(problem.h_out / dil_h), rows - math.ceil((live - stride_h) / stride_h)),
+        warm_up=(kh - 1) // stride_h, shifts=shifts, rows_loaded=1, products=kh * stride_w,
+        sums=want_dx * live * stride_w, stored=want_dx * stride_h * stride_w,
+        held=want_dw * kh * stride_w, fresh=want_dw * min(kh, stride_h) * stride_w,
+    )  # fmt: skip
+
+
+def _cut(problem: ConvProblem, pass_: str, block_c: int) -> _Channels | None:
+    align = 16 // problem.element_bytes if problem.layout == "nhwc" else 1
+    widths = (problem.cout_g, problem.cin_g) if pass_ == "fprop" else (problem.cin_g, problem.cout_g)
+    source = problem.c_in if pass_ == "fprop" else problem.c_out
+    return _channels(*widths, problem.groups, block_c, math.gcd(align, source))
+
+
+def _registers(problem: ConvProblem, pass_: str, config: dict, target: Target) -> int:
+    """An estimate of what a thread of the kernel takes, fitted to what ptxas took for sm_90 in some 200 of them."""
+    march, made = _march(problem, pass_), _cut(problem, pass_, config["BLOCK_C"])
+    threads = target.warp_size * config["num_warps"]
+    chunks, wide = math.ceil(march.shifts / config["BLOCK_S"]), config["BLOCK_S"] * made.block_k
+    result, weight = config["BLOCK_P"] * config["BLOCK_C"] / threads, wide * config["BLOCK_C"] / threads
+    loaded = march.rows_loaded * chunks * config["BLOCK_P"] * wide / threads + march.fresh * result
+    each = 3.5 / (16 // problem.element_bytes) if problem.layout == "nhwc" else 1.6
+    taken = (1.75 * march.sums - 0.55 * march.stored + 0.75 * march.held * problem.element_bytes) * result
+    taken += (1.25 * march.products * chunks * (march.held > 0) + 0.5 * (march.sums > 0)) * weight
+    return math.ceil(taken + each * loaded + 20)
+
+
+def _shared(problem: ConvProblem, pass_: str, config: dict) -> int:
+    """An estimate of a program's shared memory: weight tiles, and what the pipeline holds of the source."""
+    march, made = _march(problem, pass_), _cut(problem, pass_, config["BLOCK_C"])
+    size, chunks = problem.element_bytes, math.ceil(march.shifts / config["BLOCK_S"])
+    wide = config["BLOCK_S"] * made.block_k
+    weights = march.products * chunks * wide * config["BLOCK_C"] * size if pass_ != "wgrad" else 0
+    loaded = config["BLOCK_P"] * (march.rows_loaded * chunks * wide + march.fresh * config["BLOCK_C"]) * size
+    carried = config["BLOCK_P"] * (march.held - march.fresh) * config["BLOCK_C"] * size
+    return weights + loaded * max(1, config["num_stages"]) + carried
+
+
+@functools.lru_cache(256)  # `supports` and the plan both ask
+def candidates(problem: ConvProblem, pass_: str, target: Target) -> list[dict]:
+    widest = triton.next_power_of_2(_march(problem, pass_).shifts)
+    found = []
+    for block_c, block_p in itertools.product((16, 32, 64, 128), (32, 64, 128)):
+        made = _cut(problem, pass_, block_c)
+        if made is None:
+            continue
+        for span in {widest} if pass_ in ("wgrad", "backward") else {1, widest}:
+            # The rows of a product, 16 to a warp.
+            rows = [block_p] * (pass_ != "wgrad") + [span * made.block_k] * (pass_ in ("wgrad", "backward"))
+            for warps, stages in itertools.product((4, 8), (2, 3)):
+                config = {
+                    "BLOCK_P": block_p, "BLOCK_C": block_c, "BLOCK_S": span, "num_warps": warps, "num_stages": stages,
+                }  # fmt: skip
+                fits = min(rows) >= 16 * warps and _shared(problem, pass_, config) <= target.shared_bytes
+                if fits and _registers(problem, pass_, config, target) <= MOST_REGISTERS:
+                    found.append(config)
+    return found
+
+
+@dataclasses.dataclass(frozen=True)
+class _Grid:
+    """How programs share a pass: `groups` times `blocks` blocks of lanes, and `segments` of `steps` rows."""
+
+    groups: int
+    blocks: int
+    segments: int
+    steps: int
+
+
+@functools.lru_cache(4096)
+def _grid(problem: ConvProblem, pass_: str, options: tuple, target: Target) -> _Grid:
+    config = dict(options)
+    march = _march(problem, pass_)
+    blocks = math.ceil(march.lanes / config["BLOCK_P"])
+    grids = []
+    for segments in range(1, min(march.rows, MOST_SEGMENTS) + 1):
+        steps = math.ceil(march.rows / segments)
+        if segments == 1 or math.ceil(march.rows / steps) == segments:
+            grids.append(_Grid(blocks, 1, segments, steps))
+    if march.held:  # fewer programs leave fewer partial sums
+        each = {2**n for n in range(1, blocks.bit_length())}
+        grids += [_Grid(math.ceil(blocks / n), n, 1, march.rows) for n in sorted(each)]
+    return min(grids, key=lambda grid: estimate(problem, _tiling(problem, pass_, config, target, grid), target).score)
+
+
+def tiling(problem: ConvProblem, pass_: str, config: dict, target: Target) -> Tiling:
+    return _tiling(problem, pass_, config, target, _grid(problem, pass_, tuple(config.items()), target))
+
+
+def _tiling(problem: ConvProblem, pass_: str, config: dict, target: Target, grid: _Grid) -> Tiling:
+    march, made = _march(problem, pass_), _cut(problem, pass_, config["BLOCK_C"])
+    size, nhwc = problem.element_bytes, problem.layout == "nhwc"
+    block_p, block_c, span = config["BLOCK_P"], config["BLOCK_C"], config["BLOCK_S"]
+    threads = target.warp_size * config["num_warps"]
+    chunks, wide = math.ceil(march.shifts / span), span * made.block_k
+    programs = made.tiles * grid.groups * grid.segments
+    # Steps that meet rows of the source, of all programs.
+    walked = min(march.end, march.rows + march.warm_up) - march.begin + (grid.segments - 1) * march.warm_up
+    walked *= made.tiles * grid.groups * grid.blocks
+
+    def moved(channels):  # bytes of a lane's channels in whole sectors
+        return math.ceil(channels * size / 32) * 32 if nhwc else channels * size
+
+    again = march.shifts if nhwc else 1 + (march.shifts - 1) * problem.dilation[1] / block_p  # else L1 has them
+    read = march.rows_loaded * again * moved(made.read) + march.fresh * moved(made.step)
+    partials = 2 * 4 * problem.params * grid.groups * grid.segments * (march.held > 0)
+
+    # Products: M x N x K, and whether they fill the instructions that reach the full rate.
+    forward = (block_p, block_c, wide, march.products * chunks * (march.sums > 0))
+    backward = (wide, block_c, block_p, march.products * chunks * (march.held > 0))
+    flops = shared = 0.0
+    for m, n, k, count in (forward, backward):
+        groups_of_warps = m >= 64 and target.backend == "cuda" and int(target.arch) in (90, 100)
+        flops += 2 * m * n * k * count * (2 if target.arch in (90, 100) and not groups_of_warps else 1)
+        # The left operand is read once a product, and the right one for each 64 rows; mma.sync keeps both in registers.
+        operands = m * k * count + (m / 64 * k * n * count if groups_of_warps else 0)
+        shared += size * operands
+    loaded = block_p * (march.rows_loaded * chunks * wide + march.fresh * block_c)
+    shared += size * (loaded + (2 * march.stored + march.held - march.fresh) * block_p * block_c)
+    vector = 16 // size if nhwc else 1
+    stored = march.stored * block_p * block_c
+    instructions = (loaded + stored) / vector * 8 + 4 * (loaded + stored) / 8
+    once = (march.products * chunks * wide * block_c * 6) + 100 * threads
+    return Tiling(
+        programs=programs,
+        matrix_flops=walked * flops,
+        l2_bytes=walked * block_p * read + partials,
+        instructions=walked * instructions + programs * once,
+        dram_bytes=problem.min_bytes(pass_) + partials,
+        resident=_resident(problem, pass_, config, target),
+        launches=2 if march.held else 1,
+        shared_bytes=walked * shared,
+    )
+
+
+def _resident(problem: ConvProblem, pass_: str, config: dict, target: Target) -> int:
+    """Programs that share a multiprocessor, by registers and shared memory."""
+    threads = target.warp_size * config["num_warps"]
+    by_registers = 65536 // (threads * _registers(problem, pass_, config, target))
+    return max(1, min(by_registers, target.shared_bytes // _shared(problem, pass_, config), 2048 // threads))
+
+
+def prepare(problem: ConvProblem, pass_: str, config: dict, target: Target, strides: dict):
+    march, made = _march(problem, pass_), _cut(problem, pass_, config["BLOCK_C"])
+    grid = _grid(problem, pass_, tuple(config.items()), target)
+    kernel = kernels.fprop_kernel if pass_ == "fprop" else kernels.backward_kernel
+    blocks, options = split_config(config)
+    x, w, y, dx, dw, dy = (strides.get(name) for name in ("x", "w", "y", "dx", "dw", "dy"))
+    splits = grid.groups * grid.segments
+    scalars = {
+        "batch": problem.batch, "h_in": problem.h_in, "w_in": problem.w_in,
+        "h_out": problem.h_out, "w_out": problem.w_out,
+        "segments": grid.segments, "steps": grid.steps, "end": march.end,
+        **named_strides("x", x), **named_strides("wgt", w),
+        "GROUPS": problem.groups, "CIN_G": problem.cin_g, "COUT_G": problem.cout_g,
+        "KH": problem.kh, "KW": problem.kw,
+        "CONV_STRIDE_H": problem.stride[0], "CONV_STRIDE_W": problem.stride[1],
+        "PAD_H": problem.pad[0], "PAD_W": problem.pad[2], "DIL_H": problem.dilation[0], "DIL_W": problem.dilation[1],
+        "X_PIXELS_LAST": pixels_last(x), "X_ALIGN": align(x), "C_ALIGN": made.align,
+        "INDEX_64": index_64(problem, strides, splits * problem.params),
+        "PRECISION": target.precision(problem.dtype),
+        "EMULATE_BF16": emulate_bf16(kernel, problem),
+        "STEP_C": made.step, "READ_C": made.read, "BLOCK_K": made.block_k, **blocks,
+    }  # fmt: skip
+    programs = (made.tiles * splits,)
+    if pass_ == "fprop":
+        scalars |= {
+            "begin": march.begin, "HAS_BIAS": problem.bias, **named_strides("y", y),
+            "Y_PIXELS_LAST": pixels_last(y), "Y_ALIGN": align(y),
+        }  # fmt: skip
+        return Single(launcher.Launch(kernel, programs, scalars, **options), problem.y_shape, y)
+    scalars |= {
+        "blocks": grid.blocks, **named_strides("dy", dy), **named_strides("dx", dx),
+        "DY_PIXELS_LAST": pixels_last(dy), "DX_PIXELS_LAST": pixels_last(dx),
+        "DY_ALIGN": align(dy), "DX_ALIGN": align(dx),
+        "WANT_DX": pass_ != "wgrad", "WANT_DW": pass_ != "dgrad",
+    }  # fmt: skip
+    launch = launcher.Launch(kernel, programs, scalars, **options)
+    if pass_ == "dgrad":
+        return Single(launch, problem.x_shape, dx, lambda dy, w, dx: launch(dy, None, w, dx, None))
+    if pass_ == "wgrad":
+        return SplitK(launch, problem, splits, dw, lambda dy, x, part: launch(dy, x, None, None, part))
+    return Fused(launch, problem, splits, dx, dw)

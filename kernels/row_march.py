@@ -1,0 +1,382 @@
+"""Narrow groups on matrix units: several groups to a channel tile, marching down the rows.
+
+The channels of a tile of the result belong to several groups, and their filters lie on the diagonal of one weight tile,
+which is zero elsewhere: a wider matrix product, mostly of zeros, instead of many that fill a corner of an instruction.
+A program holds a tile of columns, flattened over batch and width, and walks down the rows: each row is loaded once per
+column tap and meets every kernel row, the sums of all result rows that it touches being carried along in fp32. Weight
+tiles are made once, before the loop.
+
+BLOCK_S column taps lie side by side in one tile: they lengthen the reduction of fprop and dgrad, and are the rows of
+wgrad's product, which would be too few of one tap.
+Rows DIL_H apart are a class of their own, and a lane of the tile is one (image, class, column).
+A tile lies with its contiguous axis last: *_PIXELS_LAST says that this is the columns (NCHW) and not the channels
+(NHWC). *_ALIGN is the power of two that divides a tensor's strides of pixels, as in implicit_gemm.py, and C_ALIGN that
+of the first of the READ_C channels that a tile reads: it may read some of the neighbouring groups for wider loads.
+Source: own derivation, no code adapted.
+"""
+
+import triton
+import triton.language as tl
+
+from .tiles import cols, index, mma, narrow, rows, turned
+
+NOWHERE = tl.constexpr(-(2**30))  # a column that no tap reaches
+SIZES = ("batch", "h_in", "w_in", "h_out", "w_out", "segments", "steps")
+
+
+@triton.constexpr_function
+def ceil_div(a, b):
+    return -(-a // b)
+
+
+@triton.constexpr_function
+def least_shift(stride, pad, dilation, kernel):
+    """The least q by which output column tw + q can lie from the input columns tw * stride + phase that it meets."""
+    return (pad - (kernel - 1) * dilation) // stride
+
+
+@triton.constexpr_function
+def shift_count(stride, pad, dilation, kernel):
+    """How many such shifts there are: `dilation` apart at stride 1, else (where the dilation is 1) one apart."""
+    return kernel if stride == 1 else (stride - 1 + pad) // stride - (pad - kernel + 1) // stride + 1
+
+
+@triton.constexpr_function
+def any_met(first, count, phase, stride, pad, dilation, kernel):
+    """Whether a tap joins a phase with one of the shifts numbered from `first`."""
+    step = dilation if stride == 1 else 1
+    least = (pad - (kernel - 1) * dilation) // stride
+    reaches = [phase + pad - (least + number * step) * stride for number in range(first, first + count)]
+    return any(reach % dilation == 0 and 0 <= reach < kernel * dilation for reach in reaches)
+
+
+@triton.jit
+def below(i, size):
+    """0 <= i < size, as one comparison."""
+    return tl.cast(i, tl.uint32) < tl.cast(size, tl.uint32)
+
+
+@triton.jit
+def lane(p, width, DIL_H: tl.constexpr):
+    """(image, class of rows, column) of a lane number."""
+    return p // (width * DIL_H), p // width % DIL_H if DIL_H > 1 else 0, p % width
+
+
+@triton.jit
+def first_channel(tile, STEP_C: tl.constexpr, WIDTH: tl.constexpr, OTHER_WIDTH: tl.constexpr, ALIGN: tl.constexpr):
+    """The first channel that a tile of STEP_C result channels reads: of the group of its first, rounded down."""
+    return tl.multiple_of(tile * STEP_C // WIDTH * OTHER_WIDTH // ALIGN * ALIGN, ALIGN)
+
+
+@triton.jit
+def zeros(COUNT: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr):
+    """COUNT tiles of fp32 zeros."""
+    tiles = ()
+    for _ in tl.static_range(COUNT):
+        tiles = tiles + (tl.zeros((ROWS, COLS), tl.float32),)
+    return tiles
+
+
+@triton.jit
+def by_lane(i, SWAP: tl.constexpr):
+    """A row number of each lane as the rows of a tile, or one of all lanes as it is."""
+    if len(i.shape) == 0:
+        return i
+    else:
+        return rows(i, SWAP)
+
+
+@triton.jit(do_not_specialize=SIZES + ("begin", "end"))
+def fprop_kernel(
+    x_ptr, wgt_ptr, bias_ptr, y_ptr,
+    batch, h_in, w_in, h_out, w_out, segments, steps, begin, end,
+    stride_x_n, stride_x_c, stride_x_h, stride_x_w,
+    stride_wgt_o, stride_wgt_c, stride_wgt_h: tl.constexpr, stride_wgt_w: tl.constexpr,
+    stride_y_n, stride_y_c, stride_y_h, stride_y_w,
+    GROUPS: tl.constexpr, CIN_G: tl.constexpr, COUT_G: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr,
+    CONV_STRIDE_H: tl.constexpr, CONV_STRIDE_W: tl.constexpr, PAD_H: tl.constexpr, PAD_W: tl.constexpr,
+    DIL_H: tl.constexpr, DIL_W: tl.constexpr, HAS_BIAS: tl.constexpr,
+    X_PIXELS_LAST: tl.constexpr, Y_PIXELS_LAST: tl.constexpr,
+    X_ALIGN: tl.constexpr, Y_ALIGN: tl.constexpr, C_ALIGN: tl.constexpr, INDEX_64: tl.constexpr,
+    PRECISION: tl.constexpr, EMULATE_BF16: tl.constexpr,
+    STEP_C: tl.constexpr, READ_C: tl.constexpr, BLOCK_K: tl.constexpr,
+    BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr,
+):  # fmt: skip
+    """One program: `steps` output rows of BLOCK_P lanes (batch x classes x w_out) by STEP_C of y's channels.
+
+    M = lanes, N = BLOCK_C output channels, K = BLOCK_S taps of BLOCK_K input channels. Step t loads the rows
+    t * CONV_STRIDE_H and the CONV_STRIDE_H - 1 after it, counted from the top padding within a class. They meet the
+    output rows t - LIVE + 1 .. t, whose sums are `acc`; the first of them is then complete. Steps before `begin` and
+    from `end` on have rows of padding only.
+    """
+    LIVE: tl.constexpr = (KH - 1) // CONV_STRIDE_H + 1
+    CHUNKS: tl.constexpr = ceil_div(KW, BLOCK_S)
+    C_TILES: tl.constexpr = ceil_div(GROUPS * COUT_G, STEP_C)
+    pid = tl.program_id(0)
+    tile = pid % C_TILES
+    segment = pid // C_TILES % segments
+    o = tile * STEP_C + tl.arange(0, BLOCK_C)
+    live_o = (tl.arange(0, BLOCK_C) < STEP_C) & (o < GROUPS * COUT_G)
+    k = tl.arange(0, BLOCK_S * BLOCK_K)
+    c = first_channel(tile, STEP_C, COUT_G, CIN_G, C_ALIGN) + k % BLOCK_K
+    number = k // BLOCK_K
+    read = (k % BLOCK_K < READ_C) & (c < GROUPS * CIN_G)
+    p = index(pid // (C_TILES * segments), INDEX_64) * BLOCK_P + tl.arange(0, BLOCK_P)
+    image, row_class, ow = lane(p, w_out, DIL_H)
+    first = segment * steps
+    last = tl.minimum(first + steps, (h_out + DIL_H - 1) // DIL_H)
+
+    own = ((c // CIN_G)[:, None] == (o // COUT_G)[None, :]) & live_o[None, :]
+    wgt_k = c % CIN_G * stride_wgt_c + number * stride_wgt_w
+    wgt_ptr += wgt_k[:, None] + index(o, INDEX_64)[None, :] * stride_wgt_o
+    weights = ()
+    for r in tl.static_range(KH):
+        for chunk in tl.static_range(CHUNKS):
+            tap = own & (number < KW - chunk * BLOCK_S)[:, None]
+            wgt_at = wgt_ptr + (r * stride_wgt_h + chunk * BLOCK_S * stride_wgt_w)
+            weights = weights + (tl.load(wgt_at, mask=tap, other=0.0),)
+    if HAS_BIAS:
+        bias = tl.load(bias_ptr + o, mask=live_o, other=0.0).to(tl.float32)[None, :]
+
+    iw = ow * CONV_STRIDE_W - PAD_W
+    in_row = row_class * CONV_STRIDE_H - PAD_H
+    x_p = tl.multiple_of(image * stride_x_n + in_row * stride_x_h + iw * stride_x_w, X_ALIGN)
+    x_k = index(c, INDEX_64) * stride_x_c
+    x_k += tl.multiple_of(number * (DIL_W * stride_x_w), X_ALIGN)
+    x_at = rows(x_p, X_PIXELS_LAST) + cols(x_k, X_PIXELS_LAST)
+    iw = rows(tl.where(image < batch, iw, NOWHERE).to(tl.int32), X_PIXELS_LAST)
+    iw += cols(number * DIL_W, X_PIXELS_LAST)
+    y_p = tl.multiple_of(image * stride_y_n + row_class * stride_y_h + ow * stride_y_w, Y_ALIGN)
+    y_at = rows(y_p, Y_PIXELS_LAST) + cols(index(o, INDEX_64) * stride_y_c, Y_PIXELS_LAST)
+    live_y = rows(image < batch, Y_PIXELS_LAST) & cols(live_o, Y_PIXELS_LAST)
+
+    acc = zeros(LIVE, BLOCK_P, BLOCK_C)
+    stop = tl.minimum(last + LIVE - 1, end)
+    for t in tl.range(tl.maximum(first, begin), stop):
+        for i in tl.static_range(min(CONV_STRIDE_H, KH)):
+            step = (t * CONV_STRIDE_H + i) * DIL_H
+            width = by_lane(tl.where(below(in_row + step, h_in), w_in, 0), X_PIXELS_LAST)
+            x_row = tl.multiple_of(index(step, INDEX_64) * stride_x_h, X_ALIGN)
+            for chunk in tl.static_range(CHUNKS):
+                inside = below(iw + chunk * BLOCK_S * DIL_W, width)
+                inside &= cols(read & (number < KW - chunk * BLOCK_S), X_PIXELS_LAST)
+                x_col = tl.multiple_of(x_row + chunk * BLOCK_S * DIL_W * stride_x_w, X_ALIGN)
+                x = turned(tl.load(x_ptr + (x_at + x_col), mask=inside, other=0.0), X_PIXELS_LAST)
+                met = ()
+                for a in tl.static_range(LIVE):
+                    if (LIVE - 1 - a) * CONV_STRIDE_H + i < KH:
+                        wgt = weights[((LIVE - 1 - a) * CONV_STRIDE_H + i) * CHUNKS + chunk]
+                        met = met + (mma(x, wgt, acc[a], PRECISION, EMULATE_BF16),)
+                    else:
+                        met = met + (acc[a],)
+                acc = met
+        u = t - (LIVE - 1)
+        y = acc[0] + bias if HAS_BIAS else acc[0]
+        mask = live_y & by_lane((u >= first) & (row_class + u * DIL_H < h_out), Y_PIXELS_LAST)
+        y = turned(narrow(y, y_ptr.dtype.element_ty, EMULATE_BF16), Y_PIXELS_LAST)
+        y_row = tl.multiple_of(index(u * DIL_H, INDEX_64) * stride_y_h, Y_ALIGN)
+        tl.store(y_ptr + (y_at + y_row), y, mask=mask)
+        acc = acc[1:] + zeros(1, BLOCK_P, BLOCK_C)
+    for a in tl.static_range(LIVE - 1):
+        u = stop - (LIVE - 1) + a
+        y = acc[a] + bias if HAS_BIAS else acc[a]
+        mask = live_y & by_lane((u >= first) & (u < last) & (row_class + u * DIL_H < h_out), Y_PIXELS_LAST)
+        y = turned(narrow(y, y_ptr.dtype.element_ty, EMULATE_BF16), Y_PIXELS_LAST)
+        y_row = tl.multiple_of(index(u * DIL_H, INDEX_64) * stride_y_h, Y_ALIGN)
+        tl.store(y_ptr + (y_at + y_row), y, mask=mask)
+
+
+@triton.jit
+def carried(tile):
+    """The tile as it is: a loop that hands on what it was handed, without an operation, would not be pipelined."""
+    same, _ = tl.split(tl.join(tile, tile))
+    return same
+
+
+@triton.jit
+def input_rows(
+    x_ptr, x_at, iw, live_c, in_row, from_row, until_row, h_in, w_in, stride_x_h, stride_x_w,
+    first_row, COUNT: tl.constexpr, PHASES: tl.constexpr, DIL_H: tl.constexpr,
+    PIXELS_LAST: tl.constexpr, ALIGN: tl.constexpr, INDEX_64: tl.constexpr,
+):  # fmt: skip
+    """Tiles [lanes, channels] of x: COUNT rows of each class, PHASES columns of each. Rows of other programs are 0."""
+    tiles = ()
+    for i in tl.static_range(COUNT):
+        v = first_row + i
+        mine = (v >= from_row) & (v < until_row)
+        width = by_lane(tl.where(mine & below(in_row + v * DIL_H, h_in), w_in, 0), PIXELS_LAST)
+        row = tl.multiple_of(index(v * DIL_H, INDEX_64) * stride_x_h, ALIGN)
+        for phase in tl.static_range(PHASES):
+            inside = below(iw + phase, width) & live_c
+            at = x_at + tl.multiple_of(row + phase * stride_x_w, ALIGN)
+            tiles = tiles + (turned(tl.load(x_ptr + at, mask=inside, other=0.0), PIXELS_LAST),)
+    return tiles
+
+
+@triton.jit(do_not_specialize=SIZES + ("end", "blocks"))
+def backward_kernel(
+    dy_ptr, x_ptr, wgt_ptr, dx_ptr, part_ptr,
+    batch, h_in, w_in, h_out, w_out, segments, steps, end, blocks,
+    stride_dy_n, stride_dy_c, stride_dy_h, stride_dy_w,
+    stride_x_n, stride_x_c, stride_x_h, stride_x_w,
+    stride_wgt_o, stride_wgt_c, stride_wgt_h: tl.constexpr, stride_wgt_w: tl.constexpr,
+    stride_dx_n, stride_dx_c, stride_dx_h, stride_dx_w,
+    GROUPS: tl.constexpr, CIN_G: tl.constexpr, COUT_G: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr,
+    CONV_STRIDE_H: tl.constexpr, CONV_STRIDE_W: tl.constexpr, PAD_H: tl.constexpr, PAD_W: tl.constexpr,
+    DIL_H: tl.constexpr, DIL_W: tl.constexpr, WANT_DX: tl.constexpr, WANT_DW: tl.constexpr,
+    DY_PIXELS_LAST: tl.constexpr, X_PIXELS_LAST: tl.constexpr, DX_PIXELS_LAST: tl.constexpr,
+    DY_ALIGN: tl.constexpr, X_ALIGN: tl.constexpr, DX_ALIGN: tl.constexpr, C_ALIGN: tl.constexpr,
+    INDEX_64: tl.constexpr, PRECISION: tl.constexpr, EMULATE_BF16: tl.constexpr,
+    STEP_C: tl.constexpr, READ_C: tl.constexpr, BLOCK_K: tl.constexpr,
+    BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr,
+):  # fmt: skip
+    """One program: STEP_C input channels of `steps` * CONV_STRIDE_H input rows, in `blocks` blocks of BLOCK_P lanes.
+
+    dgrad (WANT_DX), wgrad (WANT_DW) or both: they read the same rows of dy. A lane is an (image, class, tw), and stands
+    for the input columns tw * CONV_STRIDE_W + phase. Step t loads row t of dy (within a class), once per distinct
+    column shift, BLOCK_S shifts side by side. Its taps reach the input rows t * CONV_STRIDE_H (counted from the top
+    padding) and the LIVE - 1 after it: their sums of dx and their x are carried along, and the first CONV_STRIDE_H of
+    them are then complete. Per phase and kernel row
+      dx: M = lanes, N = BLOCK_C input channels, K = BLOCK_S shifts of BLOCK_K output channels;
+      dw: M = BLOCK_S shifts of BLOCK_K output channels, N = BLOCK_C input channels, K = lanes.
+    Steps from `end` on have no rows of dy. Strides and dilations above 1 do not meet on an axis.
+    part: [programs of one channel tile, c_out, KH, KW, CIN_G] fp32, the program's sums of dw; each pair of an input and
+    an output pixel belongs to the program that owns the input pixel.
+    """
+    LIVE: tl.constexpr = max(KH, CONV_STRIDE_H)
+    FRESH: tl.constexpr = min(KH, CONV_STRIDE_H)  # rows of x that each step meets first
+    WARM_UP: tl.constexpr = (KH - 1) // CONV_STRIDE_H
+    DONE: tl.constexpr = CONV_STRIDE_H * CONV_STRIDE_W  # tiles of dx that each step completes
+    DRAIN: tl.constexpr = ceil_div(LIVE - CONV_STRIDE_H, CONV_STRIDE_H)
+    SHIFT: tl.constexpr = least_shift(CONV_STRIDE_W, PAD_W, DIL_W, KW)
+    SHIFT_STEP: tl.constexpr = DIL_W if CONV_STRIDE_W == 1 else 1
+    CHUNKS: tl.constexpr = ceil_div(shift_count(CONV_STRIDE_W, PAD_W, DIL_W, KW), BLOCK_S)
+    C_TILES: tl.constexpr = ceil_div(GROUPS * CIN_G, STEP_C)
+    pid = tl.program_id(0)
+    tile = pid % C_TILES
+    segment = pid // C_TILES % segments
+    c = tile * STEP_C + tl.arange(0, BLOCK_C)
+    in_tile = (tl.arange(0, BLOCK_C) < STEP_C) & (c < GROUPS * CIN_G)
+    k = tl.arange(0, BLOCK_S * BLOCK_K)
+    o = first_channel(tile, STEP_C, CIN_G, COUT_G, C_ALIGN) + k % BLOCK_K
+    number = k // BLOCK_K
+    own = ((o // COUT_G)[:, None] == (c // CIN_G)[None, :]) & in_tile[None, :]
+    live_o = cols((k % BLOCK_K < READ_C) & (o < GROUPS * COUT_G), DY_PIXELS_LAST)
+
+    if WANT_DX:
+        wgt_ptr += (index(o, INDEX_64) * stride_wgt_o)[:, None] + (c % CIN_G * stride_wgt_c)[None, :]
+        weights = ()
+        for r in tl.static_range(KH):
+            for phase in tl.static_range(CONV_STRIDE_W):
+                for chunk in tl.static_range(CHUNKS):
+                    reach = phase + PAD_W - (SHIFT + (chunk * BLOCK_S + number) * SHIFT_STEP) * CONV_STRIDE_W
+                    tap = own & ((reach >= 0) & (reach < KW * DIL_W))[:, None]
+                    wgt_at = wgt_ptr + (r * stride_wgt_h + reach // DIL_W * stride_wgt_w)[:, None]
+                    weights = weights + (tl.load(wgt_at, mask=tap, other=0.0),)
+    if WANT_DW:
+        dw = zeros(KH * CONV_STRIDE_W * CHUNKS, BLOCK_S * BLOCK_K, BLOCK_C)
+
+    # Before its own rows a program takes the rows of dy that reach them, as far as there are any.
+    first = segment * steps
+    last = tl.minimum(first + steps, ((h_in - 1 + PAD_H) // DIL_H + CONV_STRIDE_H) // CONV_STRIDE_H)
+    start = tl.maximum(first - WARM_UP, 0)
+    stop = tl.minimum(last, end)
+    w_phase = (w_in + CONV_STRIDE_W - 1) // CONV_STRIDE_W
+    dy_k = index(o, INDEX_64) * stride_dy_c
+    dy_k += tl.multiple_of(number * (SHIFT_STEP * stride_dy_w), DY_ALIGN)
+    group = index(pid // (C_TILES * segments), INDEX_64)
+    for b in tl.range(0, blocks, num_stages=1):
+        p = (group * blocks + b) * BLOCK_P + tl.arange(0, BLOCK_P)
+        image, row_class, tw = lane(p, w_phase, DIL_H)
+        in_row = row_class * CONV_STRIDE_H - PAD_H
+        dy_p = image * stride_dy_n + row_class * stride_dy_h + (tw + SHIFT) * stride_dy_w
+        dy_at = rows(tl.multiple_of(dy_p, DY_ALIGN), DY_PIXELS_LAST) + cols(dy_k, DY_PIXELS_LAST)
+        ow = rows(tl.where(image < batch, tw + SHIFT, NOWHERE).to(tl.int32), DY_PIXELS_LAST)
+        ow += cols(number * SHIFT_STEP, DY_PIXELS_LAST)
+        iw = tl.where(image < batch, tw * CONV_STRIDE_W, NOWHERE).to(tl.int32)
+        if WANT_DX:
+            dx_p = image * stride_dx_n + in_row * stride_dx_h + tw * CONV_STRIDE_W * stride_dx_w
+            dx_p = rows(tl.multiple_of(dx_p, DX_ALIGN), DX_PIXELS_LAST)
+            dx_at = dx_p + cols(index(c, INDEX_64) * stride_dx_c, DX_PIXELS_LAST)
+            dx = zeros(LIVE * CONV_STRIDE_W, BLOCK_P, BLOCK_C)
+        if WANT_DW:
+            x_p = image * stride_x_n + in_row * stride_x_h + tw * CONV_STRIDE_W * stride_x_w
+            x_p = rows(tl.multiple_of(x_p, X_ALIGN), X_PIXELS_LAST)
+            x_at = x_p + cols(index(c, INDEX_64) * stride_x_c, X_PIXELS_LAST)
+            xs = input_rows(
+                x_ptr, x_at, rows(iw, X_PIXELS_LAST), cols(in_tile, X_PIXELS_LAST), in_row,
+                first * CONV_STRIDE_H, last * CONV_STRIDE_H, h_in, w_in, stride_x_h, stride_x_w,
+                start * CONV_STRIDE_H, KH - FRESH, CONV_STRIDE_W, DIL_H, X_PIXELS_LAST, X_ALIGN, INDEX_64,
+            )  # fmt: skip
+        for t in tl.range(start, stop):
+            width = by_lane(tl.where(below(row_class + t * DIL_H, h_out), w_out, 0), DY_PIXELS_LAST)
+            dy_row = tl.multiple_of(index(t * DIL_H, INDEX_64) * stride_dy_h, DY_ALIGN)
+            if WANT_DW:
+                xs = xs + input_rows(
+                    x_ptr, x_at, rows(iw, X_PIXELS_LAST), cols(in_tile, X_PIXELS_LAST), in_row,
+                    first * CONV_STRIDE_H, last * CONV_STRIDE_H, h_in, w_in, stride_x_h, stride_x_w,
+                    t * CONV_STRIDE_H + KH - FRESH, FRESH, CONV_STRIDE_W, DIL_H, X_PIXELS_LAST, X_ALIGN, INDEX_64,
+                )  # fmt: skip
+            for chunk in tl.static_range(CHUNKS):
+                inside = below(ow + chunk * BLOCK_S * SHIFT_STEP, width) & live_o
+                if chunk * BLOCK_S + BLOCK_S > shift_count(CONV_STRIDE_W, PAD_W, DIL_W, KW):
+                    live_s = number < shift_count(CONV_STRIDE_W, PAD_W, DIL_W, KW) - chunk * BLOCK_S
+                    inside &= cols(live_s, DY_PIXELS_LAST)
+                dy_col = tl.multiple_of(dy_row + chunk * BLOCK_S * SHIFT_STEP * stride_dy_w, DY_ALIGN)
+                d = turned(tl.load(dy_ptr + (dy_at + dy_col), mask=inside, other=0.0), DY_PIXELS_LAST)
+                if WANT_DX:
+                    met = ()
+                    for i in tl.static_range(LIVE * CONV_STRIDE_W):
+                        if i < KH * CONV_STRIDE_W and any_met(
+                            chunk * BLOCK_S, BLOCK_S, i % CONV_STRIDE_W, CONV_STRIDE_W, PAD_W, DIL_W, KW
+                        ):
+                            met = met + (mma(d, weights[i * CHUNKS + chunk], dx[i], PRECISION, EMULATE_BF16),)
+                        else:
+                            met = met + (dx[i],)
+                    dx = met
+                if WANT_DW:
+                    met = ()
+                    for i in tl.static_range(KH * CONV_STRIDE_W * CHUNKS):
+                        if i % CHUNKS == chunk and any_met(
+                            chunk * BLOCK_S, BLOCK_S, i // CHUNKS % CONV_STRIDE_W, CONV_STRIDE_W, PAD_W, DIL_W, KW
+                        ):
+                            met = met + (mma(tl.trans(d), xs[i // CHUNKS], dw[i], PRECISION, EMULATE_BF16),)
+                        else:
+                            met = met + (dw[i],)
+                    dw = met
+            if WANT_DX:
+                for i in tl.static_range(DONE):
+                    v = t * CONV_STRIDE_H + i // CONV_STRIDE_W
+                    mine = below(in_row + v * DIL_H, h_in) & (t >= first)
+                    width = by_lane(tl.where(mine, w_in, 0), DX_PIXELS_LAST)
+                    inside = below(rows(iw, DX_PIXELS_LAST) + i % CONV_STRIDE_W, width) & cols(in_tile, DX_PIXELS_LAST)
+                    dx_row = tl.multiple_of(index(v * DIL_H, INDEX_64) * stride_dx_h, DX_ALIGN)
+                    at = dx_at + tl.multiple_of(dx_row + i % CONV_STRIDE_W * stride_dx_w, DX_ALIGN)
+                    out = turned(narrow(dx[i], dx_ptr.dtype.element_ty, EMULATE_BF16), DX_PIXELS_LAST)
+                    tl.store(dx_ptr + at, out, mask=inside)
+                dx = dx[DONE:] + zeros(DONE, BLOCK_P, BLOCK_C)
+            if WANT_DW:
+                kept = ()
+                for i in tl.static_range(FRESH * CONV_STRIDE_W, KH * CONV_STRIDE_W):
+                    kept = kept + (carried(xs[i]),)
+                xs = kept
+        if WANT_DX:
+            for i in tl.static_range(DRAIN * DONE):
+                v = stop * CONV_STRIDE_H + i // CONV_STRIDE_W
+                mine = below(in_row + v * DIL_H, h_in) & (v >= first * CONV_STRIDE_H) & (v < last * CONV_STRIDE_H)
+                width = by_lane(tl.where(mine, w_in, 0), DX_PIXELS_LAST)
+                inside = below(rows(iw, DX_PIXELS_LAST) + i % CONV_STRIDE_W, width) & cols(in_tile, DX_PIXELS_LAST)
+                dx_row = tl.multiple_of(index(v * DIL_H, INDEX_64) * stride_dx_h, DX_ALIGN)
+                at = dx_at + tl.multiple_of(dx_row + i % CONV_STRIDE_W * stride_dx_w, DX_ALIGN)
+                out = turned(narrow(dx[i], dx_ptr.dtype.element_ty, EMULATE_BF16), DX_PIXELS_LAST)
+                tl.store(dx_ptr + at, out, mask=inside)
+
+    if WANT_DW:
+        split = index(pid // C_TILES, INDEX_64)
+        for i in tl.static_range(KH * CONV_STRIDE_W * CHUNKS):
+            q = SHIFT + (i % CHUNKS * BLOCK_S + number) * SHIFT_STEP
+            reach = i // CHUNKS % CONV_STRIDE_W + PAD_W - q * CONV_STRIDE_W
+            tap = own & ((reach >= 0) & (reach < KW * DIL_W))[:, None]
+            filters = (split * (GROUPS * COUT_G) + o) * (KH * KW)
+            at = (filters + i // CHUNKS // CONV_STRIDE_W * KW + reach // DIL_W) * CIN_G
+            tl.store(part_ptr + (at[:, None] + (c % CIN_G)[None, :]), dw[i], mask=tap)
