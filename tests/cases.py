@@ -224,6 +224,11 @@ def config(algorithm, problem: ConvProblem, pass_: str, on, tiles: str) -> dict:
         blocks = {"BLOCK_P": min(512, triton.next_power_of_2(columns)), "BLOCK_C": triton.next_power_of_2(channels)}
         return blocks | {"num_warps": 4, "num_stages": 1}
 
+    if algorithm.NAME == "row_march" and INTERPRETED and tiles == "few":
+        lanes = problem.batch * problem.dilation[0] * max(problem.w_in, problem.w_out)
+        blocks = {"BLOCK_P": min(256, max(16, triton.next_power_of_2(lanes))), "BLOCK_C": 64, "BLOCK_S": 4}
+        return blocks | {"num_warps": 4, "num_stages": 2}
+
     def programs(candidate):
         return algorithm.tiling(problem, pass_, candidate, on).programs
 

@@ -22,6 +22,8 @@ MOST_WIDTH = 64  # of a group; wider ones fill a matrix instruction alone
 MOST_TAPS = 49
 MOST_REGISTERS = 195  # as estimated: some compile to more, and 255 are there
 MOST_SEGMENTS = 16
+ENOUGH = 8  # programs for each multiprocessor: no more are made by cutting the rows
+WARPGROUP_ARCHS = (90, 100)  # whose matrix instructions take 64 rows from shared memory
 
 
 def supports(problem: ConvProblem, pass_: str, target: Target) -> str | None:
@@ -49,13 +51,14 @@ class _Channels:
     step: int
     tiles: int
     read: int
-    block_k: int  # the power of two that holds `read`
+    block_c: int  # the power of two that holds `step`,
+    block_k: int  # and `read`
     align: int  # of the first channel read
 
 
 @functools.lru_cache(4096)
-def _channels(result: int, source: int, groups: int, block_c: int, align: int) -> _Channels | None:
-    """The cut with the least padding for tiles of block_c; None where a narrower tile would hold as much.
+def _channels(result: int, source: int, groups: int, block_c: int, align: int) -> _Channels:
+    """The cut with the least padding, in tiles of at most block_c channels.
 
     result, source: group widths of what the pass writes and what it reads. align: channels in 16 bytes, or 1.
     """
@@ -72,9 +75,9 @@ def _channels(result: int, source: int, groups: int, block_c: int, align: int) -
         block_k = max(16, triton.next_power_of_2(read))
         tiles = math.ceil(total / step)
         waste = tiles * block_k * (1.0 if step % wide == 0 or tiles == 1 else 1.2)
-        found.append((waste, tiles, _Channels(step, tiles, read, block_k, align)))
-    best = min(found, key=lambda choice: choice[:2])[2]
-    return best if block_c == max(16, triton.next_power_of_2(best.step)) else None
+        made = _Channels(step, tiles, read, max(16, triton.next_power_of_2(step)), block_k, align)
+        found.append((waste, tiles, made))
+    return min(found, key=lambda choice: choice[:2])[2]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,56 +124,95 @@ def _march(problem: ConvProblem, pass_: str) -> _March:
     )  # fmt: skip
 
 
-def _cut(problem: ConvProblem, pass_: str, block_c: int) -> _Channels | None:
+def _cut(problem: ConvProblem, pass_: str, block_c: int) -> _Channels:
     align = 16 // problem.element_bytes if problem.layout == "nhwc" else 1
     widths = (problem.cout_g, problem.cin_g) if pass_ == "fprop" else (problem.cin_g, problem.cout_g)
     source = problem.c_in if pass_ == "fprop" else problem.c_out
     return _channels(*widths, problem.groups, block_c, math.gcd(align, source))
 
 
+@dataclasses.dataclass(frozen=True)
+class _Size:
+    """Elements of the tiles that a program handles, by thread where said."""
+
+    products: int  # of a step, in one of dgrad's or wgrad's two
+    wide: int  # source channels of a tile, BLOCK_S taps side by side
+    weight: int  # of a weight tile
+    result: int  # of a tile of the result
+    loaded: int  # in a step
+
+
+def _size(problem: ConvProblem, pass_: str, config: dict) -> _Size:
+    march, made = _march(problem, pass_), _cut(problem, pass_, config["BLOCK_C"])
+    chunks, wide = math.ceil(march.shifts / config["BLOCK_S"]), config["BLOCK_S"] * made.block_k
+    result = config["BLOCK_P"] * config["BLOCK_C"]
+    loaded = march.rows_loaded * chunks * config["BLOCK_P"] * wide + march.fresh * result
+    return _Size(march.products * chunks, wide, wide * config["BLOCK_C"], result, loaded)
+
+
 def _registers(problem: ConvProblem, pass_: str, config: dict, target: Target) -> int:
     """An estimate of what a thread of the kernel takes, fitted to what ptxas took for sm_90 in some 200 of them."""
-    march, made = _march(problem, pass_), _cut(problem, pass_, config["BLOCK_C"])
-    threads = target.warp_size * config["num_warps"]
-    chunks, wide = math.ceil(march.shifts / config["BLOCK_S"]), config["BLOCK_S"] * made.block_k
-    result, weight = config["BLOCK_P"] * config["BLOCK_C"] / threads, wide * config["BLOCK_C"] / threads
-    loaded = march.rows_loaded * chunks * config["BLOCK_P"] * wide / threads + march.fresh * result
-    each = 3.5 / (16 // problem.element_bytes) if problem.layout == "nhwc" else 1.6
-    taken = (1.75 * march.sums - 0.55 * march.stored + 0.75 * march.held * problem.element_bytes) * result
-    taken += (1.25 * march.products * chunks * (march.held > 0) + 0.5 * (march.sums > 0)) * weight
-    return math.ceil(taken + each * loaded + 20)
+    march, size = _march(problem, pass_), _size(problem, pass_, config)
+    bytes_, threads = problem.element_bytes, target.warp_size * config["num_warps"]
+    taken = (1.75 * march.sums - 0.55 * march.stored + 0.75 * march.held * bytes_) * size.result
+    taken += (1.25 * size.products * (march.held > 0) + 0.5 * (march.sums > 0)) * size.weight
+    taken += (3.5 * bytes_ / 16 if problem.layout == "nhwc" else 1.6) * size.loaded
+    if target.backend == "hip":  # each wave holds all weights
+        taken += size.products * size.weight * bytes_ / 4 * config["num_warps"] * (march.sums > 0)
+    return math.ceil(taken / threads + 20)
 
 
-def _shared(problem: ConvProblem, pass_: str, config: dict) -> int:
+def _shared(problem: ConvProblem, pass_: str, config: dict, target: Target) -> int:
     """An estimate of a program's shared memory: weight tiles, and what the pipeline holds of the source."""
-    march, made = _march(problem, pass_), _cut(problem, pass_, config["BLOCK_C"])
-    size, chunks = problem.element_bytes, math.ceil(march.shifts / config["BLOCK_S"])
-    wide = config["BLOCK_S"] * made.block_k
-    weights = march.products * chunks * wide * config["BLOCK_C"] * size if pass_ != "wgrad" else 0
-    loaded = config["BLOCK_P"] * (march.rows_loaded * chunks * wide + march.fresh * config["BLOCK_C"]) * size
-    carried = config["BLOCK_P"] * (march.held - march.fresh) * config["BLOCK_C"] * size
-    return weights + loaded * max(1, config["num_stages"]) + carried
+    march, size, stages = _march(problem, pass_), _size(problem, pass_, config), config["num_stages"]
+    if target.backend == "hip":
+        return size.loaded * problem.element_bytes * max(1, stages - 1)
+    weights = size.products * size.weight if march.sums else 0
+    held = weights + size.loaded * stages + (march.held - march.fresh) * size.result
+    return math.ceil(held * problem.element_bytes * (1.5 if target.arch == 100 else 1))
+
+
+def _by_multiply_adds(problem: ConvProblem, target: Target) -> bool:
+    """Whether products are IEEE ones of fp32, for which NVIDIA has no matrix instruction."""
+    return problem.element_bytes == 4 and target.backend == "cuda" and target.precision(problem.dtype) == "ieee"
+
+
+def _fits(problem: ConvProblem, pass_: str, config: dict, target: Target) -> bool:
+    march, size, warps = _march(problem, pass_), _size(problem, pass_, config), config["num_warps"]
+    if _by_multiply_adds(problem, target):  # which have whole operands in registers
+        smallest = (config["BLOCK_P"], config["BLOCK_C"], config["BLOCK_S"], warps) == (32, 16, 1, 4)
+        return smallest and pass_ != "backward" and _registers(problem, pass_, config, target) <= MOST_REGISTERS
+    # The rows of a product, 16 to a warp.
+    rows = [config["BLOCK_P"]] * (march.sums > 0) + [size.wide] * (march.held > 0)
+    if min(rows) < 16 * warps or _shared(problem, pass_, config, target) > target.shared_bytes:
+        return False
+    if target.arch == 100 and size.products * config["BLOCK_C"] > 340:  # columns of tensor memory, of which 512 are
+        return False
+    if target.backend == "hip" and (warps > 4 or (march.held == 0 and config["BLOCK_S"] > 1)):
+        return False  # both spill, or nearly
+    # mma.sync has its operands in registers.
+    most = MOST_REGISTERS if target.backend == "hip" or target.arch in WARPGROUP_ARCHS else MOST_REGISTERS - 30
+    return _registers(problem, pass_, config, target) <= most
 
 
 @functools.lru_cache(256)  # `supports` and the plan both ask
 def candidates(problem: ConvProblem, pass_: str, target: Target) -> list[dict]:
     widest = triton.next_power_of_2(_march(problem, pass_).shifts)
-    found = []
+    taps_wide = pass_ in ("wgrad", "backward") and not _by_multiply_adds(problem, target)
+    spans = [widest] if taps_wide else sorted({1, widest})
+    found: dict[int, list[dict]] = {}
     for block_c, block_p in itertools.product((16, 32, 64, 128), (32, 64, 128)):
         made = _cut(problem, pass_, block_c)
-        if made is None:
+        if made.block_c != block_c:  # a narrower tile holds as much
             continue
-        for span in {widest} if pass_ in ("wgrad", "backward") else {1, widest}:
-            # The rows of a product, 16 to a warp.
-            rows = [block_p] * (pass_ != "wgrad") + [span * made.block_k] * (pass_ in ("wgrad", "backward"))
-            for warps, stages in itertools.product((4, 8), (2, 3)):
-                config = {
-                    "BLOCK_P": block_p, "BLOCK_C": block_c, "BLOCK_S": span, "num_warps": warps, "num_stages": stages,
-                }  # fmt: skip
-                fits = min(rows) >= 16 * warps and _shared(problem, pass_, config) <= target.shared_bytes
-                if fits and _registers(problem, pass_, config, target) <= MOST_REGISTERS:
-                    found.append(config)
-    return found
+        wide = math.gcd(made.step, 16 // problem.element_bytes) if problem.layout == "nhwc" else 1
+        for span, warps, stages in itertools.product(spans, (4, 8), (2, 3)):
+            config = {
+                "BLOCK_P": block_p, "BLOCK_C": block_c, "BLOCK_S": span, "num_warps": warps, "num_stages": stages,
+            }  # fmt: skip
+            if _fits(problem, pass_, config, target):
+                found.setdefault(wide, []).append(config)
+    return found[max(found)] if found else []  # those whose stores are as wide as any
 
 
 @dataclasses.dataclass(frozen=True)
@@ -188,8 +230,9 @@ def _grid(problem: ConvProblem, pass_: str, options: tuple, target: Target) -> _
     config = dict(options)
     march = _march(problem, pass_)
     blocks = math.ceil(march.lanes / config["BLOCK_P"])
-    grids = []
-    for segments in range(1, min(march.rows, MOST_SEGMENTS) + 1):
+    programs = blocks * _cut(problem, pass_, config["BLOCK_C"]).tiles
+    grids, most = [], min(march.rows, MOST_SEGMENTS, math.ceil(ENOUGH * target.multiprocessors / programs))
+    for segments in range(1, most + 1):
         steps = math.ceil(march.rows / segments)
         if segments == 1 or math.ceil(march.rows / steps) == segments:
             grids.append(_Grid(blocks, 1, segments, steps))
@@ -205,38 +248,37 @@ def tiling(problem: ConvProblem, pass_: str, config: dict, target: Target) -> Ti
 
 def _tiling(problem: ConvProblem, pass_: str, config: dict, target: Target, grid: _Grid) -> Tiling:
     march, made = _march(problem, pass_), _cut(problem, pass_, config["BLOCK_C"])
-    size, nhwc = problem.element_bytes, problem.layout == "nhwc"
-    block_p, block_c, span = config["BLOCK_P"], config["BLOCK_C"], config["BLOCK_S"]
+    size, bytes_, nhwc = _size(problem, pass_, config), problem.element_bytes, problem.layout == "nhwc"
+    block_p, block_c = config["BLOCK_P"], config["BLOCK_C"]
     threads = target.warp_size * config["num_warps"]
-    chunks, wide = math.ceil(march.shifts / span), span * made.block_k
     programs = made.tiles * grid.groups * grid.segments
     # Steps that meet rows of the source, of all programs.
     walked = min(march.end, march.rows + march.warm_up) - march.begin + (grid.segments - 1) * march.warm_up
     walked *= made.tiles * grid.groups * grid.blocks
 
     def moved(channels):  # bytes of a lane's channels in whole sectors
-        return math.ceil(channels * size / 32) * 32 if nhwc else channels * size
+        return math.ceil(channels * bytes_ / 32) * 32 if nhwc else channels * bytes_
 
-    again = march.shifts if nhwc else 1 + (march.shifts - 1) * problem.dilation[1] / block_p  # else L1 has them
+    # Pipelined loads bypass L1; those of NCHW are too narrow for the pipeline, and L1 has what the shifts share.
+    again = march.shifts if nhwc else 1 + (march.shifts - 1) * problem.dilation[1] / block_p
     read = march.rows_loaded * again * moved(made.read) + march.fresh * moved(made.step)
     partials = 2 * 4 * problem.params * grid.groups * grid.segments * (march.held > 0)
 
-    # Products: M x N x K, and whether they fill the instructions that reach the full rate.
-    forward = (block_p, block_c, wide, march.products * chunks * (march.sums > 0))
-    backward = (wide, block_c, block_p, march.products * chunks * (march.held > 0))
+    # Counted in the compiled loops of sm_90: a load or store with its address and mask takes 8 instructions of a
+    # thread, a product of 16 in K that warps share 5 of each, and sums and results are moved or converted once.
+    vector = 16 // bytes_ if nhwc else 1
+    accesses = (size.loaded + march.stored * size.result) / vector
+    instructions = 40 * threads + 8 * accesses + (march.sums + march.stored + march.held) * size.result
     flops = shared = 0.0
-    for m, n, k, count in (forward, backward):
-        groups_of_warps = m >= 64 and target.backend == "cuda" and int(target.arch) in (90, 100)
-        flops += 2 * m * n * k * count * (2 if target.arch in (90, 100) and not groups_of_warps else 1)
-        # The left operand is read once a product, and the right one for each 64 rows; mma.sync keeps both in registers.
-        operands = m * k * count + (m / 64 * k * n * count if groups_of_warps else 0)
-        shared += size * operands
-    loaded = block_p * (march.rows_loaded * chunks * wide + march.fresh * block_c)
-    shared += size * (loaded + (2 * march.stored + march.held - march.fresh) * block_p * block_c)
-    vector = 16 // size if nhwc else 1
-    stored = march.stored * block_p * block_c
-    instructions = (loaded + stored) / vector * 8 + 4 * (loaded + stored) / 8
-    once = (march.products * chunks * wide * block_c * 6) + 100 * threads
+    for m, n, k, wanted in ((block_p, block_c, size.wide, march.sums), (size.wide, block_c, block_p, march.held)):
+        if wanted:
+            warpgroups = target.arch in WARPGROUP_ARCHS and m >= 64
+            flops += 2 * m * n * k * size.products * (2 if target.arch in WARPGROUP_ARCHS and not warpgroups else 1)
+            # The left operand is read once a product, and the right one for each 64 rows; mma.sync keeps both.
+            shared += m * k * size.products + (m / 64 * k * n * size.products if warpgroups else 0)
+            instructions += size.products * m * k / 8 * (5 if warpgroups else n / 4)
+    shared += size.loaded + (2 * march.stored + march.held - march.fresh) * size.result
+    once = size.products * size.weight * 6 + 100 * threads
     return Tiling(
         programs=programs,
         matrix_flops=walked * flops,
@@ -245,7 +287,7 @@ def _tiling(problem: ConvProblem, pass_: str, config: dict, target: Target, grid
         dram_bytes=problem.min_bytes(pass_) + partials,
         resident=_resident(problem, pass_, config, target),
         launches=2 if march.held else 1,
-        shared_bytes=walked * shared,
+        shared_bytes=walked * shared * bytes_,
     )
 
 
@@ -253,7 +295,7 @@ def _resident(problem: ConvProblem, pass_: str, config: dict, target: Target) ->
     """Programs that share a multiprocessor, by registers and shared memory."""
     threads = target.warp_size * config["num_warps"]
     by_registers = 65536 // (threads * _registers(problem, pass_, config, target))
-    return max(1, min(by_registers, target.shared_bytes // _shared(problem, pass_, config), 2048 // threads))
+    return max(1, min(by_registers, target.shared_bytes // _shared(problem, pass_, config, target), 2048 // threads))
 
 
 def prepare(problem: ConvProblem, pass_: str, config: dict, target: Target, strides: dict):
