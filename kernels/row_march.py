@@ -86,6 +86,19 @@ def by_lane(i, SWAP: tl.constexpr):
         return rows(i, SWAP)
 
 
+@triton.jit
+def store_output_row(
+    y_ptr, y_at, live_y, y, u, first, last, row_class, h_out, stride_y_h,
+    DIL_H: tl.constexpr, PIXELS_LAST: tl.constexpr, ALIGN: tl.constexpr, INDEX_64: tl.constexpr,
+    EMULATE_BF16: tl.constexpr,
+):  # fmt: skip
+    """Store y, [lanes, channels], as row u of each class, if that is one of the rows first to last - 1."""
+    mask = live_y & by_lane((u >= first) & (u < last) & (row_class + u * DIL_H < h_out), PIXELS_LAST)
+    row = tl.multiple_of(index(u * DIL_H, INDEX_64) * stride_y_h, ALIGN)
+    y = turned(narrow(y, y_ptr.dtype.element_ty, EMULATE_BF16), PIXELS_LAST)
+    tl.store(y_ptr + (y_at + row), y, mask=mask)
+
+
 @triton.jit(do_not_specialize=SIZES + ("begin", "end"))
 def fprop_kernel(
     x_ptr, wgt_ptr, bias_ptr, y_ptr,
@@ -170,20 +183,18 @@ def fprop_kernel(
                     else:
                         met = met + (acc[a],)
                 acc = met
-        u = t - (LIVE - 1)
         y = acc[0] + bias if HAS_BIAS else acc[0]
-        mask = live_y & by_lane((u >= first) & (row_class + u * DIL_H < h_out), Y_PIXELS_LAST)
-        y = turned(narrow(y, y_ptr.dtype.element_ty, EMULATE_BF16), Y_PIXELS_LAST)
-        y_row = tl.multiple_of(index(u * DIL_H, INDEX_64) * stride_y_h, Y_ALIGN)
-        tl.store(y_ptr + (y_at + y_row), y, mask=mask)
+        store_output_row(
+            y_ptr, y_at, live_y, y, t - (LIVE - 1), first, last, row_class, h_out, stride_y_h,
+            DIL_H, Y_PIXELS_LAST, Y_ALIGN, INDEX_64, EMULATE_BF16,
+        )  # fmt: skip
         acc = acc[1:] + zeros(1, BLOCK_P, BLOCK_C)
     for a in tl.static_range(LIVE - 1):
-        u = stop - (LIVE - 1) + a
         y = acc[a] + bias if HAS_BIAS else acc[a]
-        mask = live_y & by_lane((u >= first) & (u < last) & (row_class + u * DIL_H < h_out), Y_PIXELS_LAST)
-        y = turned(narrow(y, y_ptr.dtype.element_ty, EMULATE_BF16), Y_PIXELS_LAST)
-        y_row = tl.multiple_of(index(u * DIL_H, INDEX_64) * stride_y_h, Y_ALIGN)
-        tl.store(y_ptr + (y_at + y_row), y, mask=mask)
+        store_output_row(
+            y_ptr, y_at, live_y, y, stop - (LIVE - 1) + a, first, last, row_class, h_out, stride_y_h,
+            DIL_H, Y_PIXELS_LAST, Y_ALIGN, INDEX_64, EMULATE_BF16,
+        )  # fmt: skip
 
 
 @triton.jit
@@ -211,6 +222,24 @@ def input_rows(
             at = x_at + tl.multiple_of(row + phase * stride_x_w, ALIGN)
             tiles = tiles + (turned(tl.load(x_ptr + at, mask=inside, other=0.0), PIXELS_LAST),)
     return tiles
+
+
+@triton.jit
+def store_input_rows(
+    dx_ptr, dx_at, dx, iw, live_c, in_row, from_row, until_row, h_in, w_in, stride_dx_h, stride_dx_w,
+    first_row, COUNT: tl.constexpr, PHASES: tl.constexpr, DIL_H: tl.constexpr,
+    PIXELS_LAST: tl.constexpr, ALIGN: tl.constexpr, INDEX_64: tl.constexpr, EMULATE_BF16: tl.constexpr,
+):  # fmt: skip
+    """Store the first tiles [lanes, channels] of dx: COUNT rows of each class, PHASES columns of each."""
+    for i in tl.static_range(COUNT):
+        v = first_row + i
+        mine = (v >= from_row) & (v < until_row)
+        width = by_lane(tl.where(mine & below(in_row + v * DIL_H, h_in), w_in, 0), PIXELS_LAST)
+        row = tl.multiple_of(index(v * DIL_H, INDEX_64) * stride_dx_h, ALIGN)
+        for phase in tl.static_range(PHASES):
+            at = dx_at + tl.multiple_of(row + phase * stride_dx_w, ALIGN)
+            out = turned(narrow(dx[i * PHASES + phase], dx_ptr.dtype.element_ty, EMULATE_BF16), PIXELS_LAST)
+            tl.store(dx_ptr + at, out, mask=below(iw + phase, width) & live_c)
 
 
 @triton.jit(do_not_specialize=SIZES + ("end", "blocks"))
@@ -345,15 +374,12 @@ def backward_kernel(
                             met = met + (dw[i],)
                     dw = met
             if WANT_DX:
-                for i in tl.static_range(DONE):
-                    v = t * CONV_STRIDE_H + i // CONV_STRIDE_W
-                    mine = below(in_row + v * DIL_H, h_in) & (t >= first)
-                    width = by_lane(tl.where(mine, w_in, 0), DX_PIXELS_LAST)
-                    inside = below(rows(iw, DX_PIXELS_LAST) + i % CONV_STRIDE_W, width) & cols(in_tile, DX_PIXELS_LAST)
-                    dx_row = tl.multiple_of(index(v * DIL_H, INDEX_64) * stride_dx_h, DX_ALIGN)
-                    at = dx_at + tl.multiple_of(dx_row + i % CONV_STRIDE_W * stride_dx_w, DX_ALIGN)
-                    out = turned(narrow(dx[i], dx_ptr.dtype.element_ty, EMULATE_BF16), DX_PIXELS_LAST)
-                    tl.store(dx_ptr + at, out, mask=inside)
+                store_input_rows(
+                    dx_ptr, dx_at, dx, rows(iw, DX_PIXELS_LAST), cols(in_tile, DX_PIXELS_LAST), in_row,
+                    first * CONV_STRIDE_H, last * CONV_STRIDE_H, h_in, w_in, stride_dx_h, stride_dx_w,
+                    t * CONV_STRIDE_H, CONV_STRIDE_H, CONV_STRIDE_W, DIL_H,
+                    DX_PIXELS_LAST, DX_ALIGN, INDEX_64, EMULATE_BF16,
+                )  # fmt: skip
                 dx = dx[DONE:] + zeros(DONE, BLOCK_P, BLOCK_C)
             if WANT_DW:
                 kept = ()
@@ -361,15 +387,12 @@ def backward_kernel(
                     kept = kept + (carried(xs[i]),)
                 xs = kept
         if WANT_DX:
-            for i in tl.static_range(DRAIN * DONE):
-                v = stop * CONV_STRIDE_H + i // CONV_STRIDE_W
-                mine = below(in_row + v * DIL_H, h_in) & (v >= first * CONV_STRIDE_H) & (v < last * CONV_STRIDE_H)
-                width = by_lane(tl.where(mine, w_in, 0), DX_PIXELS_LAST)
-                inside = below(rows(iw, DX_PIXELS_LAST) + i % CONV_STRIDE_W, width) & cols(in_tile, DX_PIXELS_LAST)
-                dx_row = tl.multiple_of(index(v * DIL_H, INDEX_64) * stride_dx_h, DX_ALIGN)
-                at = dx_at + tl.multiple_of(dx_row + i % CONV_STRIDE_W * stride_dx_w, DX_ALIGN)
-                out = turned(narrow(dx[i], dx_ptr.dtype.element_ty, EMULATE_BF16), DX_PIXELS_LAST)
-                tl.store(dx_ptr + at, out, mask=inside)
+            store_input_rows(
+                dx_ptr, dx_at, dx, rows(iw, DX_PIXELS_LAST), cols(in_tile, DX_PIXELS_LAST), in_row,
+                first * CONV_STRIDE_H, last * CONV_STRIDE_H, h_in, w_in, stride_dx_h, stride_dx_w,
+                stop * CONV_STRIDE_H, DRAIN * CONV_STRIDE_H, CONV_STRIDE_W, DIL_H,
+                DX_PIXELS_LAST, DX_ALIGN, INDEX_64, EMULATE_BF16,
+            )  # fmt: skip
 
     if WANT_DW:
         split = index(pid // C_TILES, INDEX_64)

@@ -142,7 +142,7 @@ print("ok")
     assert python(code).strip() == "ok"
 
 
-DEPTHWISE = """
+PLANNED = """
 import dataclasses, json, sys, triton
 from groupconv import compile_check as check
 from groupconv.perf_reports import layers
@@ -152,11 +152,27 @@ assert len(suite) == len(names)
 found = []
 for pass_ in passes:
     for outcome in map(check.run, check.planned([target], suite, pass_)):
-        about = {"name": str(outcome.job), "pass": pass_, "algorithm": outcome.job.algorithm, "faults": outcome.faults}
-        found.append(about | dataclasses.asdict(outcome.resources))
+        job = outcome.job
+        about = {"name": str(job), "pass": pass_, "algorithm": job.algorithm, "config": job.config}
+        found.append(about | {"faults": outcome.faults} | dataclasses.asdict(outcome.resources))
 print(json.dumps(found))
 """
 ALL_PASSES = ["fprop", "dgrad", "wgrad", "backward"]
+
+
+def planned(target, layout, names, passes):
+    """What the compiler makes of the plans of suite layers, which have no faults."""
+    done = subprocess.run(
+        [sys.executable, "-c", PLANNED, json.dumps([target, layout, names, passes])],
+        capture_output=True, text=True, env=ENVIRONMENT, timeout=580,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert len(found) >= len(passes)
+    for used in found:
+        assert used["faults"] == [], used["name"]
+        assert used["spill_bytes"] == 0
+    return found
 
 
 @pytest.mark.parametrize(
@@ -171,17 +187,34 @@ ALL_PASSES = ["fprop", "dgrad", "wgrad", "backward"]
 )
 def test_planned_depthwise_configurations(target, layout, names, passes):
     """No spills, matrix instructions where they are promised, channels_last loads of activations 16 bytes wide."""
-    done = subprocess.run(
-        [sys.executable, "-c", DEPTHWISE, json.dumps([target, layout, names, passes])],
-        capture_output=True, text=True, env=ENVIRONMENT, timeout=580,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout)
-    assert len(found) >= len(passes)
-    for used in found:
-        assert used["faults"] == [], used["name"]
-        assert used["spill_bytes"] == 0
+    for used in planned(target, layout, names, passes):
         assert used["algorithm"].startswith("depthwise_")
         assert (used["matrix_count"] > 0) == (used["algorithm"] != "depthwise_direct"), used["name"]
         if layout == "nhwc" and used["pass"] != "backward":  # which has registers for half as many channels
             assert used["wide_loads"] > 0, used["name"]
+
+
+@pytest.mark.parametrize(
+    ("target", "layout", "names", "passes"),
+    [
+        ("sm_90", "nhwc", ["resnext50_32x4d.s1", "resnext50_32x4d.s2d", "dpn92.s2"], ALL_PASSES),
+        ("sm_90", "nchw", ["resnext101_32x8d.s1"], ALL_PASSES),
+        ("sm_80", "nhwc", ["resnext50_32x4d.s3"], ALL_PASSES[:3]),
+        ("sm_100", "nhwc", ["resnext50_32x4d.s1"], ["fprop", "wgrad"]),
+        ("gfx942", "nhwc", ["resnext50_32x4d.s1", "efficientnet_b0_g8_gn.s5"], ALL_PASSES[:3]),
+    ],
+)
+def test_planned_narrow_configurations(target, layout, names, passes):
+    """No spills; on sm_90 matrix instructions of a warp group, and channels_last accesses of activations are wide."""
+    for used in planned(target, layout, names, passes):
+        assert used["algorithm"] == "row_march", used["name"]
+        assert used["matrix_count"] > 0
+        if target == "sm_90":
+            assert used["matrix"] == "HGMMA", used["name"]
+        if (target, layout) == ("sm_90", "nhwc"):
+            (loop,) = used["loops"]
+            assert (
+                used["wide_loads"] * 16 * 128 >= loop["loaded_bytes"] > 0
+            )  # the others are of weights, before the loop
+            if used["pass"] in ("fprop", "dgrad"):
+                assert used["wide_stores"] == used["stores"] > 0

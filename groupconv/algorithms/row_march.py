@@ -190,8 +190,11 @@ def _fits(problem: ConvProblem, pass_: str, config: dict, target: Target) -> boo
         return False
     if target.backend == "hip" and (warps > 4 or (march.held == 0 and config["BLOCK_S"] > 1)):
         return False  # both spill, or nearly
-    # mma.sync has its operands in registers.
-    most = MOST_REGISTERS if target.backend == "hip" or target.arch in WARPGROUP_ARCHS else MOST_REGISTERS - 30
+    most = MOST_REGISTERS
+    if target.backend == "cuda" and target.arch not in WARPGROUP_ARCHS:  # mma.sync has its operands in registers
+        most -= 30
+        if config["BLOCK_P"] < 64:  # spills a little
+            return False
     return _registers(problem, pass_, config, target) <= most
 
 
@@ -206,7 +209,7 @@ def candidates(problem: ConvProblem, pass_: str, target: Target) -> list[dict]:
         if made.block_c != block_c:  # a narrower tile holds as much
             continue
         wide = math.gcd(made.step, 16 // problem.element_bytes) if problem.layout == "nhwc" else 1
-        for span, warps, stages in itertools.product(spans, (4, 8), (2, 3)):
+        for span, warps, stages in itertools.product(spans, (4, 8), (3, 2)):  # the first of equals is taken
             config = {
                 "BLOCK_P": block_p, "BLOCK_C": block_c, "BLOCK_S": span, "num_warps": warps, "num_stages": stages,
             }  # fmt: skip
