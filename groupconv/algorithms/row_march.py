@@ -193,7 +193,7 @@ def _fits(problem: ConvProblem, pass_: str, config: dict, target: Target) -> boo
     most = MOST_REGISTERS
     if target.backend == "cuda" and target.arch not in WARPGROUP_ARCHS:  # mma.sync has its operands in registers
         most -= 30
-        if config["BLOCK_P"] < 64:  # spills a little
+        if march.held and config["BLOCK_P"] != 64:  # the others spill a little
             return False
     return _registers(problem, pass_, config, target) <= most
 
@@ -201,14 +201,15 @@ def _fits(problem: ConvProblem, pass_: str, config: dict, target: Target) -> boo
 @functools.lru_cache(256)  # `supports` and the plan both ask
 def candidates(problem: ConvProblem, pass_: str, target: Target) -> list[dict]:
     widest = triton.next_power_of_2(_march(problem, pass_).shifts)
-    taps_wide = pass_ in ("wgrad", "backward") and not _by_multiply_adds(problem, target)
-    spans = [widest] if taps_wide else sorted({1, widest})
     found: dict[int, list[dict]] = {}
     for block_c, block_p in itertools.product((16, 32, 64, 128), (32, 64, 128)):
         made = _cut(problem, pass_, block_c)
         if made.block_c != block_c:  # a narrower tile holds as much
             continue
         wide = math.gcd(made.step, 16 // problem.element_bytes) if problem.layout == "nhwc" else 1
+        spans = sorted({1, widest})
+        if pass_ in ("wgrad", "backward") and not _by_multiply_adds(problem, target):
+            spans = [max(widest, 64 // made.block_k)]  # 64 rows for four warps
         for span, warps, stages in itertools.product(spans, (4, 8), (3, 2)):  # the first of equals is taken
             config = {
                 "BLOCK_P": block_p, "BLOCK_C": block_c, "BLOCK_S": span, "num_warps": warps, "num_stages": stages,
