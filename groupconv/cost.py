@@ -96,7 +96,8 @@ def torch_prior_us(problem: ConvProblem, pass_: str, target: Target) -> float:
     width = max(problem.cin_g, problem.cout_g)
     if pass_ == "backward":
         return torch_prior_us(problem, "dgrad", target) + torch_prior_us(problem, "wgrad", target)
-    kind = "depthwise" if problem.cin_g == 1 else "narrow" if width <= 32 else "wide"
+    narrow = width <= 32 and problem.groups > 1  # cuDNN is at home without groups
+    kind = "depthwise" if problem.cin_g == 1 else "narrow" if narrow else "wide"
     time = TORCH_OVER_FLOOR[kind][pass_] * floor_us(problem, pass_, target)
     if kind == "depthwise":  # neither PyTorch's nor cuDNN's kernels use matrix units
         time = max(time, problem.flops(pass_) / (target.matrix_rate("fp32") * 1e6))

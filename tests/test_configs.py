@@ -1,5 +1,6 @@
 """Configuration files: reading, refusing and looking up; and what the plans make of them."""
 
+import dataclasses
 import json
 import warnings
 
@@ -110,7 +111,8 @@ def test_fused_backward_is_planned_where_it_is_faster():
     assert dispatch.plan(DEPTHWISE, devices.DEFAULT, "triton:implicit_gemm").backward is None
     assert dispatch.plan(DEPTHWISE, devices.DEFAULT, "torch").backward is None
     assert dispatch.plan(DEPTHWISE, devices.DEFAULT, refusal="a reason").backward is None
-    assert dispatch.plan(PROBLEM, devices.DEFAULT, "triton").backward is None
+    assert dispatch.plan(PROBLEM, devices.DEFAULT, "triton").backward.algorithm == "row_march"
+    assert dispatch.plan(dataclasses.replace(PROBLEM, groups=1), devices.DEFAULT, "triton").backward is None
 
 
 @pytest.mark.parametrize(("fused", "taken"), [(19.0, True), (21.0, False)])
