@@ -188,6 +188,8 @@ def _fits(problem: ConvProblem, pass_: str, config: dict, target: Target) -> boo
         return False
     if target.arch == 100 and size.products * config["BLOCK_C"] > 340:  # columns of tensor memory, of which 512 are
         return False
+    if target.arch == 100 and march.sums and march.held and config["num_stages"] > 2:  # spills a little
+        return False
     if target.backend == "hip" and (warps > 4 or (march.held == 0 and config["BLOCK_S"] > 1)):
         return False  # both spill, or nearly
     most = MOST_REGISTERS
