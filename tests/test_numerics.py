@@ -100,9 +100,10 @@ def test_gradients_singly_and_together(wanted, view, device):
 
 
 @pytest.mark.parametrize("wanted", [("x", "w"), ("x", "w", "bias"), ("x",), ("w", "bias")], ids="-".join)
-def test_fused_backward(wanted, device):
+@pytest.mark.parametrize(("algorithm", "groups"), [("depthwise_direct", 16), ("row_march", 4)])
+def test_fused_backward(algorithm, groups, wanted, device):
     """Both gradients come from one kernel where the plan says so; one alone does not pay for the other."""
-    problem = ConvProblem(2, 16, 9, 8, 16, 3, 3, pad=(1, 1, 1, 1), groups=16, dtype="bf16")
+    problem = ConvProblem(2, 16, 9, 8, 16, 3, 3, pad=(1, 1, 1, 1), groups=groups, dtype="bf16")
     tensors = {
         "x": random(*problem.x_shape, dtype=torch.bfloat16, device=device, view="nhwc"),
         "w": random(*problem.w_shape, dtype=torch.bfloat16, device=device, seed=1),
@@ -110,10 +111,10 @@ def test_fused_backward(wanted, device):
     }
     for name in wanted:
         tensors[name].requires_grad_()
-    call = ops.lookup(*tensors.values(), 1, 1, 1, 16, "triton:depthwise_direct")
-    assert call.plan.backward.algorithm == "depthwise_direct"
+    call = ops.lookup(*tensors.values(), 1, 1, 1, groups, f"triton:{algorithm}")
+    assert call.plan.backward.algorithm == algorithm
     with cases.guarded():
-        y = triton_conv(*tensors.values(), padding=1, groups=16, backend="triton:depthwise_direct")
+        y = triton_conv(*tensors.values(), padding=1, groups=groups, backend=f"triton:{algorithm}")
         dy = random(*problem.y_shape, dtype=torch.bfloat16, device=device, view="nhwc", seed=3)
         found = torch.autograd.grad(y, [tensors[name] for name in wanted], dy)
     ran = {key[0] for key in call._backward}
