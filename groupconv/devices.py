@@ -36,6 +36,20 @@ class Target:
     def warp_size(self) -> int:
         return 64 if self.backend == "hip" and not str(self.arch).startswith("gfx1") else 32
 
+    @property
+    def matrix_unit(self) -> str:
+        """The instructions of a matrix product: "wgmma" and "tcgen05" take 64 rows at once and are twice as fast as
+        "mma.sync", which those GPUs have too; "mfma" or "wmma" on AMD.
+        """
+        if self.backend == "hip":
+            return "wmma" if str(self.arch).startswith("gfx1") else "mfma"
+        return {9: "wgmma", 10: "tcgen05", 11: "tcgen05"}.get(int(self.arch) // 10, "mma.sync")
+
+    @property
+    def has_warpgroups(self) -> bool:
+        """Whether there are matrix instructions of a group of four warps."""
+        return self.matrix_unit in ("wgmma", "tcgen05")
+
     def matrix_rate(self, dtype: str) -> float:
         """TFLOP/s for a ConvProblem dtype."""
         return dict(self.matrix_tflops)[dtype]

@@ -1,5 +1,7 @@
 """Devices: names, slugs and what is planned for."""
 
+import dataclasses
+
 import pytest
 
 from groupconv import devices
@@ -48,3 +50,17 @@ def test_tf32_only_where_the_matrix_unit_has_it():
     assert [devices.named(arch).precision("tf32") for arch in ("sm_75", "sm_80", "gfx90a", "gfx942", "gfx950")] == [
         "ieee", "tf32", "ieee", "tf32", "ieee"
     ]  # fmt: skip
+
+
+def test_matrix_units():
+    found = {name: devices.named(name).matrix_unit for name in devices.BY_ARCH}
+    assert [name for name, unit in found.items() if unit == "mma.sync"] == [
+        "sm_75",
+        "sm_80",
+        "sm_86",
+        "sm_89",
+        "sm_120",
+    ]
+    assert (found["sm_90"], found["sm_100"], found["gfx942"], found["gfx1100"]) == ("wgmma", "tcgen05", "mfma", "wmma")
+    assert [t.arch_name for t in devices.REPRESENTATIVES if t.has_warpgroups] == ["sm_90", "sm_100"]
+    assert dataclasses.replace(devices.named("sm_100"), arch=103).has_warpgroups

@@ -131,13 +131,15 @@ def _tile(pixels: int) -> int:
 def _fits(problem: ConvProblem, pass_: str, config: dict, target: Target) -> bool:
     chunks = cut(problem, config)
     warps, rows = config["num_warps"], [m for m, _ in _products(pass_, config)]
-    alike = target.backend == "hip" or (target.arch in (90, 100) and any(64 <= m < 128 for m in rows))
+    alike = target.backend == "hip" or (target.has_warpgroups and any(64 <= m < 128 for m in rows))
     if config["BLOCK_C"] == 1 and warps == 8 and alike:
         return False  # warps would do the same rows,
     if any(config["BLOCK_C"] * m * n < 128 * warps for m, n in _products(pass_, config)):
         return False  # or these the same tiles
     products = chunks.pairs * (problem.cout_g if pass_ == "dgrad" else 1)
-    if target.arch == 100 and config["BLOCK_C"] == 1:  # each product takes columns of tensor memory, of which 512 are
+    if (
+        target.matrix_unit == "tcgen05" and config["BLOCK_C"] == 1
+    ):  # each product takes columns of tensor memory, of which 512 are
         columns = products * sum(n for m, n in _products(pass_, config) if m >= 64)
         if columns > 512:
             return False
@@ -165,7 +167,7 @@ def _slow(pass_: str, config: dict, target: Target) -> float:
     Those take no 3-D products, nor fewer than 64 rows.
     """
     rows = [m for m, _ in _products(pass_, config)]
-    if target.arch in (90, 100) and config["BLOCK_C"] == 1:
+    if target.has_warpgroups and config["BLOCK_C"] == 1:
         return sum(m < 64 for m in rows) / len(rows)
     return 1.0
 
@@ -272,7 +274,7 @@ def _tiling(problem: ConvProblem, pass_: str, config: dict, target: Target, each
     prologue = (entries + gathered + sums) * AN_ENTRY + A_THREAD * 32 * config["num_warps"]
     return Tiling(
         programs=programs,
-        matrix_flops=steps * products * (1 + slow if target.arch in (90, 100) else 1),
+        matrix_flops=steps * products * (1 + slow if target.has_warpgroups else 1),
         l2_bytes=steps * moved * size * max(1.0, 32 / run) + partials,
         instructions=steps * (moved * an_element + products / 2 * A_PRODUCT * slow) + programs * prologue,
         shared_bytes=steps * size * (2.0 * moved + pairs * operands[pass_]) + programs * 8.0 * (gathered + sums),

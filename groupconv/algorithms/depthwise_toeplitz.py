@@ -260,7 +260,7 @@ def _map_configs(problem: ConvProblem, pass_: str, target: Target):
     shapes, roomy = [(8, 16, 8), (4, 16, 4), (4, 16, 8)], _wide(problem)
     if problem.layout == "nchw":
         # tcgen05, which takes 64 images, keeps the accumulators of all rows in a tensor memory that is too small.
-        shapes = [(1, 32, 2) if 100 <= int(target.arch) < 120 else (1, 64, 4), (1, 32, 4)]
+        shapes = [(1, 32, 2) if target.matrix_unit == "tcgen05" else (1, 64, 4), (1, 32, 4)]
         roomy = (problem.w_in | problem.w_out) % 2 == 0
     for block_c, block_m, warps in shapes:
         config = {
@@ -287,7 +287,7 @@ def _map_tiling(problem: ConvProblem, pass_: str, config: dict, target: Target) 
     return Tiling(
         programs=made.programs,
         # wgmma of so few columns waits for its other operand half of the time
-        matrix_flops=2.0 * products * (2 if target.arch in (90, 100) else 1),
+        matrix_flops=2.0 * products * (2 if target.has_warpgroups else 1),
         l2_bytes=problem.min_bytes(pass_) * waste + matrices * size,
         instructions=(4 if _wide(problem) else 8) * (x + y) + products / 64 + 10 * matrices,
         dram_bytes=problem.min_bytes(pass_),
@@ -386,7 +386,7 @@ def tiling(problem: ConvProblem, pass_: str, config: dict, target: Target) -> Ti
     else:
         instructions = each * (x + y)
         shared = (x + y) * 2 * size + products / block_m * size
-    half_rate = target.arch in (90, 100)
+    half_rate = target.has_warpgroups
     return Tiling(
         programs=programs,
         matrix_flops=2.0 * products * (2 if half_rate else 1),

@@ -23,7 +23,6 @@ MOST_TAPS = 49
 MOST_REGISTERS = 195  # as estimated: some compile to more, and 255 are there
 MOST_SEGMENTS = 16
 ENOUGH = 8  # programs for each multiprocessor: no more are made by cutting the rows
-WARPGROUP_ARCHS = (90, 100)  # whose matrix instructions take 64 rows from shared memory
 
 
 def supports(problem: ConvProblem, pass_: str, target: Target) -> str | None:
@@ -169,7 +168,7 @@ def _shared(problem: ConvProblem, pass_: str, config: dict, target: Target) -> i
         return size.loaded * problem.element_bytes * max(1, stages - 1)
     weights = size.products * size.weight if march.sums else 0
     held = weights + size.loaded * stages + (march.held - march.fresh) * size.result
-    return math.ceil(held * problem.element_bytes * (1.5 if target.arch == 100 else 1))
+    return math.ceil(held * problem.element_bytes * (1.5 if target.matrix_unit == "tcgen05" else 1))
 
 
 def _by_multiply_adds(problem: ConvProblem, target: Target) -> bool:
@@ -186,9 +185,11 @@ def _fits(problem: ConvProblem, pass_: str, config: dict, target: Target) -> boo
     rows = [config["BLOCK_P"]] * (march.sums > 0) + [size.wide] * (march.held > 0)
     if min(rows) < 16 * warps or _shared(problem, pass_, config, target) > target.shared_bytes:
         return False
-    if target.arch == 100 and size.products * config["BLOCK_C"] > 340:  # columns of tensor memory, of which 512 are
+    if (
+        target.matrix_unit == "tcgen05" and size.products * config["BLOCK_C"] > 340
+    ):  # columns of tensor memory, of which 512 are
         return False
-    mma_sync = target.backend == "cuda" and target.arch not in WARPGROUP_ARCHS  # has its operands in registers
+    mma_sync = target.matrix_unit == "mma.sync"  # which has its operands in registers
     registers = _registers(problem, pass_, config, target)
     return registers <= MOST_REGISTERS - 30 * mma_sync and not _spills(problem, pass_, config, target)
 
@@ -197,10 +198,10 @@ def _spills(problem: ConvProblem, pass_: str, config: dict, target: Target) -> b
     """Whether the compiler spills, or nearly, what the estimate lets pass: found by compiling the suite's layers."""
     if target.backend == "hip":
         return config["num_warps"] > 4 or (pass_ in ("fprop", "dgrad") and config["BLOCK_S"] > 1)
-    if target.arch == 100:
+    if target.matrix_unit == "tcgen05":
         long = pass_ == "backward" and config["num_stages"] > 2
         return long or (problem.layout == "nchw" and config["BLOCK_P"] > 64)
-    return target.arch not in WARPGROUP_ARCHS and pass_ in ("wgrad", "backward") and config["BLOCK_P"] != 64
+    return target.matrix_unit == "mma.sync" and pass_ in ("wgrad", "backward") and config["BLOCK_P"] != 64
 
 
 @functools.lru_cache(256)  # `supports` and the plan both ask
@@ -281,8 +282,8 @@ def _tiling(problem: ConvProblem, pass_: str, config: dict, target: Target, grid
     flops = shared = 0.0
     for m, n, k, wanted in ((block_p, block_c, size.wide, march.sums), (size.wide, block_c, block_p, march.held)):
         if wanted:
-            warpgroups = target.arch in WARPGROUP_ARCHS and m >= 64
-            flops += 2 * m * n * k * size.products * (2 if target.arch in WARPGROUP_ARCHS and not warpgroups else 1)
+            warpgroups = target.has_warpgroups and m >= 64
+            flops += 2 * m * n * k * size.products * (2 if target.has_warpgroups and not warpgroups else 1)
             # The left operand is read once a product, and the right one for each 64 rows; mma.sync keeps both.
             shared += m * k * size.products + (m / 64 * k * n * size.products if warpgroups else 0)
             instructions += size.products * m * k / 8 * (5 if warpgroups else n / 4)
