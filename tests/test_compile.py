@@ -114,6 +114,8 @@ def test_the_oldest_supported_triton_compiles_them_too():
     assert {used["triton"] for used in found} == {"3.6.0"}
     check_wide(found[:4])
     assert all(used["spill_bytes"] == 0 for used in found)
+    for used in planned("sm_90", "nhwc", ["resnext50_32x4d.s1"], ["fprop", "backward"], PYTHONPATH=path):
+        assert (used["algorithm"], used["matrix"]) == ("row_march", "HGMMA")
 
 
 def test_host_path_launches_through_the_compiled_kernel():
@@ -160,11 +162,11 @@ print(json.dumps(found))
 ALL_PASSES = ["fprop", "dgrad", "wgrad", "backward"]
 
 
-def planned(target, layout, names, passes):
+def planned(target, layout, names, passes, **environment):
     """What the compiler makes of the plans of suite layers, which have no faults."""
     done = subprocess.run(
         [sys.executable, "-c", PLANNED, json.dumps([target, layout, names, passes])],
-        capture_output=True, text=True, env=ENVIRONMENT, timeout=580,
+        capture_output=True, text=True, env=ENVIRONMENT | environment, timeout=580,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)

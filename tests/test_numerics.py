@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from groupconv import launcher, ops, triton_conv
-from groupconv.algorithms import REGISTRY, implicit_gemm
+from groupconv.algorithms import REGISTRY, implicit_gemm, row_march
 from groupconv.problem import ConvProblem
 
 pytestmark = [pytest.mark.usefixtures("ieee"), pytest.mark.filterwarnings("ignore:Using padding='same'")]
@@ -66,6 +66,24 @@ def test_many_splits(dtype, device):
     assert run.splits > 4
     expected = cases.references(problem, given)["wgrad"]
     assert cases.error(out, expected) <= cases.bound(dtype, problem.out_pixels)
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("pass_", ["dgrad", "wgrad", "backward"])
+def test_several_blocks_of_lanes(pass_, stride, device, monkeypatch):
+    """Programs of row_march that walk down more than one block, the last of them ragged."""
+    problem = ConvProblem(
+        8, 12, 6, 7 * stride, 12, 3, 3, (stride, stride), (1, 1, 1, 1), groups=3, dtype="fp16", out_layout="nchw"
+    )
+    grid = row_march._Grid(groups=2, blocks=2, segments=1, steps=row_march._march(problem, pass_).rows)
+    monkeypatch.setattr(row_march, "_grid", lambda *_: grid)
+    config = {"BLOCK_P": 16, "BLOCK_C": 16, "BLOCK_S": 4, "num_warps": 4, "num_stages": 2}
+    given = cases.operands(cases.Case(problem, "nhwc", dy="nchw"), device)
+    with cases.guarded():
+        out = row_march.prepare(problem, pass_, config, ON, given.strides(problem))(*given.of(pass_))
+    produced, expected = cases.PRODUCES.get(pass_, (pass_,)), cases.references(problem, given)
+    for each, result in zip(produced, out if isinstance(out, tuple) else (out,), strict=True):
+        assert cases.error(result, expected[each]) <= cases.bound("fp16", cases.terms(problem, each))
 
 
 @pytest.mark.parametrize("name", REGISTRY)
