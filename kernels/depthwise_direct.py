@@ -13,9 +13,8 @@ Source: own derivation, no code adapted.
 import triton
 import triton.language as tl
 
-from .tiles import cols, index, narrow, rows
+from .tiles import NOWHERE, below, cols, index, narrow, pointers, rows
 
-NOWHERE = tl.constexpr(-(2**30))  # a column that no tap reaches
 SIZES = ("batch", "h_in", "w_in", "h_out", "w_out", "steps")
 
 
@@ -42,21 +41,6 @@ def met(shift, stride, pad, dilation, kernel):
     """Whether any tap joins input columns q * stride, ... q * stride + stride - 1 with output column q + shift."""
     reaches = range(pad - shift * stride, pad - shift * stride + stride)
     return any(reach % dilation == 0 and 0 <= reach < kernel * dilation for reach in reaches)
-
-
-@triton.jit
-def below(i, size):
-    """0 <= i < size, as one comparison."""
-    return tl.cast(i, tl.uint32) < tl.cast(size, tl.uint32)
-
-
-@triton.jit
-def pointers(ptr, at, row, column, ALIGN: tl.constexpr):
-    """A tile's pointers, moved by `row` and `column` elements, multiples of ALIGN; the caller has said so of row."""
-    if ALIGN == 1:  # the column becomes an immediate of the load
-        return ptr + (at + row) + column
-    else:
-        return ptr + (at + tl.multiple_of(row + column, ALIGN))
 
 
 @triton.jit

@@ -18,9 +18,8 @@ Source: own derivation, no code adapted.
 import triton
 import triton.language as tl
 
-from .tiles import cols, index, mma, narrow, rows, turned
+from .tiles import NOWHERE, below, cols, index, mma, narrow, pointers, rows, turned
 
-NOWHERE = tl.constexpr(-(2**30))  # a column that no tap reaches
 SIZES = ("batch", "h_in", "w_in", "h_out", "w_out", "segments", "steps")
 
 
@@ -48,12 +47,6 @@ def any_met(first, count, phase, stride, pad, dilation, kernel):
     least = (pad - (kernel - 1) * dilation) // stride
     reaches = [phase + pad - (least + number * step) * stride for number in range(first, first + count)]
     return any(reach % dilation == 0 and 0 <= reach < kernel * dilation for reach in reaches)
-
-
-@triton.jit
-def below(i, size):
-    """0 <= i < size, as one comparison."""
-    return tl.cast(i, tl.uint32) < tl.cast(size, tl.uint32)
 
 
 @triton.jit
@@ -173,8 +166,8 @@ def fprop_kernel(
             for chunk in tl.static_range(CHUNKS):
                 inside = below(iw + chunk * BLOCK_S * DIL_W, width)
                 inside &= cols(read & (number < KW - chunk * BLOCK_S), X_PIXELS_LAST)
-                x_col = tl.multiple_of(x_row + chunk * BLOCK_S * DIL_W * stride_x_w, X_ALIGN)
-                x = turned(tl.load(x_ptr + (x_at + x_col), mask=inside, other=0.0), X_PIXELS_LAST)
+                at = pointers(x_ptr, x_at, x_row, chunk * BLOCK_S * DIL_W * stride_x_w, X_ALIGN)
+                x = turned(tl.load(at, mask=inside, other=0.0), X_PIXELS_LAST)
                 met = ()
                 for a in tl.static_range(LIVE):
                     if (LIVE - 1 - a) * CONV_STRIDE_H + i < KH:
@@ -219,8 +212,8 @@ def input_rows(
         row = tl.multiple_of(index(v * DIL_H, INDEX_64) * stride_x_h, ALIGN)
         for phase in tl.static_range(PHASES):
             inside = below(iw + phase, width) & live_c
-            at = x_at + tl.multiple_of(row + phase * stride_x_w, ALIGN)
-            tiles = tiles + (turned(tl.load(x_ptr + at, mask=inside, other=0.0), PIXELS_LAST),)
+            at = pointers(x_ptr, x_at, row, phase * stride_x_w, ALIGN)
+            tiles = tiles + (turned(tl.load(at, mask=inside, other=0.0), PIXELS_LAST),)
     return tiles
 
 
@@ -237,9 +230,9 @@ def store_input_rows(
         width = by_lane(tl.where(mine & below(in_row + v * DIL_H, h_in), w_in, 0), PIXELS_LAST)
         row = tl.multiple_of(index(v * DIL_H, INDEX_64) * stride_dx_h, ALIGN)
         for phase in tl.static_range(PHASES):
-            at = dx_at + tl.multiple_of(row + phase * stride_dx_w, ALIGN)
+            at = pointers(dx_ptr, dx_at, row, phase * stride_dx_w, ALIGN)
             out = turned(narrow(dx[i * PHASES + phase], dx_ptr.dtype.element_ty, EMULATE_BF16), PIXELS_LAST)
-            tl.store(dx_ptr + at, out, mask=below(iw + phase, width) & live_c)
+            tl.store(at, out, mask=below(iw + phase, width) & live_c)
 
 
 @triton.jit(do_not_specialize=SIZES + ("end", "blocks"))
@@ -351,8 +344,8 @@ def backward_kernel(
                 if chunk * BLOCK_S + BLOCK_S > shift_count(CONV_STRIDE_W, PAD_W, DIL_W, KW):
                     live_s = number < shift_count(CONV_STRIDE_W, PAD_W, DIL_W, KW) - chunk * BLOCK_S
                     inside &= cols(live_s, DY_PIXELS_LAST)
-                dy_col = tl.multiple_of(dy_row + chunk * BLOCK_S * SHIFT_STEP * stride_dy_w, DY_ALIGN)
-                d = turned(tl.load(dy_ptr + (dy_at + dy_col), mask=inside, other=0.0), DY_PIXELS_LAST)
+                at = pointers(dy_ptr, dy_at, dy_row, chunk * BLOCK_S * SHIFT_STEP * stride_dy_w, DY_ALIGN)
+                d = turned(tl.load(at, mask=inside, other=0.0), DY_PIXELS_LAST)
                 if WANT_DX:
                     met = ()
                     for i in tl.static_range(LIVE * CONV_STRIDE_W):

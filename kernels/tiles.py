@@ -3,6 +3,8 @@
 import triton
 import triton.language as tl
 
+NOWHERE = tl.constexpr(-(2**30))  # a column that no tap reaches
+
 
 @triton.jit
 def mma(a, b, acc, PRECISION: tl.constexpr, EMULATE_BF16: tl.constexpr):
@@ -54,3 +56,18 @@ def turned(tile, SWAP: tl.constexpr):
 def pixel(m, height, width):
     """(image, row, column) of a flat pixel number of a [batch, height, width] map."""
     return m // (height * width), (m // width) % height, m % width
+
+
+@triton.jit
+def below(i, size):
+    """0 <= i < size, as one comparison."""
+    return tl.cast(i, tl.uint32) < tl.cast(size, tl.uint32)
+
+
+@triton.jit
+def pointers(ptr, at, row, column, ALIGN: tl.constexpr):
+    """A tile's pointers, moved by `row` and `column` elements, multiples of ALIGN; the caller has said so of row."""
+    if ALIGN == 1:  # the column becomes an immediate of the load
+        return ptr + (at + row) + column
+    else:
+        return ptr + (at + tl.multiple_of(row + column, ALIGN))

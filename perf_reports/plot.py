@@ -151,7 +151,8 @@ def _passes(rows: list[Row], draw: Callable[[Axes, list[Row], str], None]) -> Fi
 
 def _work_panels(panels, rows: list[Row]) -> None:
     """Parameters, FLOPs, and all ratios to the ungrouped layer."""
-    layers = sorted({int(row["groups"]): row for row in layer_rows(rows)}.items())
+    # A fused backward does the work of two passes.
+    layers = sorted({int(row["groups"]): row for row in layer_rows(rows) if row["pass"] == PASSES[0]}.items())
     counts = [count for count, _ in layers]
     for axes, field, ratio, scale, title, unit in (
         (panels[0], "params", "params_ratio", 1e3, "parameters", "thousands"),

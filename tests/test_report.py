@@ -383,6 +383,16 @@ def sweep_rows(writer, chosen, most_taps=50):
                 writer.append(rows.layer_row(layer, pass_, name) | timing | limits)
 
 
+def test_work_is_that_of_one_pass():
+    """The plot of work leaves out the fused backward's rows, which do the work of two passes."""
+    kept = rows.read(pathlib.Path(__file__).parents[1] / "perf_reports" / "modelled_nvidia_h200" / "results.csv")
+    assert "backward" in {row["pass"] for row in kept}
+    _, flops, _ = plot._work(kept).axes
+    line = flops.get_lines()[0]
+    expected = {layer.problem.groups: layer.problem.flops("fprop") / 1e9 for layer in layers_of()}
+    assert dict(zip(line.get_xdata(), line.get_ydata(), strict=True)) == pytest.approx(expected, rel=1e-3)
+
+
 def test_plot_across_kernel_sizes(tmp_path):
     chosen = layers_of("--layers", "kernels")
     with rows.Writer(tmp_path / "results.csv", rows.environment("modelled", "Pretended GPU")) as writer:

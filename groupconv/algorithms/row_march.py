@@ -274,11 +274,12 @@ def _tiling(problem: ConvProblem, pass_: str, config: dict, target: Target, grid
     read = march.rows_loaded * again * moved(made.read) + march.fresh * moved(made.step)
     partials = 2 * 4 * problem.params * grid.groups * grid.segments * (march.held > 0)
 
-    # Counted in the compiled loops of sm_90: a load or store with its address and mask takes 8 instructions of a
-    # thread, a product of 16 in K that warps share 5 of each, and sums and results are moved or converted once.
-    vector = 16 // bytes_ if nhwc else 1
-    accesses = (size.loaded + march.stored * size.result) / vector
-    instructions = 40 * threads + 8 * accesses + (march.sums + march.stored + march.held) * size.result
+    # Counted in the compiled loops of sm_90: a load or store with its address and mask takes a thread 8 instructions,
+    # or 5 where taps share them, a product of 16 in K that warps share 5 of each, and sums and results are moved or
+    # converted once.
+    access = 8 * bytes_ / 16 if nhwc else 5
+    instructions = 40 * threads + (march.sums + march.stored + march.held) * size.result
+    instructions += access * (size.loaded + march.stored * size.result)
     flops = shared = 0.0
     for m, n, k, wanted in ((block_p, block_c, size.wide, march.sums), (size.wide, block_c, block_p, march.held)):
         if wanted:
