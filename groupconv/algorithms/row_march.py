@@ -200,7 +200,7 @@ def _spills(problem: ConvProblem, pass_: str, config: dict, target: Target) -> b
         return config["num_warps"] > 4 or (pass_ in ("fprop", "dgrad") and config["BLOCK_S"] > 1)
     if target.matrix_unit == "tcgen05":
         long = pass_ == "backward" and config["num_stages"] > 2
-        return long or (problem.layout == "nchw" and config["BLOCK_P"] > 64)
+        return long or (problem.layout == "nchw" and config["BLOCK_P"] * config["BLOCK_C"] > 1024)
     return target.matrix_unit == "mma.sync" and pass_ in ("wgrad", "backward") and config["BLOCK_P"] != 64
 
 
