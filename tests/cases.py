@@ -421,19 +421,21 @@ DEPTHWISE = dict.fromkeys(case for case in _depthwise() if case not in CASES)
 def runs(on, cases=None) -> list[tuple[Case, str, str]]:
     """(case, pass, algorithm) for every algorithm that can serve it on a target; by default of all named cases.
 
-    The cases for depthwise algorithms are not run by the general one, which has its own. Every third of them is run as
-    a fused backward, by the kernels that also do dgrad or wgrad alone.
+    The cases for depthwise algorithms are not run by the general one, which has its own. Those that have both gradients
+    by one kernel run every other case so, and dgrad and wgrad, by the same code, in the rest.
     """
-    return [
-        (case, pass_, name)
-        for i, case in enumerate((*CASES, *DEPTHWISE) if cases is None else cases)
-        for problem in [actual(case)]
-        for pass_ in (*PASSES, *PRODUCES)
-        for name, algorithm in REGISTRY.items()
-        if not (name == "implicit_gemm" and case in DEPTHWISE)
-        and not (pass_ in PRODUCES and name.startswith("depthwise") and i % 3)
-        and algorithm.supports(problem, pass_, on) is None
-    ]
+    found = []
+    for i, case in enumerate((*CASES, *DEPTHWISE) if cases is None else cases):
+        problem = actual(case)
+        for name, algorithm in REGISTRY.items():
+            if name == "implicit_gemm" and case in DEPTHWISE:
+                continue
+            able = [pass_ for pass_ in (*PASSES, *PRODUCES) if algorithm.supports(problem, pass_, on) is None]
+            if name.startswith("depthwise") and "backward" in able:
+                left_out = ("dgrad", "wgrad") if i % 2 else ("backward",)
+                able = [pass_ for pass_ in able if pass_ not in left_out]
+            found += [(case, pass_, name) for pass_ in able]
+    return found
 
 
 # --- A model ---------------------------------------------------------------------------------------------------------
