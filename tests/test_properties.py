@@ -11,6 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from groupconv import triton_conv
+from groupconv.algorithms import row_march
 from groupconv.problem import bucket, dense_strides, output_size, suggests_channels_last
 
 pytestmark = [pytest.mark.usefixtures("ieee"), pytest.mark.filterwarnings("ignore:Using padding='same'")]
@@ -140,3 +141,24 @@ def test_output_size(convolution):
         pad = {"same": span, "valid": 0}[padding] if isinstance(padding, str) else 2 * padding[axis]
         size = output_size(x_shape[2 + axis], w_shape[2 + axis], kwargs["stride"][axis], pad, kwargs["dilation"][axis])
         assert size == y.shape[2 + axis]
+
+
+@settings(fixed, max_examples=200)
+@given(
+    st.integers(1, 64), st.integers(2, 64), st.integers(1, 80), st.sampled_from([16, 32, 64, 128]),
+    st.sampled_from([1, 2, 4, 8]),
+)  # fmt: skip
+def test_channel_tiles_hold_their_groups(result, source, groups, block_c, align):
+    """A tile of row_march reads every channel of the groups that its result channels belong to."""
+    align = math.gcd(align, groups * source)
+    made = row_march._channels(result, source, groups, block_c, align)
+    total = groups * result
+    assert made.step <= min(block_c, made.block_c)
+    assert made.read <= made.block_k
+    assert (made.tiles - 1) * made.step < total <= made.tiles * made.step
+    for first in range(0, total, made.step):
+        last = min(first + made.step, total) - 1
+        begin = first // result * source // align * align  # as kernels/row_march.py has it
+        assert begin <= first // result * source
+        assert (last // result + 1) * source <= begin + made.read
+    assert made.read % align == 0
