@@ -101,7 +101,8 @@ def test_quick_report(tmp_path):
     assert {row["kind"] for row in found} == {"modelled"}
     assert {row["gpu"] for row in found} == {"nvidia_h200"}
     own = [row for row in found if row["provider"] in REGISTRY]
-    assert {(row["groups"], row["pass"]) for row in own} == {(g, p) for g in ("4", "32") for p in PASSES}
+    assert {(row["groups"], row["pass"]) for row in own} == {(g, p) for g in ("4", "32") for p in PLANNED}
+    assert {row["provider"] for row in own} == {"implicit_gemm", "row_march"}
     for row in own:
         assert 1e-4 < float(row["max_rel_err"]) <= float(row["err_bound"]) == 4e-3
         assert float(row["us_p50"]) >= float(row["floor_us"]) > 0
@@ -592,10 +593,10 @@ def test_tables(name, rows_of_suite, monkeypatch, tmp_path, capsys):
     assert tables.main([name, "--out", str(tmp_path), "--jobs", "1"]) == 0
     assert capsys.readouterr().out == f"{subject.file} in {tmp_path}\n"
     said = (tmp_path / subject.file).read_text()
-    lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in said.splitlines() if line[:1] == "|"]
-    plans = [line for line in lines if len(line) == len(tables.PLAN_HEADER)][2:]
-    code = [line for line in lines if len(line) == len(tables.CODE_HEADER)][2:]
-    summary = [line for line in lines if len(line) == 6 + len(REGISTRY)][2:]
+    of_tables = [block.splitlines() for block in said.split("\n\n") if block[:1] == "|"]
+    cells = [[[cell.strip() for cell in line.strip("|").split("|")] for line in lines] for lines in of_tables]
+    (_, _, *summary), (plan_header, _, *plans), (code_header, _, *code) = cells
+    assert (plan_header, code_header) == (list(tables.PLAN_HEADER), list(tables.CODE_HEADER))
 
     suite = [layer.name for layer in layers.suite("bf16", "nhwc") if subject.holds(layer.problem)]
     assert len(suite) == rows_of_suite
