@@ -367,7 +367,7 @@ def _views() -> list[Case]:
 _DEPTHWISE = [
     # Every kernel size, odd channel counts, maps wider than a tile and narrower than the kernel.
     (1, {}), (2, {"pad": 0, "hw": 15}), (3, {"groups": 57, "hw": 7}), (3, {"groups": 36, "hw": (5, 70), "batch": 1}),
-    (5, {"groups": 58}), (5, {"hw": (7, 40)}), (7, {"groups": 12}), (7, {"hw": (6, 35), "groups": 8}), (9, {"hw": 14}),
+    (5, {"groups": 18}), (5, {"hw": (7, 40)}), (7, {"groups": 12}), (7, {"hw": (6, 35), "groups": 8}), (9, {"hw": 14}),
     (11, {"hw": 13}), (13, {"hw": (14, 7), "groups": 3}), (17, {"hw": 7, "groups": 3}), (27, {"hw": 14, "groups": 2}),
     (31, {"hw": (9, 33), "groups": 2, "batch": 1}), (31, {"hw": 18, "groups": 8, "batch": 1}),
     ((1, 11), {"hw": (5, 21), "groups": 12}), ((11, 1), {"hw": (21, 5), "groups": 12}), ((7, 4), {"pad": 2}),

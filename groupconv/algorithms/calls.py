@@ -113,6 +113,15 @@ class Fused:
         return dx, dw
 
 
+def call_of_backward(pass_: str, launch: launcher.Launch, problem: ConvProblem, splits: int, dx_strides, dw_strides):
+    """How a backward pass calls a kernel of (dy, x, w, dx, part) that does dgrad, wgrad or both."""
+    if pass_ == "dgrad":
+        return Single(launch, problem.x_shape, dx_strides, lambda dy, w, dx: launch(dy, None, w, dx, None))
+    if pass_ == "wgrad":
+        return SplitK(launch, problem, splits, dw_strides, lambda dy, x, part: launch(dy, x, None, None, part))
+    return Fused(launch, problem, splits, dx_strides, dw_strides)
+
+
 def workspace(splits: int, shape, like: torch.Tensor) -> torch.Tensor:
     """fp32 memory for the partial sums of a weight of `shape`."""
     size = math.prod(shape)

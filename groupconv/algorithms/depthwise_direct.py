@@ -13,7 +13,7 @@ from ..cost import Tiling
 from ..devices import Target
 from ..kernels import depthwise_direct as kernels
 from ..problem import ConvProblem
-from .calls import Fused, Single, SplitK, align, emulate_bf16, index_64, named_strides, pixels_last, split_config
+from .calls import Single, align, call_of_backward, emulate_bf16, index_64, named_strides, pixels_last, split_config
 
 NAME = "depthwise_direct"
 BLOCKS = {"BLOCK_P": (1, 4096), "BLOCK_C": (1, 256)}
@@ -198,8 +198,4 @@ def prepare(problem: ConvProblem, pass_: str, config: dict, target: Target, stri
         "WANT_DX": pass_ != "wgrad", "WANT_DW": pass_ != "dgrad",
     }  # fmt: skip
     launch = launcher.Launch(kernel, (tiles, segments), scalars, **options)
-    if pass_ == "dgrad":
-        return Single(launch, problem.x_shape, dx, lambda dy, w, dx: launch(dy, None, w, dx, None))
-    if pass_ == "wgrad":
-        return SplitK(launch, problem, splits, dw, lambda dy, x, part: launch(dy, x, None, None, part))
-    return Fused(launch, problem, splits, dx, dw)
+    return call_of_backward(pass_, launch, problem, splits, dx, dw)

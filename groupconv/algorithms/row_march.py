@@ -14,7 +14,7 @@ from ..cost import Tiling, estimate
 from ..devices import Target
 from ..kernels import row_march as kernels
 from ..problem import ConvProblem
-from .calls import Fused, Single, SplitK, align, emulate_bf16, index_64, named_strides, pixels_last, split_config
+from .calls import Single, align, call_of_backward, emulate_bf16, index_64, named_strides, pixels_last, split_config
 
 NAME = "row_march"
 BLOCKS = {"BLOCK_P": (16, 512), "BLOCK_C": (16, 256), "BLOCK_S": (1, 16)}
@@ -345,8 +345,4 @@ def prepare(problem: ConvProblem, pass_: str, config: dict, target: Target, stri
         "WANT_DX": pass_ != "wgrad", "WANT_DW": pass_ != "dgrad",
     }  # fmt: skip
     launch = launcher.Launch(kernel, programs, scalars, **options)
-    if pass_ == "dgrad":
-        return Single(launch, problem.x_shape, dx, lambda dy, w, dx: launch(dy, None, w, dx, None))
-    if pass_ == "wgrad":
-        return SplitK(launch, problem, splits, dw, lambda dy, x, part: launch(dy, x, None, None, part))
-    return Fused(launch, problem, splits, dx, dw)
+    return call_of_backward(pass_, launch, problem, splits, dx, dw)
