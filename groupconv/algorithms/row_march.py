@@ -180,7 +180,7 @@ def _fits(problem: ConvProblem, pass_: str, config: dict, target: Target) -> boo
     march, size, warps = _march(problem, pass_), _size(problem, pass_, config), config["num_warps"]
     if _by_multiply_adds(problem, target):  # which have whole operands in registers
         smallest = (config["BLOCK_P"], config["BLOCK_C"], config["BLOCK_S"], warps) == (32, 16, 1, 4)
-        return smallest and pass_ != "backward" and _registers(problem, pass_, config, target) <= MOST_REGISTERS
+        return smallest and pass_ != "backward" and _registers(problem, pass_, config, target) <= MOST_REGISTERS // 2
     # The rows of a product, 16 to a warp.
     rows = [config["BLOCK_P"]] * (march.sums > 0) + [size.wide] * (march.held > 0)
     if min(rows) < 16 * warps or _shared(problem, pass_, config, target) > target.shared_bytes:
@@ -190,8 +190,11 @@ def _fits(problem: ConvProblem, pass_: str, config: dict, target: Target) -> boo
     ):  # columns of tensor memory, of which 512 are
         return False
     mma_sync = target.matrix_unit == "mma.sync"  # which has its operands in registers
-    registers = _registers(problem, pass_, config, target)
-    return registers <= MOST_REGISTERS - 30 * mma_sync and not _spills(problem, pass_, config, target)
+    long = problem.element_bytes == 4 and pass_ != "wgrad"  # the estimate was made for 2-byte types,
+    if long and size.wide > 32:  # and these weights pass through many registers
+        return False
+    most = MOST_REGISTERS - 30 * mma_sync - 25 * long
+    return _registers(problem, pass_, config, target) <= most and not _spills(problem, pass_, config, target)
 
 
 def _spills(problem: ConvProblem, pass_: str, config: dict, target: Target) -> bool:
@@ -199,9 +202,11 @@ def _spills(problem: ConvProblem, pass_: str, config: dict, target: Target) -> b
     if target.backend == "hip":
         return config["num_warps"] > 4 or (pass_ in ("fprop", "dgrad") and config["BLOCK_S"] > 1)
     if target.matrix_unit == "tcgen05":
-        long = pass_ == "backward" and config["num_stages"] > 2
-        return long or (problem.layout == "nchw" and config["BLOCK_P"] * config["BLOCK_C"] > 1024)
-    return target.matrix_unit == "mma.sync" and pass_ in ("wgrad", "backward") and config["BLOCK_P"] != 64
+        deep = pass_ == "backward" and config["num_stages"] > 2
+        return deep or (problem.layout == "nchw" and config["BLOCK_P"] * config["BLOCK_C"] > 1024)
+    if target.matrix_unit == "mma.sync" and pass_ in ("wgrad", "backward"):
+        return config["BLOCK_P"] != 64 or (problem.element_bytes == 4 and config["num_stages"] > 2)
+    return False
 
 
 @functools.lru_cache(256)  # `supports` and the plan both ask
