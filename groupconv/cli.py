@@ -1,14 +1,12 @@
-"""The command line: groupconv compile, groupconv report."""
+"""The command line: groupconv compile, report, tune and bench."""
 
 from __future__ import annotations
 
 import argparse
 import collections
-import os
-import subprocess
 import sys
 
-from . import __version__
+from . import __version__, children
 from .algorithms import REGISTRY
 from .configs import PLANNED
 
@@ -39,6 +37,12 @@ def main(argv: list[str] | None = None) -> int:
     report_module.add_arguments(report)
     report.set_defaults(run=report_module.run)
 
+    tune = commands.add_parser("tune", help="measure the fastest configurations on this GPU, and plan by them")
+    from .tuning import command as tune_module
+
+    tune_module.add_arguments(tune)
+    tune.set_defaults(run=tune_module.run)
+
     args = parser.parse_args(argv)
     try:
         return args.run(args)
@@ -48,10 +52,9 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _compile(args) -> int:
-    # Interpreted kernels cannot be compiled, and whether they are is settled when they are imported.
-    if os.environ.get("TRITON_INTERPRET"):
-        environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-        return subprocess.run([sys.executable, "-m", "groupconv.cli", *sys.argv[1:]], env=environment).returncode
+    status = children.rerun_compiling()
+    if status is not None:
+        return status
 
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn

@@ -11,6 +11,7 @@ import math
 import os
 import pathlib
 import warnings
+from collections.abc import Mapping
 
 from .algorithms import REGISTRY
 from .problem import PASSES, ConvProblem
@@ -20,7 +21,7 @@ PLANNED = (*PASSES, "backward")
 OPTIONS = ("num_warps", "num_stages")
 KEY_FIELDS = tuple(ConvProblem(1, 1, 1, 1, 1, 1, 1).config_key("fprop"))
 # Fields in which a measurement may differ and still speak for a problem; all others must be equal.
-SCALED_FIELDS = ("groups_bucket", "m_bucket")
+SCALED_FIELDS = ("groups_bucket", "m_bucket", "map_bucket")
 FARTHEST = 4.0  # of a nearest entry, in powers of two
 
 
@@ -30,13 +31,28 @@ class DamagedFile(ValueError):
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-    """A measurement: the fastest algorithm of a problem class, beside F.conv2d's time. Times in microseconds."""
+    """A measurement: the fastest algorithm of a problem class, beside F.conv2d's time. Times in microseconds.
+
+    algorithm: "torch" where no kernel of ours gave right numbers. torch_time_us: None where F.conv2d failed.
+    """
 
     key: dict
     algorithm: str
     config: dict
     time_us: float
-    torch_time_us: float
+    torch_time_us: float | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Calibration:
+    """What measurements of a device say of the model, for its problems that nobody measured.
+
+    ours: measured over modelled time, by "ALGORITHM PASS". torch: F.conv2d's time over `cost.torch_floor_us`, by
+    "WIDTH_CLASS PASS".
+    """
+
+    ours: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    torch: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,6 +62,8 @@ class DeviceFile:
     path: str
     device: str
     entries: tuple[Entry, ...]
+    calibration: Calibration
+    stale: int  # entries left out, because kernels have changed since
 
     def lookup(self, problem: ConvProblem, pass_: str) -> tuple[Entry, str] | None:
         """(entry, "exact") or the ("nearest") one in log space with every discrete field equal; None if none is."""
@@ -78,14 +96,26 @@ def kernels_sha256() -> dict[str, str]:
     return {name: hashlib.sha256(text).hexdigest() for name, text in sources if name != "__init__.py"}
 
 
+SHARED_KERNELS = ("reduce.py", "tiles.py")  # what every algorithm's kernels are made of, beside their own file
+
+
 def parse_device(text: str, path: str) -> DeviceFile:
-    """Read a device's file; DamagedFile names what is wrong with it."""
+    """Read a device's file; DamagedFile names what is wrong with it.
+
+    Entries that were measured with other kernels than there are now are left out, and counted.
+    """
     data = _object(text, path)
     _require(isinstance(data.get("device"), str), path, "device must be a string")
-    stale = {name for name, sha in kernels_sha256().items() if data.get("kernels_sha256", {}).get(name) != sha}
-    _require(not stale, path, f"measured with another version of {', '.join(sorted(stale))}")
+    measured_with = data.get("kernels_sha256", {})
+    _require(isinstance(measured_with, dict), path, "kernels_sha256 must be an object")
+    now = kernels_sha256()
+    changed = {name for name in {*now, *measured_with} if measured_with.get(name) != now.get(name)}
+
+    def outdated(algorithm: str) -> bool:
+        return bool(changed.intersection((f"{algorithm}.py", *SHARED_KERNELS)))
+
     _require(isinstance(data.get("entries"), list), path, "entries must be a list")
-    entries = []
+    entries, stale = [], 0
     for number, raw in enumerate(data["entries"]):
         where = f"entry {number}"
         _require(isinstance(raw, dict) and isinstance(raw.get("key"), dict), path, f"{where} has no key")
@@ -97,12 +127,22 @@ def parse_device(text: str, path: str) -> DeviceFile:
         _require(isinstance(raw.get("algorithm"), str), path, f"{where} has no algorithm")
         if raw["algorithm"] in REGISTRY:  # plans pass over the entries of others
             _check_config(raw["algorithm"], raw.get("config"), path, where)
-        for field in ("time_us", "torch_time_us"):
-            time = raw.get(field)
-            good = isinstance(time, (int, float)) and math.isfinite(time) and time > 0
-            _require(good, path, f"{where}: {field} must be a positive number")
-        entries.append(Entry(key, raw["algorithm"], raw["config"], float(raw["time_us"]), float(raw["torch_time_us"])))
-    return DeviceFile(path, data["device"], tuple(entries))
+        time, torch_time = raw.get("time_us"), raw.get("torch_time_us")
+        _require(_positive(time), path, f"{where}: time_us must be a positive number")
+        failed = torch_time is None and "torch_time_us" in raw
+        _require(failed or _positive(torch_time), path, f"{where}: torch_time_us must be a positive number or null")
+        if outdated(raw["algorithm"]):
+            stale += 1
+        else:
+            entries.append(Entry(key, raw["algorithm"], raw.get("config") or {}, time, torch_time))
+    calibration = data.get("calibration", {})
+    _require(isinstance(calibration, dict), path, "calibration must be an object")
+    for name in ("ours", "torch"):
+        factors = calibration.get(name, {})
+        good = isinstance(factors, dict) and all(_positive(factor) for factor in factors.values())
+        _require(good, path, f"calibration: {name} must hold positive numbers by name")
+    ours = {name: f for name, f in calibration.get("ours", {}).items() if not outdated(name.split()[0])}
+    return DeviceFile(path, data["device"], tuple(entries), Calibration(ours, calibration.get("torch", {})), stale)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -166,6 +206,11 @@ def _require(condition: bool, path: str, rule: str) -> None:
         raise DamagedFile(f"{path}: {rule}")
 
 
+def _positive(value) -> bool:
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return number and math.isfinite(value) and value > 0
+
+
 def _positive_int(value) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value > 0
 
@@ -185,11 +230,13 @@ def _check_config(algorithm: str, config, path: str, where: str) -> None:
 
 
 def user_folder() -> pathlib.Path:
-    """Where a user's own files lie, read before the shipped ones: GROUPCONV_CONFIG_DIR, or the XDG folder."""
+    """Where a user's own files lie, read before the shipped ones: GROUPCONV_CONFIG_DIR, or as the platform has it."""
     named = os.environ.get("GROUPCONV_CONFIG_DIR")
     if named:
         return pathlib.Path(named)
-    return pathlib.Path(os.environ.get("XDG_CONFIG_HOME") or pathlib.Path.home() / ".config") / "groupconv"
+    import platformdirs
+
+    return platformdirs.user_config_path("groupconv", appauthor=False)
 
 
 @functools.cache
@@ -202,7 +249,14 @@ def device_files(slug: str) -> tuple[DeviceFile, ...]:
         try:
             if not file.is_file():
                 continue
-            found.append(parse_device(file.read_text(encoding="utf-8"), str(file)))
+            read = parse_device(file.read_text(encoding="utf-8"), str(file))
+            found.append(read)
+            if read.stale:
+                warnings.warn(
+                    f"groupconv: {file}: skipping {read.stale} entries that were measured with other kernels; "
+                    "`groupconv tune` measures anew",
+                    stacklevel=2,
+                )
         except (DamagedFile, OSError, UnicodeDecodeError) as error:
             warnings.warn(f"groupconv: skipping a configuration file: {error}", stacklevel=2)
     return tuple(found)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from .problem import ConvProblem
@@ -31,6 +32,10 @@ class Estimate:
     time_us: float
     bound: str
     score: float
+
+    def scaled(self, factor: float) -> Estimate:
+        """The estimate with its times multiplied, by what measurements say."""
+        return Estimate(self.time_us * factor, self.bound, self.score * factor)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,14 +96,33 @@ TORCH_OVER_FLOOR = {
 }
 
 
-def torch_prior_us(problem: ConvProblem, pass_: str, target: Target) -> float:
-    """A modelled time of F.conv2d for devices and layers that nobody measured: a prior over the floor, no more."""
-    width = max(problem.cin_g, problem.cout_g)
+def width_class(problem: ConvProblem) -> str:
+    """How a layer is grouped, as F.conv2d's time goes by it: "depthwise", "narrow" (up to 32 channels) or "wide"."""
+    if problem.cin_g == 1:
+        return "depthwise"
+    # cuDNN is at home without groups.
+    return "narrow" if max(problem.cin_g, problem.cout_g) <= 32 and problem.groups > 1 else "wide"
+
+
+def torch_floor_us(problem: ConvProblem, pass_: str, target: Target) -> float:
+    """What F.conv2d's time is a multiple of: for depthwise layers its kernels multiply without matrix units."""
+    floor = floor_us(problem, pass_, target)
+    if width_class(problem) == "depthwise":
+        floor = max(floor, problem.flops(pass_) / (target.matrix_rate("fp32") * 1e6))
+    return floor
+
+
+def torch_prior_us(problem: ConvProblem, pass_: str, target: Target, measured: Mapping[str, float] | None = None):
+    """A modelled time of F.conv2d for layers that nobody measured: a prior over the floor, no more.
+
+    measured: the multiples found on this device for some of its "WIDTH_CLASS PASS", which take the place of
+    TORCH_OVER_FLOOR's.
+    """
     if pass_ == "backward":
-        return torch_prior_us(problem, "dgrad", target) + torch_prior_us(problem, "wgrad", target)
-    narrow = width <= 32 and problem.groups > 1  # cuDNN is at home without groups
-    kind = "depthwise" if problem.cin_g == 1 else "narrow" if narrow else "wide"
-    time = TORCH_OVER_FLOOR[kind][pass_] * floor_us(problem, pass_, target)
-    if kind == "depthwise":  # neither PyTorch's nor cuDNN's kernels use matrix units
-        time = max(time, problem.flops(pass_) / (target.matrix_rate("fp32") * 1e6))
-    return time + LAUNCH_US
+        return sum(torch_prior_us(problem, part, target, measured) for part in ("dgrad", "wgrad"))
+    kind = width_class(problem)
+    found = (measured or {}).get(f"{kind} {pass_}")
+    if found is not None:
+        return found * torch_floor_us(problem, pass_, target)
+    prior = TORCH_OVER_FLOOR[kind][pass_] * floor_us(problem, pass_, target)
+    return max(prior, torch_floor_us(problem, pass_, target)) + LAUNCH_US

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 
 from . import configs, cost
 from .algorithms import REGISTRY
@@ -134,25 +135,62 @@ def plan_pass(
             continue
         entry, tier = found
         times = (entry.time_us, entry.torch_time_us, "measured")
-        if not forced and entry.torch_time_us <= entry.time_us:
-            reason = f"F.conv2d measured {entry.torch_time_us:.1f} us, {entry.algorithm} {entry.time_us:.1f} us"
+        by_torch = "failed" if entry.torch_time_us is None else f"{entry.torch_time_us:.1f} us"
+        if not forced and entry.torch_time_us is not None and entry.torch_time_us <= entry.time_us:
+            reason = f"F.conv2d measured {by_torch}, {entry.algorithm} {entry.time_us:.1f} us"
             return made("torch", None, tier, reason, *times)
         if entry.algorithm in able:
-            reason = f"measured {entry.time_us:.1f} us, F.conv2d {entry.torch_time_us:.1f} us ({file.path})"
-            return made(entry.algorithm, entry.config, tier, reason, *times)
+            config = _fitting(problem, pass_, target, entry)
+            reason = f"measured {entry.time_us:.1f} us, F.conv2d {by_torch} ({file.path})"
+            if config is not entry.config:
+                reason += "; its configuration does not fit this problem, so the model chose"
+            return made(entry.algorithm, config, tier, reason, *times)
 
-    name, config, estimate = best(problem, pass_, target, able)
-    prior = cost.torch_prior_us(problem, pass_, target)
+    calibration = _calibration(target)
+    name, config, estimate = best(problem, pass_, target, able, calibration.ours)
+    prior = cost.torch_prior_us(problem, pass_, target, calibration.torch)
     compared = f"modelled {estimate.time_us:.1f} us (bound by {estimate.bound}), F.conv2d's prior {prior:.1f} us"
+    if calibration.ours or calibration.torch:
+        compared += f", both as calibrated on {target.slug}"
     if not forced and prior <= estimate.time_us:
         return made("torch", None, "modelled", f"{name} {compared}", estimate.time_us, prior)
-    reason = f"{compared}; nothing measured on {target.slug}"
+    reason = f"{compared}; nothing like it measured on {target.slug}"
     return made(name, config, "modelled", reason, estimate.time_us, prior)
 
 
-def best(problem: ConvProblem, pass_: str, target: Target, names: list[str]) -> tuple[str, dict, cost.Estimate]:
-    """`modelled` of the fastest of some algorithms."""
-    return min((modelled(problem, pass_, target, name) for name in names), key=lambda choice: choice[2].score)
+def _fitting(problem: ConvProblem, pass_: str, target: Target, entry: configs.Entry) -> dict:
+    """The configuration of an entry, or the model's choice for its algorithm where that is no good for this problem.
+
+    The problems of a class differ in what a configuration's registers and shared memory depend on.
+    """
+    if entry.config in contenders(problem, pass_, target, entry.algorithm):
+        return entry.config
+    return modelled(problem, pass_, target, entry.algorithm)[1]
+
+
+def contenders(problem: ConvProblem, pass_: str, target: Target, name: str) -> list[dict]:
+    """The configurations of an algorithm that can serve a problem: its candidates, and the shipped default."""
+    found = REGISTRY[name].candidates(problem, pass_, target)
+    default = configs.modelled(name, problem, pass_, target.arch_name)
+    return found if default is None or default.config in found else [default.config, *found]
+
+
+def _calibration(target: Target) -> configs.Calibration:
+    """That of the first file of the device that has one."""
+    found = (file.calibration for file in configs.device_files(target.slug))
+    return next((c for c in found if c.ours or c.torch), configs.Calibration())
+
+
+def best(
+    problem: ConvProblem, pass_: str, target: Target, names: list[str], calibration: Mapping[str, float] | None = None
+) -> tuple[str, dict, cost.Estimate]:
+    """`modelled` of the fastest of some algorithms; its times multiplied by what `calibration` has for an algorithm."""
+    found = []
+    for name in names:
+        _, config, estimate = modelled(problem, pass_, target, name)
+        factor = (calibration or {}).get(f"{name} {pass_}", 1.0)
+        found.append((name, config, estimate.scaled(factor)))
+    return min(found, key=lambda choice: choice[2].score)
 
 
 def modelled(problem: ConvProblem, pass_: str, target: Target, name: str) -> tuple[str, dict, cost.Estimate]:

@@ -152,6 +152,7 @@ class ConvProblem:
             "dilation": list(self.dilation),
             "groups_bucket": bucket(self.groups),
             "m_bucket": bucket(self.out_pixels),
+            "map_bucket": bucket(self.h_out * self.w_out),
         }
 
     def __str__(self) -> str:

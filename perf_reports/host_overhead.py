@@ -9,7 +9,8 @@ from __future__ import annotations
 import contextlib
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +18,7 @@ import torch.nn.functional as F
 from .. import ops, stub_driver
 from ..api import triton_conv
 
+FIELDS = ("utc", "commit", "gpu", "driver", "torch", "triton", "cudnn", "kind", "step", "mode", "provider", "us")
 REPEATS, CALLS = 30, 200
 LAYERS = 10  # of a chain: the engine is entered once for a whole network, not once a layer
 
@@ -50,28 +52,48 @@ def microseconds(call: Callable[[], object], synchronize: Callable[[], object], 
     return min(times)
 
 
-def measure(device: str) -> dict[str, float]:
-    """Microseconds by step, of a small layer whose device time stays under its host time."""
-    synchronize = torch.cuda.synchronize if device == "cuda" else lambda: None
-    options = {"device": device, "dtype": torch.bfloat16}
+def rows() -> Iterator[dict]:
+    """Rows of FIELDS but the environment: the mean host time of a call, of a small layer whose device time stays under
+    it. With a GPU also F.conv2d's, compiled ones and a captured graph's replay; without one, launches run nothing.
+    """
+    on_gpu = torch.cuda.is_available()
+    with contextlib.nullcontext() if on_gpu else stub_driver.active("sm_90"):
+        yield from _eager("cuda" if on_gpu else "cpu")
+        if on_gpu:
+            yield from _compiled_and_graph()
+
+
+def _tensors(device: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    options: dict[str, Any] = {"device": device, "dtype": torch.bfloat16}
     x = torch.randn(2, 32, 8, 8, **options).contiguous(memory_format=torch.channels_last)
     w = torch.randn(32, 4, 3, 3, **options).contiguous(memory_format=torch.channels_last)
-    bias = torch.randn(32, **options)
+    return x, w, torch.randn(32, **options)
+
+
+def _row(step: str, mode: str, provider: str, us: float) -> dict:
+    return {"step": step, "mode": mode, "provider": provider, "us": us}
+
+
+def _eager(device: str) -> Iterator[dict]:
+    synchronize = torch.cuda.synchronize if device == "cuda" else lambda: None
+    x, w, bias = _tensors(device)
     arguments = (w, bias, 1, 1, 1, 8)
-    providers = {
+    providers: dict[str, Callable] = {
         "triton_conv": lambda x: triton_conv(x, *arguments, backend="triton"),
         "autograd.Function that computes nothing": lambda x: _Nothing.apply(x, w, bias),
     }
     if device == "cuda":
         providers["F.conv2d"] = lambda x: F.conv2d(x, *arguments)
-    found = {"plan lookup": microseconds(lambda: ops.lookup(x, *arguments, "triton"), synchronize)}
+    lookup = microseconds(lambda: ops.lookup(x, *arguments, "triton"), synchronize)
+    yield _row("plan lookup", "eager", "triton_conv", lookup)
     with torch.no_grad():
         for name, call in providers.items():
-            found[f"{name}: forward without gradients"] = microseconds(lambda call=call: call(x), synchronize)
+            time_us = microseconds(lambda call=call: call(x), synchronize)
+            yield _row("forward without gradients", "eager", name, time_us)
     leaves = [tensor.requires_grad_() for tensor in (x, w, bias)]
     for name, call in providers.items():
         dy = torch.randn_like(call(x))
-        found[f"{name}: forward"] = microseconds(lambda call=call: call(x), synchronize)
+        yield _row("forward", "eager", name, microseconds(lambda call=call: call(x), synchronize))
 
         def step(layers, call=call, dy=dy):
             y = x
@@ -79,21 +101,37 @@ def measure(device: str) -> dict[str, float]:
                 y = call(y)
             return torch.autograd.grad(y, leaves, dy)
 
-        found[f"{name}: forward and backward"] = microseconds(lambda step=step: step(1), synchronize)
+        both = microseconds(lambda step=step: step(1), synchronize)
+        yield _row("forward and backward", "eager", name, both)
         chain = microseconds(lambda step=step: step(LAYERS), synchronize, calls=CALLS // LAYERS)
-        found[f"{name}: forward and backward, a layer of {LAYERS}"] = chain / LAYERS
-    return found
+        yield _row(f"forward and backward, a layer of {LAYERS}", "eager", name, chain / LAYERS)
+
+
+def _compiled_and_graph() -> Iterator[dict]:
+    x, w, bias = _tensors("cuda")
+    arguments = (w, bias, 1, 1, 1, 8)
+    calls: dict[str, Callable] = {
+        "triton_conv": lambda x: triton_conv(x, *arguments, backend="triton"),
+        "F.conv2d": lambda x: F.conv2d(x, *arguments),
+    }
+    with torch.no_grad():
+        for name, call in calls.items():
+            compiled = torch.compile(call, dynamic=False, fullgraph=True)
+            time_us = microseconds(lambda compiled=compiled: compiled(x), torch.cuda.synchronize)
+            yield _row("forward without gradients", "compiled", name, time_us)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                call(x)
+            yield _row("forward without gradients", "graph", name, microseconds(graph.replay, torch.cuda.synchronize))
 
 
 def main() -> int:
     """Print the table."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    with contextlib.nullcontext() if device == "cuda" else stub_driver.active("sm_90"):
-        found = measure(device)
-    where = torch.cuda.get_device_name() if device == "cuda" else "no GPU: launches run nothing"
+    where = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU: launches run nothing"
     print(f"host time a call, us ({where}; torch {torch.__version__})")
-    for name, time_us in found.items():
-        print(f"  {name:75} {time_us:7.1f}")
+    for row in rows():
+        what = f"{row['provider']}, {row['mode']}: {row['step']}"
+        print(f"  {what:85} {row['us']:7.1f}")
     return 0
 
 

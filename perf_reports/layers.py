@@ -16,27 +16,75 @@ QUICK_GROUPS = (4, 32)
 KERNELS = (1, 3, 5, 7, 9, 11, 13, 17, 21, 27, 31)
 QUICK_KERNELS = (3, 7)
 QUICK_STEP = 16  # of a list of layers, every 16th
+DTYPES = ("bf16", "fp16", "fp32", "tf32")
+LAYOUTS = ("nhwc", "nchw")
 COLUMNS = (
     "name", "N", "C_in", "H", "W", "C_out", "KH", "KW", "stride_h", "stride_w", "pad_h", "pad_w", "dil_h", "dil_w",
     "groups",
 )  # fmt: skip
 
 
-def make(args: argparse.Namespace) -> list[Layer]:
-    """The layers that the arguments of `groupconv report` ask for; ValueError where they make no convolution."""
+def add_arguments(parser: argparse.ArgumentParser, default: str) -> None:
+    """The options that name layers. default: what --layers is without them."""
+    add = parser.add_argument
+    add("--groups", type=int, nargs="+", metavar="G", help="group counts (default: 1 2 4 ... 128)")
+    add("--channels", type=int, nargs="+", default=[128], metavar="C", help="input channels, output channels")
+    add("--batch", type=int, metavar="N", help="images (default: 128; 64 across kernel sizes)")
+    add("--size", type=int, nargs="+", metavar="H", help="height, width (default: 56, of --model its own)")
+    add("--kernel", type=int, nargs="+", metavar="K", help="kernel height, width (default: 3)")
+    add("--kernels", type=int, nargs="+", metavar="K", help="with --layers kernels: sizes (default: 1 3 5 ... 31)")
+    add("--stride", type=int, nargs="+", default=[1], metavar="S", help="vertical, horizontal stride (default: 1)")
+    add("--padding", type=int, nargs="+", metavar="P", help="vertical, horizontal (default: half the kernel)")
+    add(
+        "--layers", default=default, metavar="LAYERS",
+        help='"groups" for the layer of the options above across --groups, "kernels" for a depthwise one across kernel '
+        'sizes, "suite" for 65 layers of published models, "all" for groups and suite, or a CSV with the columns of '
+        f"suite.csv (default: {default})",
+    )  # fmt: skip
+    add("--model", metavar="PACKAGE:NAME", help="the grouped layers of timm:NAME or torchvision:NAME instead")
+    add("--quick", action="store_true", help="fewer group counts, kernel sizes or layers, for a smoke test")
+
+
+def make(args: argparse.Namespace, dtype: str, layout: str) -> list[Layer]:
+    """The layers that the options of `add_arguments` ask for; ValueError where they make no convolution."""
+    if args.model is not None:
+        return _of_model(args, dtype, layout)
     if args.layers == "kernels":
-        return _across_kernels(args)
+        return _across_kernels(args, dtype, layout)
     if args.kernels:
         raise ValueError(f"--kernels: {_listed(args.kernels)} is for --layers kernels, not --layers {args.layers}")
     if args.layers == "groups":
-        return _across_groups(args)
+        return _across_groups(args, dtype, layout)
+    if args.layers == "all":
+        found = suite(dtype, layout)
+        return [*_across_groups(args, dtype, layout), *(found[::QUICK_STEP] if args.quick else found)]
     if args.groups:
-        raise ValueError("--groups: a list of layers has its own group counts")
-    found = suite(args.dtype, args.layout) if args.layers == "suite" else _of_file(args)
+        raise ValueError("--groups: a list of layers has its own group counts; --layers groups takes these")
+    found = suite(dtype, layout) if args.layers == "suite" else _of_file(args.layers, dtype, layout)
     return found[::QUICK_STEP] if args.quick else found
 
 
-def _across_groups(args: argparse.Namespace) -> list[Layer]:
+def variants(layers: list[Layer], dtypes: list[str], layouts: list[str]) -> list[Layer]:
+    """The layers in every dtype and layout, one dtype and layout after the other."""
+    return [
+        Layer(layer.name, dataclasses.replace(layer.problem, dtype=dtype, layout=layout, out_layout=layout))
+        for dtype in dtypes
+        for layout in layouts
+        for layer in layers
+    ]
+
+
+def _of_model(args: argparse.Namespace, dtype: str, layout: str) -> list[Layer]:
+    from . import networks
+
+    if args.groups or args.kernels:
+        raise ValueError(f"--model: {args.model} has its own groups and kernels")
+    size = None if args.size is None else _pair(args.size, "--size")[0]
+    found = networks.layers(args.model, 128 if args.batch is None else args.batch, size, dtype, layout)
+    return found[::QUICK_STEP] if args.quick else found
+
+
+def _across_groups(args: argparse.Namespace, dtype: str, layout: str) -> list[Layer]:
     c_in, c_out = _pair(args.channels, "--channels")
     kh, kw = _pair(args.kernel or [3], "--kernel")
     groups = args.groups
@@ -48,11 +96,11 @@ def _across_groups(args: argparse.Namespace) -> list[Layer]:
         for channels, which in ((c_in, "input"), (c_out, "output")):
             if channels % count:
                 raise ValueError(f"--groups: {count} does not divide the {channels} {which} channels")
-    problem = _problem(args, kh, kw, batch=128)
+    problem = _problem(args, kh, kw, 128, dtype, layout)
     return [Layer(f"g{count}", dataclasses.replace(problem, groups=count)) for count in sorted(set(groups))]
 
 
-def _across_kernels(args: argparse.Namespace) -> list[Layer]:
+def _across_kernels(args: argparse.Namespace, dtype: str, layout: str) -> list[Layer]:
     for option, values in (("--groups", args.groups), ("--kernel", args.kernel)):
         if values:
             raise ValueError(f"{option}: {_listed(values)} is not for --layers kernels: depthwise, by --kernels")
@@ -62,19 +110,19 @@ def _across_kernels(args: argparse.Namespace) -> list[Layer]:
     sizes = sorted(set(args.kernels or (QUICK_KERNELS if args.quick else KERNELS)))
     for size in sizes:
         _pair([size], "--kernels")
-    problems = [_problem(args, size, size, batch=64) for size in sizes]
+    problems = [_problem(args, size, size, 64, dtype, layout) for size in sizes]
     return [Layer(f"k{problem.kh}", dataclasses.replace(problem, groups=c_in)) for problem in problems]
 
 
-def _problem(args: argparse.Namespace, kh: int, kw: int, batch: int) -> ConvProblem:
+def _problem(args: argparse.Namespace, kh: int, kw: int, batch: int, dtype: str, layout: str) -> ConvProblem:
     """The layer of the options, ungrouped. `batch`: where the options have none."""
-    (c_in, c_out), (height, width) = _pair(args.channels, "--channels"), _pair(args.size, "--size")
+    (c_in, c_out), (height, width) = _pair(args.channels, "--channels"), _pair(args.size or [56], "--size")
     stride = _pair(args.stride, "--stride")
     pad_h, pad_w = (kh // 2, kw // 2) if args.padding is None else _pair(args.padding, "--padding", least=0)
     images, _ = _pair([batch if args.batch is None else args.batch], "--batch")
     problem = ConvProblem(
         images, c_in, height, width, c_out, kh, kw, stride, (pad_h, pad_h, pad_w, pad_w),
-        dtype=args.dtype, layout=args.layout, out_layout=args.layout,
+        dtype=dtype, layout=layout, out_layout=layout,
     )  # fmt: skip
     if min(problem.h_out, problem.w_out) < 1:
         raise ValueError(f"--size: a {kh}x{kw} kernel does not fit {height}x{width} pixels with this padding")
@@ -100,11 +148,23 @@ def suite(dtype: str, layout: str) -> list[Layer]:
     return _parsed(text, "suite", dtype, layout)
 
 
-def _of_file(args: argparse.Namespace) -> list[Layer]:
-    path = pathlib.Path(args.layers)
+def _of_file(name: str, dtype: str, layout: str) -> list[Layer]:
+    path = pathlib.Path(name)
     if not path.is_file():
-        raise ValueError(f'--layers: {args.layers!r} is not "groups", "kernels", "suite" or a CSV file that exists')
-    return _parsed(path.read_text(encoding="utf-8"), args.layers, args.dtype, args.layout)
+        raise ValueError(f'--layers: {name!r} is not "groups", "kernels", "suite" or a CSV file that exists')
+    return _parsed(path.read_text(encoding="utf-8"), name, dtype, layout)
+
+
+def _size(text: str | None, where: str, column: str) -> int:
+    """A number of a CSV."""
+    least = 0 if column.startswith("pad_") else 1
+    try:
+        size = int(text or "")
+    except ValueError:
+        raise ValueError(f"{where}, column {column}: {text!r} is not a whole number") from None
+    if size < least:
+        raise ValueError(f"{where}, column {column}: {size} is not {'zero or more' if least == 0 else 'positive'}")
+    return size
 
 
 def _parsed(text: str, name: str, dtype: str, layout: str) -> list[Layer]:
@@ -115,12 +175,8 @@ def _parsed(text: str, name: str, dtype: str, layout: str) -> list[Layer]:
     layers: list[Layer] = []
     for number, line in enumerate(reader, start=2):
         where = f"--layers: {name}, line {number}"
-        try:
-            batch, c_in, h, w, c_out, kh, kw, sh, sw, ph, pw, dh, dw, groups = (int(line[c]) for c in COLUMNS[1:])
-        except (TypeError, ValueError):
-            raise ValueError(f"{where}: a size is not a whole number") from None
-        if min(batch, c_in, h, w, c_out, kh, kw, sh, sw, dh, dw, groups) < 1 or min(ph, pw) < 0:
-            raise ValueError(f"{where}: a size is not positive")
+        sizes = [_size(line[column], where, column) for column in COLUMNS[1:]]
+        batch, c_in, h, w, c_out, kh, kw, sh, sw, ph, pw, dh, dw, groups = sizes
         if c_in % groups or c_out % groups:
             raise ValueError(f"{where}: {groups} groups do not divide {c_in} and {c_out} channels")
         problem = ConvProblem(

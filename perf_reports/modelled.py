@@ -7,9 +7,9 @@ from collections.abc import Generator
 from concurrent.futures import Future
 
 from .. import cost, dispatch
+from ..children import Children, problem_json
 from ..devices import Target
-from .children import Children, problem_json
-from .numerics import shrunk
+from .interpreted import shrunk
 from .passes import reported, taken
 from .rows import Layer, Timing, layer_row, limit_row, timing_fields
 
@@ -27,8 +27,8 @@ def rows(layers: list[Layer], target: Target, narrow: bool = False) -> Generator
     dtype = layers[0].problem.dtype
     yield limit_row("copy_limit", dtype, target.copy_gbps, target.source)
     yield limit_row("matrix_limit", dtype, target.matrix_rate(dtype), target.source)
-    interpreter = Children("groupconv.perf_reports.numerics", interpret=True)
-    compiler = Children("groupconv.perf_reports.compiled", interpret=False)
+    interpreter = Children("groupconv.perf_reports.interpreted", interpret=True)
+    compiler = Children("groupconv.compiled", interpret=False)
     with interpreter, compiler:
         pending: list[tuple[dict, Future[dict] | None, Future[dict] | None]] = []
         for layer in layers:

@@ -5,12 +5,17 @@ from __future__ import annotations
 import csv
 import dataclasses
 import datetime
+import importlib.util
+import io
 import json
+import math
 import os
 import pathlib
+import shutil
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from typing import IO
 
 import torch
 import triton
@@ -128,6 +133,19 @@ def timing_fields(problem: ConvProblem, pass_: str, timing: Timing, floor_us: fl
     }
 
 
+def check_budget(seconds: float | None) -> None:
+    """ValueError for a --budget-seconds that is none."""
+    if seconds is not None and not (math.isfinite(seconds) and seconds > 0):
+        raise ValueError(f"--budget-seconds: {seconds} is not a positive number")
+
+
+def check_installed(*packages: str) -> None:
+    """ValueError for packages that the commands need and the library does not."""
+    for package in packages:
+        if importlib.util.find_spec(package) is None:
+            raise ValueError(f"{package} is not installed: pip install 'groupconv[report]'")
+
+
 class Deadline:
     """A time budget; None never ends."""
 
@@ -139,16 +157,34 @@ class Deadline:
     def passed(self) -> bool:
         return self._end is not None and self._clock() >= self._end
 
+    @property
+    def left(self) -> float | None:
+        """Seconds, not below 0; None of a budget that never ends."""
+        return None if self._end is None else max(0.0, self._end - self._clock())
+
 
 class Writer:
-    """A CSV that holds every row from the moment it is appended. An earlier file of the name is replaced."""
+    """A CSV that holds every row from the moment it is appended. An earlier file of the name is replaced.
 
-    def __init__(self, path: pathlib.Path, common: dict[str, str]):
-        self.rows: list[dict[str, str]] = []
-        self._common = common
-        write_atomically(path, ",".join(FIELDS) + "\n")
+    common: fields of every row. kept: rows of the earlier file to begin with.
+    """
+
+    def __init__(
+        self, path: pathlib.Path, common: dict[str, str], fields: Sequence[str] = FIELDS,
+        kept: Sequence[dict[str, str]] = (),
+    ):  # fmt: skip
+        self.rows: list[dict[str, str]] = list(kept)
+        self._common, self._fields = common, fields
+        begun = io.StringIO(newline="")
+        self._csv = self._writer(begun)
+        self._csv.writeheader()
+        self._csv.writerows(kept)
+        write_atomically(path, begun.getvalue())
         self._file = path.open("a", encoding="utf-8", newline="")
-        self._csv = csv.DictWriter(self._file, FIELDS, restval="", lineterminator="\n")
+        self._csv = self._writer(self._file)
+
+    def _writer(self, file: IO[str]) -> csv.DictWriter:
+        return csv.DictWriter(file, self._fields, restval="", lineterminator="\n")
 
     def append(self, row: dict) -> None:
         utc = datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")
@@ -156,7 +192,7 @@ class Writer:
         self._csv.writerow(written)
         self._file.flush()
         os.fsync(self._file.fileno())
-        self.rows.append({name: written.get(name, "") for name in FIELDS})
+        self.rows.append({name: written.get(name, "") for name in self._fields})
 
     def __enter__(self) -> Writer:
         return self
@@ -173,11 +209,11 @@ def _text(value) -> str:
     return json.dumps(value, sort_keys=True) if isinstance(value, dict) else str(value)
 
 
-def read(path: pathlib.Path) -> list[dict[str, str]]:
-    """The rows of a report's CSV; a last line that a kill cut short is left out."""
+def read(path: pathlib.Path, fields: Sequence[str] = FIELDS) -> list[dict[str, str]]:
+    """The rows of a CSV with these fields; a last line that a kill cut short is left out."""
     with path.open(encoding="utf-8", newline="") as file:
         reader = csv.DictReader(file)
-        missing = set(FIELDS) - set(reader.fieldnames or ())
+        missing = set(fields) - set(reader.fieldnames or ())
         if missing:
             raise ValueError(f"{path.name}: not a report's CSV: no column {', '.join(sorted(missing))}")
         return [row for row in reader if None not in row.values()]
@@ -200,3 +236,13 @@ def write_atomically(path: pathlib.Path, text: str) -> None:
     partial = path.with_name(f".{path.name}.partial")
     partial.write_text(text, encoding="utf-8")
     os.replace(partial, path)
+
+
+def put_aside(path: pathlib.Path) -> None:
+    """Keep a copy of a file under a name that nothing reads, and nothing has; the file may then be written anew."""
+    now = datetime.datetime.now(datetime.timezone.utc).strftime("%Y%m%dT%H%M%SZ")
+    aside, number = path.with_name(f"{path.name}.{now}.old"), 0
+    while aside.exists():
+        number += 1
+        aside = path.with_name(f"{path.name}.{now}.{number}.old")
+    shutil.copy2(path, aside)

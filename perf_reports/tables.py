@@ -19,11 +19,11 @@ import triton
 
 from .. import cost, devices, dispatch
 from ..algorithms import REGISTRY, able
+from ..children import Children, problem_json
 from ..configs import PLANNED
 from ..devices import Target
 from ..problem import ConvProblem
-from . import layers, report
-from .children import Children, problem_json
+from . import layers
 from .rows import Layer, write_atomically
 from .text import markdown_table, number
 
@@ -70,10 +70,10 @@ class Subject:
 
 def depthwise_examples() -> list[Layer]:
     parser = argparse.ArgumentParser()
-    report.add_arguments(parser)
-    sweep = ["--layers", "kernels", "--kernels", *map(str, KERNELS), "--dtype", DTYPE, "--layout"]
+    layers.add_arguments(parser, "kernels")
+    sweep = parser.parse_args(["--kernels", *map(str, KERNELS)])
     found: list[Layer] = []
-    for both in zip(*(layers.make(parser.parse_args([*sweep, layout])) for layout in LAYOUTS), strict=True):
+    for both in zip(*(layers.make(sweep, DTYPE, layout) for layout in LAYOUTS), strict=True):
         found += both
     return found + [layer for layer in SUBJECTS["depthwise"].suite() if layer.name == SMALL_MAP]
 
@@ -232,7 +232,7 @@ def code_cells(row: Planned, answer: dict) -> list[str]:
 
 def compile_all(rows: list[Planned], target: Target, processes: int) -> Iterator[dict]:
     """The compiler's answers, in the rows' order."""
-    with Children("groupconv.perf_reports.compiled", interpret=False, count=processes) as compiler:
+    with Children("groupconv.compiled", interpret=False, count=processes) as compiler:
         jobs = [
             {
                 "problem": problem_json(row.layer.problem), "pass": row.pass_, "algorithm": row.algorithm,

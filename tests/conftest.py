@@ -1,11 +1,14 @@
 """What every test starts from: kernels on the GPU if there is one, else in Triton's interpreter; poisoned outputs."""
 
 import os
+import pathlib
 
 import pytest
 import torch
 
 ON_GPU = torch.cuda.is_available()
+# No configuration of the user's decides what a test plans: the folder does not exist.
+os.environ["GROUPCONV_CONFIG_DIR"] = str(pathlib.Path(__file__).parent / "no-configurations")
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)
 if ON_GPU:

@@ -9,7 +9,7 @@ import pytest
 from groupconv import configs, devices, dispatch
 from groupconv.problem import ConvProblem
 
-CONFIG = {"BLOCK_M": 64, "BLOCK_N": 16, "BLOCK_K": 32, "num_warps": 4, "num_stages": 2}
+CONFIG = {"BLOCK_M": 128, "BLOCK_N": 16, "BLOCK_K": 32, "num_warps": 4, "num_stages": 2}
 PROBLEM = ConvProblem(32, 64, 28, 28, 64, 3, 3, (1, 1), (1, 1, 1, 1), (1, 1), 16, "bf16")
 
 
@@ -134,7 +134,10 @@ DAMAGED = {
     "other-schema": file_text(schema=2),
     "no-schema": json.dumps({"device": "x", "entries": []}),
     "no-device": file_text(device=None),
-    "other-kernels": file_text(entry(), kernels_sha256={"implicit_gemm.py": "0" * 64}),
+    "kernels-not-an-object": file_text(entry(), kernels_sha256=[]),
+    "calibration-not-an-object": file_text(calibration=[1.0]),
+    "calibration-negative": file_text(calibration={"ours": {"row_march fprop": -1.0}}),
+    "calibration-text": file_text(calibration={"torch": {"wide fprop": "fast"}}),
     "entries-not-a-list": file_text(entries={}),
     "entry-not-an-object": file_text(3),
     "foreign-key": file_text(entry(key={"dtype": "bf16"})),
@@ -174,6 +177,74 @@ def test_undecodable_file_is_skipped(user_file):
         assert plan().source == "modelled"
 
 
+def test_entries_of_other_kernels_are_left_out(user_file):
+    """Those of an algorithm whose file has changed, or of all where a shared file has; the others hold."""
+    hashes = configs.kernels_sha256()
+    mine = [entry(), direct("fprop")]
+    path = user_file(file_text(*mine, kernels_sha256=hashes | {"implicit_gemm.py": "0" * 64}))
+    with pytest.warns(UserWarning, match="skipping 1 entries that were measured with other kernels") as caught:
+        assert plan().source == "modelled"
+    assert str(path) in str(caught[0].message)
+    assert plan(DEPTHWISE).source == "exact"
+    user_file(file_text(*mine, kernels_sha256=hashes | {"tiles.py": "0" * 64}))
+    with pytest.warns(UserWarning, match="skipping 2 entries"):
+        assert plan(DEPTHWISE).source == "modelled"
+    user_file(file_text(*mine, kernels_sha256={name: sha for name, sha in hashes.items() if name != "reduce.py"}))
+    with pytest.warns(UserWarning, match="skipping 2 entries"):
+        assert plan(DEPTHWISE).source == "modelled"
+
+
+def test_entry_without_a_kernel_of_ours(user_file):
+    user_file(file_text(entry(algorithm="torch", config={}, time=30.0, torch_time=30.0)))
+    assert (plan().algorithm, plan().source) == ("torch", "exact")
+    assert plan(backend="triton").source == "modelled"
+
+
+def test_entry_where_torch_failed(user_file):
+    user_file(file_text(entry(torch_time=None)))
+    assert (plan().algorithm, plan().source) == ("implicit_gemm", "exact")
+    assert "F.conv2d failed" in plan().reason
+
+
+def test_configuration_that_does_not_fit_gives_way(user_file):
+    """A class holds problems that differ in what a tile may be; its algorithm is kept, its tile is not."""
+    user_file(file_text(entry(config=CONFIG | {"BLOCK_N": 256})))
+    found = plan()
+    assert (found.algorithm, found.source) == ("implicit_gemm", "exact")
+    assert found.config in dispatch.contenders(PROBLEM, "fprop", devices.DEFAULT, "implicit_gemm")
+    assert "does not fit" in found.reason
+
+
+def test_calibration_corrects_the_model(user_file):
+    """Our times by algorithm and pass, F.conv2d's by width class and pass; of changed kernels only the latter."""
+    before = plan()
+    assert before.algorithm == "row_march"
+    factors = {"ours": {"row_march fprop": 3.0}, "torch": {"narrow fprop": 50.0}}
+    user_file(file_text(calibration=factors))
+    after = plan()
+    assert after.source == "modelled"
+    assert after.algorithm == "row_march"
+    assert after.time_us == pytest.approx(3.0 * before.time_us)
+    assert after.torch_time_us == pytest.approx(50.0 * after.floor_us)
+    assert "as calibrated on nvidia_h200" in after.reason
+    user_file(file_text(calibration={"ours": {"row_march fprop": 1e3}}))
+    assert plan(backend="triton").algorithm == "implicit_gemm"
+    user_file(file_text(calibration={"torch": {"narrow fprop": 1.01}}))
+    assert plan().algorithm == "torch"
+    hashes = configs.kernels_sha256()
+    user_file(file_text(calibration=factors, kernels_sha256=hashes | {"row_march.py": "0" * 64}))
+    assert plan().time_us == pytest.approx(before.time_us)
+    assert plan().torch_time_us == pytest.approx(50.0 * after.floor_us)
+
+
+def test_other_maps_of_a_class_do_not_count_as_exact(user_file):
+    """As many pixels in fewer images of larger maps: another tile may be best."""
+    larger = dataclasses.replace(PROBLEM, batch=8, h_in=56, w_in=56)
+    assert larger.out_pixels == PROBLEM.out_pixels
+    user_file(file_text(entry(larger)))
+    assert plan().source == "nearest"
+
+
 def test_unknown_algorithm_of_an_entry_is_passed_over(user_file):
     user_file(file_text(entry(algorithm="winograd")))
     assert plan().source == "modelled"
@@ -191,7 +262,8 @@ def test_shipped_files_are_whole():
     for name in names - {"modelled.json"}:
         found = configs.parse_device(folder.joinpath(name).read_text(), name)
         assert devices.slugify(found.device) == name.removesuffix(".json")
-        assert all(e.algorithm in REGISTRY for e in found.entries)
+        assert not found.stale, f"{name}: {found.stale} entries were measured with other kernels"
+        assert all(e.algorithm in (*REGISTRY, "torch") for e in found.entries)
     assert all(default.algorithm in REGISTRY for default in configs.modelled_defaults())
 
 

@@ -89,6 +89,7 @@ def test_config_key():
         "dilation": [1, 2],
         "groups_bucket": 16,
         "m_bucket": 128,
+        "map_bucket": 32,
     }
     assert tuple(STRIDED.config_key("fprop")) == configs.KEY_FIELDS
 

@@ -17,7 +17,7 @@ import threading
 from collections.abc import Callable
 from typing import IO, Any
 
-from ..problem import ConvProblem
+from .problem import ConvProblem
 
 
 def problem_json(problem: ConvProblem) -> dict:
@@ -42,6 +42,17 @@ def serve(answer: Callable[[dict], dict]) -> None:
             reply = {"failed": f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"}
         answers.write(json.dumps(reply) + "\n")
         answers.flush()
+
+
+def rerun_compiling() -> int | None:
+    """The exit status of this command run again without TRITON_INTERPRET; None where it is not set.
+
+    Interpreted kernels can be neither compiled nor timed, and whether they are is settled when they are imported.
+    """
+    if not os.environ.get("TRITON_INTERPRET"):
+        return None
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    return subprocess.run([sys.executable, "-m", "groupconv.cli", *sys.argv[1:]], env=environment).returncode
 
 
 class Children:

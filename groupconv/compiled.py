@@ -1,6 +1,6 @@
 """Compiling for reports: answers jobs with what each kernel of a pass takes, and how often its main loop runs if asked.
 
-python -m groupconv.perf_reports.compiled < jobs
+python -m groupconv.compiled < jobs
 """
 
 from __future__ import annotations
@@ -8,8 +8,7 @@ from __future__ import annotations
 import dataclasses
 import math
 
-from .. import compile_check, resources
-from . import children, iterations
+from . import children, compile_check, iterations, resources
 
 
 def _answer(job: dict) -> dict:

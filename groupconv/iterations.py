@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from ..launcher import Launch
+from .launcher import Launch
 
 _ASSIGNED = re.compile(r"^ *(%\w+) = (\w+\.\w+) (.*?) : (?:[^:]*?)(?: loc\(.*\))?$")
 _LOOP = re.compile(r"^( *)(?:%[\w:]+ = )?scf\.for %\w+ = (%\w+) to (%\w+) step (%\w+)")

@@ -1,7 +1,4 @@
-"""Operands, float64 references and error bounds; run as a module, the interpreter's answers to `modelled`.
-
-TRITON_INTERPRET=1 python -m groupconv.perf_reports.numerics < jobs
-"""
+"""Random operands, float64 references and error bounds: what every check of a kernel's numbers starts from."""
 
 from __future__ import annotations
 
@@ -16,15 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .. import compile_check, devices
-from ..algorithms import REGISTRY
-from ..problem import ConvProblem
-from . import children
+from . import compile_check
+from .problem import ConvProblem
 
 CHUNK = 8  # images in float64 at a time
-# Images, rows and columns of a problem shrunk for the interpreter, where a program costs milliseconds of every size.
-SMALL = (2, 9, 7)
-NARROW_GROUPS, NARROW_WIDTH = 2, 64
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,59 +108,3 @@ def poisoned() -> Iterator[None]:
     finally:
         torch.use_deterministic_algorithms(deterministic, warn_only=warn_only)
         settings.fill_uninitialized_memory = filled
-
-
-def shrunk(problem: ConvProblem, narrow: bool) -> ConvProblem:
-    """The problem on a small batch of small maps; with all its channels, or only a few groups of small width.
-
-    The kernel stays as it is, and maps are as large as it takes for each tap to meet a pixel.
-    """
-
-    def size(small, actual, kernel, pad, dilation):
-        return min(actual, max(small, dilation * (kernel - 1) + 1 - pad))
-
-    top, bottom, left, right = problem.pad
-    groups, cin_g, cout_g = problem.groups, problem.cin_g, problem.cout_g
-    if narrow:
-        groups, cin_g, cout_g = min(groups, NARROW_GROUPS), _narrowed(cin_g), _narrowed(cout_g)
-    return dataclasses.replace(
-        problem,
-        batch=min(problem.batch, SMALL[0]),
-        h_in=size(SMALL[1], problem.h_in, problem.kh, min(top, bottom), problem.dilation[0]),
-        w_in=size(SMALL[2], problem.w_in, problem.kw, min(left, right), problem.dilation[1]),
-        c_in=groups * cin_g,
-        c_out=groups * cout_g,
-        groups=groups,
-    )
-
-
-def _narrowed(width: int) -> int:
-    """A small group width that leaves the same remainder in a tile."""
-    return width if width <= NARROW_WIDTH else NARROW_WIDTH // 2 + width % (NARROW_WIDTH // 2)
-
-
-def largest_tiles(candidates: list[dict]) -> dict:
-    """The configuration of the fewest programs: they are what the interpreter's time goes to."""
-    return max(candidates, key=lambda config: math.prod(v for k, v in config.items() if k.startswith("BLOCK")))
-
-
-@functools.lru_cache(maxsize=1)
-def _operands(problem: ConvProblem) -> Operands:
-    return operands(problem)
-
-
-def _answer(job: dict) -> dict:
-    problem, pass_, algorithm = children.problem_of(job["problem"]), job["pass"], REGISTRY[job["algorithm"]]
-    # Where nothing is worth measuring for so small a problem, the configuration of the one that it stands for.
-    config = largest_tiles(algorithm.candidates(problem, pass_, devices.DEFAULT) or [job["config"]])
-    given = _operands(problem)
-    call = algorithm.prepare(problem, pass_, config, devices.DEFAULT, compile_check.dense_operand_strides(problem))
-    with poisoned():
-        found = call(*given.of(pass_))
-    error, bound = worst_error(problem, pass_, found, reference(problem, given, pass_))
-    return {"error": error, "bound": bound}
-
-
-if __name__ == "__main__":
-    torch.set_num_threads(1)
-    children.serve(_answer)

@@ -1,0 +1,180 @@
+"""`groupconv tune`: a device's configurations, measured beside F.conv2d on the layers that are asked for."""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import contextlib
+import dataclasses
+import datetime
+import os
+import pathlib
+import sys
+from collections.abc import Callable, Iterator
+
+import torch
+import triton
+
+from .. import children, configs, devices
+from ..perf_reports import layers, rows
+from . import contenders, results, share, stub
+from .journal import Journal
+from .lab import DeviceLost, this_gpu
+from .search import Compiler, Lab, Result, Search, Task, compiled_fault, tasks
+from .summary import print_summary
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of `groupconv tune`."""
+    parser.description = (
+        "Finds the fastest algorithm and configuration of every pass of the layers on this GPU, beside F.conv2d, and "
+        "writes them to the configuration file that triton_conv reads first. Numbers are checked against float64 "
+        "before anything is timed. Every result is kept in a journal beside the file as it comes: started again, a "
+        "run goes on where it was. Under torchrun the processes share the work."
+    )
+    layers.add_arguments(parser, "suite")
+    add = parser.add_argument
+    add("--dtypes", nargs="+", choices=layers.DTYPES, default=["bf16"], metavar="D", help="default: bf16")
+    add("--layouts", nargs="+", choices=layers.LAYOUTS, default=["nhwc"], metavar="L", help="default: nhwc")
+    add("--budget-seconds", type=float, metavar="S", help="end after this time, with what there is by then")
+    add("--out", type=pathlib.Path, metavar="DIR", help="default: the user's configuration folder")
+    add("--jobs", type=int, metavar="N", help="processes that compile (default: one a core, but one)")
+    add("--compile-only", action="store_true", help="list what compiles without spills for --target; measure nothing")
+    add("--stub", action="store_true", help="try the search without a GPU, against a pretended one; needs --out")
+    add("--target", metavar="DEVICE", help="with --compile-only or --stub: the GPU to plan for (default: nvidia_h200)")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Tune; ValueError for arguments that make no run, before any work."""
+    rows.check_budget(args.budget_seconds)
+    rows.check_installed("rich")
+    if args.jobs is not None and args.jobs < 1:
+        raise ValueError(f"--jobs: {args.jobs} is not a positive number")
+    if args.stub and args.out is None:
+        raise ValueError("--stub: its times are pretended, so it needs --out, a folder that no call reads")
+    if args.target is not None and not (args.stub or args.compile_only):
+        raise ValueError(f"--target: {args.target} is for --compile-only and --stub; a run measures the GPU it is on")
+    chosen = layers.variants(layers.make(args, args.dtypes[0], args.layouts[0]), args.dtypes, args.layouts)
+    target = devices.named(args.target or devices.DEFAULT.slug)
+    if not (args.stub or args.compile_only or torch.cuda.is_available()):
+        raise ValueError("there is no GPU here; --compile-only and --stub need none")
+    status = None if args.stub else children.rerun_compiling()
+    if status is not None:
+        return status
+    if args.compile_only:
+        return _compile_only(tasks(chosen, target), target, args)
+    with share.joined() as mine:
+        lab = stub.StubLab(target) if args.stub else this_gpu()
+        return _tune(chosen, lab, mine, args)
+
+
+def _tune(chosen: list[rows.Layer], lab: Lab, mine: share.Share, args: argparse.Namespace) -> int:
+    deadline = rows.Deadline(args.budget_seconds)
+    folder = args.out or configs.user_folder()
+    slug = devices.slugify(lab.name)
+    todo = _part(tasks(chosen, lab.target), mine)
+    journal_path = folder / (f"{slug}.jsonl" if mine.count == 1 else f"{slug}.rank{mine.rank}.jsonl")
+    unfinished: dict[str, str] = {}
+    ended = ""
+    with contextlib.ExitStack() as stack:
+        journal = stack.enter_context(Journal(journal_path, session(lab)))
+        compiler = None if args.stub else stack.enter_context(Compiler(lab.target, _processes(args.jobs)))
+        shown = stack.enter_context(_progress(len(todo), mine.rank == 0))
+
+        def on_result(task: Task, result: Result | None, note: str) -> None:
+            shown(str(task.layer))
+            if result is None:
+                unfinished[f"{task.layer}: {task}"] = note
+
+        search = Search(lab, journal, compiler, deadline, on_result)
+        try:
+            search.run(todo)
+        except KeyboardInterrupt:
+            ended = "interrupted"
+        except DeviceLost as error:
+            ended = f"the GPU was lost: {error}; run the command again to go on without what lost it"
+
+    gathered = mine.gathered((lab.name, search.results, unfinished, ended))
+    if gathered is not None:
+        names = {name for name, *_ in gathered}
+        if len(names) > 1:
+            raise ValueError(f"the processes of a job must tune one kind of GPU, not {', '.join(sorted(names))}")
+        found = [result for _, part, _, _ in gathered for result in part]
+        missing = {task: why for _, _, part, _ in gathered for task, why in part.items()}
+        path = folder / f"{slug}.json"
+        if found:
+            results.write(path, lab.name, tuned_with(), found, lab.target)
+        print_summary(found, missing, path if found else None, [why for *_, why in gathered if why])
+    return 130 if ended == "interrupted" else 1 if ended else 0
+
+
+def _part(todo: list[Task], mine: share.Share) -> list[Task]:
+    """This process's tasks. Those of one layer stay together, whatever their dtype: one learns from the other."""
+    groups: dict[str, list[Task]] = collections.defaultdict(list)
+    for task in todo:
+        groups[str(dataclasses.replace(task.problem, dtype="bf16"))].append(task)
+    kept = {str(task) for group in mine.of(list(groups.values())) for task in group}
+    return [task for task in todo if str(task) in kept]
+
+
+def session(lab: Lab) -> dict:
+    """What a measurement depends on: a journal's lines hold for equal ones."""
+    return {
+        "device": lab.name, "target": lab.target.slug, "torch": torch.__version__, "triton": triton.__version__,
+        "cudnn": torch.backends.cudnn.version(), "kernels_sha256": configs.kernels_sha256(),
+    }  # fmt: skip
+
+
+def tuned_with() -> dict:
+    """For a file's reader: versions, commit and time."""
+    now = datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")
+    environment = rows.environment("measured", "")
+    return {**{name: environment[name] for name in ("torch", "triton", "cudnn", "driver", "commit")}, "utc": now}
+
+
+def _processes(jobs: int | None) -> int:
+    """Processes that compile: of a job on this machine, all together one a core, but the one that measures."""
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return jobs or max(1, (os.cpu_count() or 1) // local - 1)
+
+
+@contextlib.contextmanager
+def _progress(total: int, visible: bool) -> Iterator[Callable[[str], None]]:
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=Console(stderr=True), disable=not visible) as progress:
+        bar = progress.add_task("tune", total=total)
+        yield lambda what: progress.update(bar, advance=1, description=what)
+
+
+def _compile_only(todo: list[Task], target: devices.Target, args: argparse.Namespace) -> int:
+    """A table of what compiles, and why the rest would not be timed."""
+    from rich.console import Console
+    from rich.table import Table
+
+    deadline = rows.Deadline(args.budget_seconds)
+    table = Table(title=f"Worth timing on {target.slug} ({target.arch_name}), as modelled and compiled")
+    for name in ("layer", "pass", "contender", "modelled us", "registers", "shared", "left out because"):
+        table.add_column(name, no_wrap=name != "left out because")
+    kept = left = 0
+    with Compiler(target, _processes(args.jobs)) as compiler, _progress(len(todo), True) as shown:
+        every = [(task, each) for task in todo for each in contenders.ours(task.problem, task.pass_, target)]
+        for task, each in every:
+            compiler.submit(task, each)
+        for task, each in every:
+            try:
+                why_not, used = compiled_fault(compiler.answer(task, each, deadline), target)
+            except TimeoutError:
+                break
+            shown(task.layer)
+            kept, left = kept + (why_not is None), left + (why_not is not None)
+            figures = [f"{each.modelled_us:.1f}", *(str(used.get(name, "-")) for name in ("registers", "shared_bytes"))]
+            table.add_row(task.layer, task.pass_, each.name, *figures, why_not or "")
+    console = Console(width=None if sys.stdout.isatty() else 180)
+    console.print(table)
+    console.print(f"{kept} configurations of {len(todo)} passes are worth timing, {left} are left out")
+    if kept + left < len(every):
+        console.print(f"The time budget ended after {kept + left} of {len(every)} configurations.", style="red")
+    return 0

@@ -1,0 +1,77 @@
+"""Who runs in a race: each algorithm's promising configurations, and PyTorch's ways."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from .. import cost, dispatch
+from ..algorithms import REGISTRY, able
+from ..devices import Target
+from ..problem import ConvProblem
+
+MOST_EACH = 6  # configurations of one algorithm that are compiled and timed
+SLOWER = 2.0  # than the algorithm's best, as modelled: left out
+FAR = 8.0  # from the best of all, as modelled: only an algorithm's best is tried, in case the model is wrong
+
+
+@dataclasses.dataclass(frozen=True)
+class Contender:
+    """A provider of a pass: an algorithm with a configuration, or one of PyTorch's ways without.
+
+    modelled_us: the model's time, None for PyTorch's.
+    """
+
+    provider: str
+    config: dict | None = None
+    modelled_us: float | None = None
+
+    @property
+    def ours(self) -> bool:
+        return self.provider in REGISTRY
+
+    @property
+    def name(self) -> str:
+        """`row_march 64 32 1 4 3`: the provider and its configuration's values."""
+        return " ".join([self.provider, *(str(value) for value in (self.config or {}).values())])
+
+
+def same_layout(problem: ConvProblem) -> Contender:
+    """F.conv2d on tensors as they lie: what "auto" takes where it does not take ours."""
+    return Contender("torch_channels_last" if problem.layout == "nhwc" else "torch_contiguous")
+
+
+def peers(problem: ConvProblem) -> list[Contender]:
+    """F.conv2d in either memory format, and PyTorch's own depthwise kernels, without cuDNN."""
+    native = [Contender("torch_native")] if problem.cin_g == 1 and problem.groups > 1 else []
+    return [Contender("torch_contiguous"), Contender("torch_channels_last"), *native]
+
+
+def pruned(rank: int, modelled_us: float, best_of_algorithm: float, best_of_all: float) -> str | None:
+    """Why a configuration is not worth compiling, or None. rank: its place in its algorithm by the model, from 0."""
+    if rank == 0:
+        return None
+    if best_of_algorithm > FAR * best_of_all:
+        return f"its algorithm is modelled {best_of_algorithm / best_of_all:.1f} times slower than another"
+    if modelled_us > SLOWER * best_of_algorithm:
+        return f"modelled {modelled_us / best_of_algorithm:.1f} times slower than another configuration"
+    if rank >= MOST_EACH:
+        return f"modelled slower than {rank} others"
+    return None
+
+
+def ours(problem: ConvProblem, pass_: str, target: Target) -> list[Contender]:
+    """The configurations of our algorithms that are worth compiling, the modelled best of each algorithm first."""
+    ranked: dict[str, list[tuple[cost.Estimate, dict]]] = {}
+    for name in able(problem, pass_, target):
+        estimates = [
+            (cost.estimate(problem, REGISTRY[name].tiling(problem, pass_, config, target), target), config)
+            for config in dispatch.contenders(problem, pass_, target, name)
+        ]
+        ranked[name] = sorted(estimates, key=lambda each: each[0].score)
+    best = min((found[0][0].time_us for found in ranked.values()), default=0.0)
+    return [
+        Contender(name, config, estimate.time_us)
+        for name, found in ranked.items()
+        for rank, (estimate, config) in enumerate(found)
+        if pruned(rank, estimate.time_us, found[0][0].time_us, best) is None
+    ]

@@ -1,0 +1,94 @@
+"""The journal of a tuning run: one JSON line a result, on disk before the next one begins.
+
+A run that ends early, however it ends, loses nothing and measures nothing twice when it is started again. A line holds
+only for what it was measured with: each begins a "session" line with device, versions and kernels, and lines of other
+sessions than the present one's equals are kept in the file and not used. So is a line that a kill cut short.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import pathlib
+import warnings
+
+
+@dataclasses.dataclass(frozen=True)
+class Finding:
+    """What became of a contender before it could race: its error, what it takes, or why it does not run."""
+
+    error: float | None
+    bound: float | None
+    resources: dict
+    note: str  # empty if it may race
+
+
+class Journal:
+    """Results of earlier runs, and the file to which this one's are appended.
+
+    path: this run's file. Other files beside it whose names begin alike (other ranks') are read too. session: what the
+    results are measured with; results of equal sessions are known.
+    """
+
+    def __init__(self, path: pathlib.Path, session: dict):
+        self.findings: dict[tuple[str, str], Finding] = {}
+        self.races: dict[tuple[str, int], dict[str, list[float]]] = {}
+        self._session = json.loads(json.dumps(session))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        for file in sorted(path.parent.glob(f"{path.name.split('.')[0]}.*jsonl")):
+            self._read(file)
+        whole = not path.exists() or path.read_bytes()[-1:] in (b"", b"\n")
+        self._file = path.open("a", encoding="utf-8")
+        self._append({"session": self._session}, before="" if whole else "\n")
+
+    def found(self, task: str, contender: str, finding: Finding) -> None:
+        """Keep what became of a contender."""
+        self._append({"task": task, "contender": contender, **dataclasses.asdict(finding)})
+        self.findings[task, contender] = finding
+
+    def raced(self, task: str, rounds: int, times_us: dict[str, list[float]]) -> None:
+        """Keep the times of a race, in microseconds by contender and round."""
+        self._append({"task": task, "rounds": rounds, "times_us": times_us})
+        self.races[task, rounds] = times_us
+
+    def race(self, task: str, rounds: int, contenders: list[str]) -> dict[str, list[float]] | None:
+        """The times of a race between just these contenders, if it was run."""
+        times = self.races.get((task, rounds))
+        return times if times is not None and sorted(times) == sorted(contenders) else None
+
+    def close(self) -> None:
+        self._file.close()
+
+    def __enter__(self) -> Journal:
+        return self
+
+    def __exit__(self, *exception) -> None:
+        self.close()
+
+    def _append(self, record: dict, before: str = "") -> None:
+        self._file.write(before + json.dumps(record) + "\n")
+        self._file.flush()
+        os.fsync(self._file.fileno())
+
+    def _read(self, path: pathlib.Path) -> None:
+        damaged, ours = 0, False
+        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+            try:
+                record = json.loads(line)
+                if "session" in record:
+                    ours = record["session"] == self._session
+                elif ours:
+                    self._know(record)
+            except (ValueError, TypeError, KeyError, AttributeError):
+                damaged += 1
+        if damaged:
+            warnings.warn(f"groupconv: {path}: passing over {damaged} damaged lines", stacklevel=4)
+
+    def _know(self, record: dict) -> None:
+        if "contender" in record:
+            fields = {field.name: record[field.name] for field in dataclasses.fields(Finding)}
+            self.findings[record["task"], record["contender"]] = Finding(**fields)
+        else:
+            times = {name: [float(time) for time in times] for name, times in record["times_us"].items()}
+            self.races[record["task"], int(record["rounds"])] = times

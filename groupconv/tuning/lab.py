@@ -1,0 +1,295 @@
+"""A GPU as a place to measure: calls made from problems, checked against float64, and timed beside each other."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import gc
+import importlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+import triton
+from torch import Tensor
+
+from .. import compile_check, cost, devices, resources
+from ..algorithms import REGISTRY
+from ..numerics import Operands, operands, poisoned, reference, worst_error
+from ..problem import ConvProblem
+from .contenders import Contender
+
+Run = Callable[[], object]
+Race = Callable[[dict[str, Run], int], dict[str, list[float]]]
+FORMATS = {"torch_contiguous": torch.contiguous_format, "torch_channels_last": torch.channels_last}
+COPY_BYTES = 2**30
+MATRIX_SIZE = 8192
+LIMIT_ROUNDS = 20
+
+
+class DeviceLost(RuntimeError):
+    """The GPU answers no more: an illegal access ends a process's use of it."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Checked:
+    """A call's relative error against float64, its bound (None for PyTorch's, which must only be finite), what its
+    main kernel takes, and the architecture that was compiled for.
+    """
+
+    error: float | None
+    bound: float | None
+    resources: dict = dataclasses.field(default_factory=dict)
+
+    @property
+    def wrong(self) -> str | None:
+        """What is wrong with the numbers, or None."""
+        if self.error is None:
+            return None
+        if self.bound is None:
+            return None if self.error < float("inf") else "wrong: the result is not finite"
+        if self.error <= self.bound:
+            return None
+        return f"wrong: error {self.error:.2g} above the bound {self.bound:.2g}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Limits:
+    """What a device reaches: a large copy, in GB/s read and written, and a large matrix product, in TFLOP/s."""
+
+    copy_gbps: float
+    matrix_tflops: float
+
+    def floor_us(self, problem: ConvProblem, pass_: str, target: devices.Target) -> float:
+        """The floor of a pass by these limits rather than by the target's."""
+        rates = ((problem.dtype, self.matrix_tflops),)
+        return cost.floor_us(problem, pass_, dataclasses.replace(target, copy_gbps=self.copy_gbps, matrix_tflops=rates))
+
+
+def race_on_gpu(runs: dict[str, Run], rounds: int) -> dict[str, list[float]]:
+    """Microseconds of every call in every round, by events around it. The calls take turns, so that what disturbs one
+    disturbs all, and each finds a cold L2: the cache is cleared before it, which also hides the host's part of a call.
+    """
+    driver: Any = triton.runtime.driver.active
+    cache = driver.get_empty_cache_for_benchmark()
+    for run in runs.values():
+        run()
+    marks: dict[str, list[tuple[Any, Any]]] = {name: [] for name in runs}
+    for _ in range(rounds):
+        for name, run in runs.items():
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            driver.clear_cache(cache)
+            start.record()
+            run()
+            end.record()
+            marks[name].append((start, end))
+    torch.cuda.synchronize()
+    return {name: [start.elapsed_time(end) * 1e3 for start, end in pairs] for name, pairs in marks.items()}
+
+
+class Lab:
+    """A device on which subjects are measured. `race` times calls; the tests pass another, and "cpu"."""
+
+    def __init__(self, target: devices.Target, name: str, device: str = "cuda", race: Race = race_on_gpu):
+        self.target, self.name, self.device, self.race = target, name, device, race
+
+    @contextlib.contextmanager
+    def subject(self, problem: ConvProblem) -> Iterator[Subject]:
+        """A problem with operands on the device; its memory is free afterwards."""
+        with settings(problem.dtype):
+            try:
+                yield Subject(problem, self)
+            finally:
+                gc.collect()
+                if self.device == "cuda":
+                    with contextlib.suppress(RuntimeError):  # a lost device has nothing to free
+                        torch.cuda.empty_cache()
+
+    def limits(self, dtype: str, copy_bytes: int = COPY_BYTES, matrix_size: int = MATRIX_SIZE) -> Limits:
+        """Measure the limits in a dtype."""
+        with settings(dtype):
+            source = torch.randint(256, (copy_bytes,), dtype=torch.uint8, device=self.device)
+            target = torch.empty_like(source)
+            a, b = (torch.randn(matrix_size, matrix_size, device=self.device) for _ in range(2))
+            a, b = (matrix.to(compile_check.TORCH_DTYPES[dtype]) for matrix in (a, b))
+            times = self.race({"copy": lambda: target.copy_(source), "matrix": lambda: a @ b}, LIMIT_ROUNDS)
+        copy, matrix = (median(times[name]) for name in ("copy", "matrix"))
+        return Limits(2 * copy_bytes / copy / 1e3, 2 * matrix_size**3 / matrix / 1e6)
+
+
+def this_gpu() -> Lab:
+    """The current CUDA or ROCm device."""
+    return Lab(devices.of_device(torch.cuda.current_device()), torch.cuda.get_device_name())
+
+
+def median(times: list[float]) -> float:
+    """The median; of an even number the upper of the two in the middle."""
+    return sorted(times)[len(times) // 2]
+
+
+@contextlib.contextmanager
+def settings(dtype: str) -> Iterator[None]:
+    """PyTorch as a fair baseline: cuDNN searches for its fastest algorithm, and fp32 computes in TF32 only if asked."""
+    backends: Any = torch.backends
+    before = backends.cudnn.benchmark, backends.cudnn.conv.fp32_precision, backends.cuda.matmul.fp32_precision
+    precision = "tf32" if dtype == "tf32" else "ieee"
+    backends.cudnn.benchmark = True
+    backends.cudnn.conv.fp32_precision = backends.cuda.matmul.fp32_precision = precision
+    try:
+        yield
+    finally:
+        backends.cudnn.benchmark, backends.cudnn.conv.fp32_precision, backends.cuda.matmul.fp32_precision = before
+
+
+class Subject:
+    """One problem on a device: random operands, references, and the calls that serve its passes."""
+
+    def __init__(self, problem: ConvProblem, lab: Lab):
+        self.problem, self.lab = problem, lab
+        # The first images and the last: an index that overflows does so at the end.
+        self.images = sorted({0, min(1, problem.batch - 1), problem.batch - 1})
+        self._expected: tuple[str, Any] | None = None
+        self._runs: dict[tuple[str, str], functools.partial] = {}
+
+    @functools.cached_property
+    def given(self) -> Operands:
+        return operands(self.problem, self.lab.device)
+
+    def checked_on(self, pass_: str) -> str:
+        """What of a pass's result is compared with the reference."""
+        images = ", ".join(map(str, self.images))
+        return "dw" if pass_ == "wgrad" else f"{'dw, ' * (pass_ == 'backward')}images {images}"
+
+    def check(self, pass_: str, contender: Contender) -> Checked:
+        """Run a contender once into poisoned memory. Raises what it raises; DeviceLost if the device is gone then."""
+        try:
+            run = self._run(pass_, contender)
+            if not contender.ours:
+                return Checked(self._error(pass_, run())[0], None)
+            with poisoned():
+                error, bound = self._error(pass_, run())
+            call: Any = run.func
+            return Checked(error, bound, used(call.launches[0].compiled))
+        except Exception as failure:
+            self._alive(failure)
+            raise
+
+    def race(self, pass_: str, contenders: list[Contender], rounds: int) -> dict[str, list[float]]:
+        """Microseconds of every round of each contender, by name."""
+        return self.lab.race({each.name: self._run(pass_, each) for each in contenders}, rounds)
+
+    def forget(self, pass_: str) -> None:
+        """Drop the calls of a pass, and the copies of operands that PyTorch's hold."""
+        self._runs = {key: run for key, run in self._runs.items() if key[0] != pass_}
+
+    def _run(self, pass_: str, contender: Contender) -> functools.partial:
+        run = self._runs.get((pass_, contender.name))
+        if run is None:
+            if contender.ours:
+                strides = compile_check.dense_operand_strides(self.problem)
+                prepare = REGISTRY[contender.provider].prepare
+                call = prepare(self.problem, pass_, contender.config, self.lab.target, strides)
+                run = functools.partial(call, *self.given.of(pass_))
+            else:
+                run = _peer(self.problem, pass_, contender.provider, self.given)
+            self._runs[pass_, contender.name] = run
+        return run
+
+    def _error(self, pass_: str, found: Any) -> tuple[float, float]:
+        if self._expected is None or self._expected[0] != pass_:
+            self._expected = pass_, reference(self.problem, self.given, pass_, self.images)
+        if pass_ == "backward":
+            found = found[0][self.images], found[1]
+        elif pass_ != "wgrad":
+            found = found[self.images]
+        return worst_error(self.problem, pass_, found, self._expected[1])
+
+    def _alive(self, failure: Exception) -> None:
+        if self.lab.device == "cuda":
+            try:
+                torch.cuda.synchronize()
+            except RuntimeError:
+                raise DeviceLost(str(failure)) from failure
+
+
+def used(compiled) -> dict:
+    """A row's fields of what a compiled kernel takes; none where it was interpreted."""
+    if compiled is None:
+        return {}
+    found = resources.of(compiled)
+    return {
+        "registers": found.registers,
+        "spill_bytes": found.spill_bytes,
+        "shared_bytes": found.shared_bytes,
+        "matrix": f"{found.matrix} {found.matrix_count}" if found.matrix else "",
+    }
+
+
+def failure(error: Exception) -> str:
+    """A row's note of what was raised."""
+    if isinstance(error, torch.cuda.OutOfMemoryError):
+        return "failed: out of memory"
+    return f"failed: {type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+
+
+def _peer(problem: ConvProblem, pass_: str, provider: str, given: Operands) -> functools.partial:
+    """A pass by PyTorch or another library. Padding that is not symmetric is put there first, and is not timed."""
+    like = FORMATS["torch_channels_last" if problem.layout == "nhwc" else "torch_contiguous"]
+    x, w, dy = (t.contiguous(memory_format=FORMATS.get(provider, like)) for t in (given.x, given.w, given.dy))
+    top, bottom, left, right = problem.pad
+    padding = (top, left) if (top, left) == (bottom, right) else (0, 0)
+    if (top, left) != (bottom, right):
+        x = F.pad(x, (left, right, top, bottom))
+    args = (problem.stride, padding, problem.dilation)
+
+    def trimmed(dx: Tensor) -> Tensor:
+        same = dx.shape[2:] == (problem.h_in, problem.w_in)
+        return dx if same else dx[:, :, top : top + problem.h_in, left : left + problem.w_in]
+
+    if provider == "flag_gems":
+        return functools.partial(_flag_gems(problem, pass_, x, w, dy, args, trimmed))
+
+    def fprop(x, w):
+        return F.conv2d(x, w, None, *args, problem.groups)
+
+    def backward(dy, x, w):
+        mask = [pass_ != "wgrad", pass_ != "dgrad", False]
+        dx, dw, _ = torch.ops.aten.convolution_backward(dy, x, w, None, *args, False, (0, 0), problem.groups, mask)
+        dx = None if dx is None else trimmed(dx)
+        return {"dgrad": dx, "wgrad": dw, "backward": (dx, dw)}[pass_]
+
+    call, tensors = (fprop, (x, w)) if pass_ == "fprop" else (backward, (dy, x, w))
+    if provider == "torch_compile":
+        call = torch.compile(call, dynamic=False, options={"max_autotune": True})
+    elif provider == "torch_native":
+        call = _without_cudnn(call)
+    return functools.partial(call, *tensors)
+
+
+def _without_cudnn(call: Callable) -> Callable:
+    def run(*tensors):
+        before, torch.backends.cudnn.enabled = torch.backends.cudnn.enabled, False
+        try:
+            return call(*tensors)
+        finally:
+            torch.backends.cudnn.enabled = before
+
+    return run
+
+
+def _flag_gems(problem: ConvProblem, pass_: str, x: Tensor, w: Tensor, dy: Tensor, args: tuple, trimmed) -> Run:
+    conv2d = importlib.import_module("flag_gems").conv2d
+    if pass_ == "fprop":
+        return lambda: conv2d(x, w, None, *args, problem.groups)
+    x, w = x.detach().requires_grad_(pass_ != "wgrad"), w.detach().requires_grad_(pass_ != "dgrad")
+    y = conv2d(x, w, None, *args, problem.groups)
+
+    def backward():
+        found = torch.autograd.grad(y, [t for t in (x, w) if t.requires_grad], dy, retain_graph=True)
+        if pass_ == "wgrad":
+            return found[0]
+        return (trimmed(found[0]), found[1]) if pass_ == "backward" else trimmed(found[0])
+
+    return backward

@@ -1,0 +1,313 @@
+"""The search: for each pass of each layer, a race between our configurations and F.conv2d.
+
+Compiled ahead in other processes, what spills or does not fit is out; numbers are checked before anything is timed;
+then rounds double and the slower half of ours drops out, so that most of the time goes to those who may win.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import contextlib
+import dataclasses
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, Protocol
+
+from ..algorithms import able
+from ..children import Children, problem_json
+from ..configs import PLANNED
+from ..devices import Target
+from ..perf_reports.rows import Deadline
+from ..problem import ConvProblem
+from . import contenders as contenders_
+from .contenders import Contender
+from .journal import Finding, Journal
+from .lab import Checked, DeviceLost, failure, median
+
+FIRST_ROUNDS, LAST_ROUNDS = 4, 32
+FINALISTS = 2  # of ours
+SISTERS = {"fp16": "bf16", "bf16": "fp16"}  # dtypes whose kernels are alike: the finalists of one are tried for both
+OUT_OF_TIME = "out of time"
+
+
+class Subject(Protocol):
+    """A problem that can be measured: lab.Subject, stub.StubSubject."""
+
+    def check(self, pass_: str, contender: Contender) -> Checked: ...
+    def race(self, pass_: str, contenders: list[Contender], rounds: int) -> dict[str, list[float]]: ...
+    def forget(self, pass_: str) -> None: ...
+
+
+class Lab(Protocol):
+    """Where subjects are measured: lab.Lab, stub.StubLab."""
+
+    name: str
+    target: Target
+
+    def subject(self, problem: ConvProblem) -> contextlib.AbstractContextManager[Any]: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """A pass of a layer."""
+
+    layer: str
+    problem: ConvProblem
+    pass_: str
+
+    def __str__(self) -> str:
+        return f"{self.problem} {self.pass_}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """What a task came to. Medians of the last race, by contender's name, and of the first, in which all ran that
+    could. dropped: (contender, why) of the others.
+    """
+
+    task: Task
+    finalists: tuple[Contender, ...]
+    medians_us: dict[str, float]
+    raced: tuple[Contender, ...]
+    first_us: dict[str, float]
+    dropped: tuple[tuple[str, str], ...]
+
+    @property
+    def best(self) -> Contender | None:
+        """The fastest of ours, None if none gave right numbers."""
+        own = [each for each in self.finalists if each.ours]
+        return min(own, key=lambda each: self.medians_us[each.name], default=None)
+
+    @property
+    def time_us(self) -> float | None:
+        """The time of `best`."""
+        return None if self.best is None else self.medians_us[self.best.name]
+
+    @property
+    def torch_us(self) -> float | None:
+        """The time of F.conv2d on tensors as they lie: what "auto" has to beat; None if it failed."""
+        return self.medians_us.get(contenders_.same_layout(self.task.problem).name)
+
+    @property
+    def best_torch_us(self) -> float | None:
+        """The best time of PyTorch in any memory format and by any of its kernels."""
+        return min((self.medians_us[each.name] for each in self.finalists if not each.ours), default=None)
+
+
+def tasks(layers: Iterable, target: Target) -> list[Task]:
+    """Each pass of each layer (rows.Layer); "backward", both gradients by one kernel, where one can. None twice."""
+    found: dict[str, Task] = {}
+    for layer in layers:
+        for pass_ in PLANNED:
+            if able(layer.problem, pass_, target):
+                task = Task(layer.name, layer.problem, pass_)
+                found.setdefault(str(task), task)
+    return list(found.values())
+
+
+class Compiler:
+    """Compiles contenders ahead of their race, in `count` processes; Triton's cache on disk then has them."""
+
+    def __init__(self, target: Target, count: int):
+        self._target = target.arch_name
+        self._children = Children("groupconv.compiled", interpret=False, count=count)
+        self._pending: dict[tuple[str, str], concurrent.futures.Future[dict]] = {}
+
+    def submit(self, task: Task, contender: Contender) -> None:
+        """Compile it when its turn comes."""
+        job = {
+            "problem": problem_json(task.problem), "pass": task.pass_, "target": self._target,
+            "algorithm": contender.provider, "config": contender.config,
+        }  # fmt: skip
+        self._pending[str(task), contender.name] = self._children.submit(job)
+
+    def answer(self, task: Task, contender: Contender, deadline: Deadline) -> dict:
+        """What each kernel of it takes, or why it failed; TimeoutError at the deadline."""
+        key = str(task), contender.name
+        if key not in self._pending:
+            self.submit(task, contender)
+        try:
+            return self._pending[key].result(deadline.left)
+        except concurrent.futures.TimeoutError:  # another class than TimeoutError before Python 3.11
+            raise TimeoutError from None
+
+    def __enter__(self) -> Compiler:
+        self._children.__enter__()
+        return self
+
+    def __exit__(self, *exception) -> None:
+        self._children.__exit__(*exception)
+
+
+class Search:
+    """A run over tasks, and its `results` so far. `on_result(task, result or None, note)` hears of each: None where it
+    has none, and why.
+    """
+
+    def __init__(
+        self, lab: Lab, journal: Journal, compiler: Compiler | None, deadline: Deadline,
+        on_result: Callable[[Task, Result | None, str], None],
+    ):  # fmt: skip
+        self._lab, self._journal, self._compiler = lab, journal, compiler
+        self._deadline, self._on_result = deadline, on_result
+        self.results: list[Result] = []
+        self._promising: dict[str, list[Contender]] = {}
+        self._sisters: dict[str, Task] = {}
+        self._seeds: dict[str, list[Contender]] = {}
+
+    def run(self, todo: list[Task]) -> None:
+        """Race the tasks in their order: all, or as many as the time is enough for. DeviceLost ends it early."""
+        self._sisters = _sisters(todo)
+        later = {str(sister) for sister in self._sisters.values()}
+        for task in todo:
+            if not self._deadline.passed and str(task) not in later:
+                self._compile(task, self._own(task))
+        for problem, group in _by_problem(todo):
+            with contextlib.ExitStack() as stack:
+                subject: Subject | None = None
+                for task in group:
+                    if self._deadline.passed:
+                        self._on_result(task, None, OUT_OF_TIME)
+                        continue
+                    if subject is None:
+                        subject = stack.enter_context(self._lab.subject(problem))
+                    result, note = self._guarded(task, subject)
+                    if result is not None:
+                        self.results.append(result)
+                    self._on_result(task, result, note)
+
+    def _own(self, task: Task) -> list[Contender]:
+        found = self._promising.get(str(task))
+        if found is None:
+            found = self._promising[str(task)] = contenders_.ours(task.problem, task.pass_, self._lab.target)
+        return found
+
+    def _compile(self, task: Task, own: Sequence[Contender]) -> None:
+        if self._compiler is None:
+            return
+        for contender in own:
+            if (str(task), contender.name) not in self._journal.findings:
+                self._compiler.submit(task, contender)
+
+    def _guarded(self, task: Task, subject: Subject) -> tuple[Result | None, str]:
+        try:
+            return self._raced(task, subject), ""
+        except TimeoutError:
+            return None, OUT_OF_TIME
+        except DeviceLost:
+            raise
+        except Exception as error:  # of the operands, the reference or the race: out of memory, mostly
+            return None, failure(error)
+        finally:
+            subject.forget(task.pass_)
+
+    def _raced(self, task: Task, subject: Subject) -> Result:
+        own = self._seeds.get(str(task)) or self._own(task)
+        admitted, dropped = [], []
+        for contender in [*own, *contenders_.peers(task.problem)]:
+            finding = self._finding(task, contender, subject)
+            if finding.note:
+                dropped.append((contender.name, finding.note))
+            else:
+                admitted.append(contender)
+        if not admitted:
+            raise RuntimeError(f"nothing runs: {'; '.join(f'{name}: {why}' for name, why in dropped)}")
+        first = medians = self._race(task, admitted, FIRST_ROUNDS, subject)
+        finalists, rounds = admitted, FIRST_ROUNDS
+        while rounds < LAST_ROUNDS:
+            finalists = survivors(task.problem, finalists, medians)
+            last = sum(each.ours for each in finalists) <= FINALISTS
+            rounds = LAST_ROUNDS if last else 2 * rounds
+            medians = self._race(task, finalists, rounds, subject)
+        self._seed(task, finalists)
+        return Result(task, tuple(finalists), medians, tuple(admitted), first, tuple(dropped))
+
+    def _seed(self, task: Task, finalists: list[Contender]) -> None:
+        """The finalists of a dtype are all that is tried for its sister, if that comes later."""
+        sister = self._sisters.get(str(task))
+        if sister is not None:
+            names = {each.name for each in finalists}
+            seeds = [each for each in self._own(sister) if each.name in names]
+            self._seeds[str(sister)] = seeds
+            self._compile(sister, seeds)
+
+    def _race(self, task: Task, admitted: list[Contender], rounds: int, subject: Subject) -> dict[str, float]:
+        """Medians by contender."""
+        times = self._journal.race(str(task), rounds, [each.name for each in admitted])
+        if times is None:
+            self._stop_when_passed()
+            times = subject.race(task.pass_, admitted, rounds)
+            self._journal.raced(str(task), rounds, times)
+        return {name: median(taken) for name, taken in times.items()}
+
+    def _finding(self, task: Task, contender: Contender, subject: Subject) -> Finding:
+        finding = self._journal.findings.get((str(task), contender.name))
+        if finding is None:
+            self._stop_when_passed()
+            finding = self._examined(task, contender, subject)
+            self._journal.found(str(task), contender.name, finding)
+        return finding
+
+    def _examined(self, task: Task, contender: Contender, subject: Subject) -> Finding:
+        if contender.ours and self._compiler is not None:
+            why_not, resources = compiled_fault(
+                self._compiler.answer(task, contender, self._deadline), self._lab.target
+            )
+            if why_not is not None:
+                return Finding(None, None, resources, why_not)
+        try:
+            checked = subject.check(task.pass_, contender)
+        except DeviceLost as error:
+            self._journal.found(str(task), contender.name, Finding(None, None, {}, f"lost the device: {error}"))
+            raise
+        except Exception as error:  # the finding of this contender; the others may do better
+            return Finding(None, None, {}, failure(error))
+        return Finding(checked.error, checked.bound, checked.resources, checked.wrong or "")
+
+    def _stop_when_passed(self) -> None:
+        if self._deadline.passed:
+            raise TimeoutError
+
+
+def survivors(problem: ConvProblem, admitted: list[Contender], medians: dict[str, float]) -> list[Contender]:
+    """The faster half of ours, the fastest of PyTorch's, and the one that "auto" would fall back on."""
+    ranked = sorted(admitted, key=lambda each: medians[each.name])
+    own = [each for each in ranked if each.ours]
+    torchs = [each for each in ranked if not each.ours]
+    kept = {each.name for each in (*own[: math.ceil(len(own) / 2)], *torchs[:1])}
+    kept.add(contenders_.same_layout(problem).name)
+    return [each for each in admitted if each.name in kept]
+
+
+def compiled_fault(answer: dict, target: Target) -> tuple[str | None, dict]:
+    """Why compiled kernels are not worth timing, or None; and what the main one takes."""
+    if "failed" in answer:
+        return f"not compiled: {answer['failed']}", {}
+    main = answer["kernels"][0]
+    resources = {name: main[name] for name in ("registers", "spill_bytes", "shared_bytes")}
+    if spills := sum(kernel["spill_bytes"] for kernel in answer["kernels"]):
+        return f"spills {spills} bytes", resources
+    if main["shared_bytes"] > target.shared_bytes:
+        return f"takes {main['shared_bytes']} bytes of shared memory of {target.shared_bytes}", resources
+    return None, resources
+
+
+def _sisters(todo: list[Task]) -> dict[str, Task]:
+    """By task, the later one that differs in its 16-bit dtype only."""
+    found: dict[str, Task] = {}
+    before: set[str] = set()
+    for task in todo:
+        before.add(str(task))
+        other = SISTERS.get(task.problem.dtype)
+        twin = None if other is None else str(Task("", dataclasses.replace(task.problem, dtype=other), task.pass_))
+        if twin in before:
+            found[twin] = task
+    return found
+
+
+def _by_problem(todo: list[Task]) -> Iterator[tuple[ConvProblem, list[Task]]]:
+    """The tasks of each problem together, in order: they share operands."""
+    found: dict[ConvProblem, list[Task]] = {}
+    for task in todo:
+        found.setdefault(task.problem, []).append(task)
+    yield from found.items()
