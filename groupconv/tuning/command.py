@@ -159,8 +159,8 @@ def _compile_only(todo: list[Task], target: devices.Target, args: argparse.Names
     for name in ("layer", "pass", "contender", "modelled us", "registers", "shared", "left out because"):
         table.add_column(name, no_wrap=name != "left out because")
     kept = left = 0
-    with Compiler(target, _processes(args.jobs)) as compiler, _progress(len(todo), True) as shown:
-        every = [(task, each) for task in todo for each in contenders.ours(task.problem, task.pass_, target)]
+    every = [(task, each) for task in todo for each in contenders.ours(task.problem, task.pass_, target)]
+    with Compiler(target, _processes(args.jobs)) as compiler, _progress(len(every), True) as shown:
         for task, each in every:
             compiler.submit(task, each)
         for task, each in every:

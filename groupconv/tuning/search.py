@@ -9,6 +9,7 @@ from __future__ import annotations
 import concurrent.futures
 import contextlib
 import dataclasses
+import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Protocol
@@ -26,6 +27,7 @@ from .lab import Checked, DeviceLost, failure, median
 
 FIRST_ROUNDS, LAST_ROUNDS = 4, 32
 FINALISTS = 2  # of ours
+COMPILED_AHEAD = 32  # tasks
 SISTERS = {"fp16": "bf16", "bf16": "fp16"}  # dtypes whose kernels are alike: the finalists of one are tried for both
 OUT_OF_TIME = "out of time"
 
@@ -159,18 +161,19 @@ class Search:
         """Race the tasks in their order: all, or as many as the time is enough for. DeviceLost ends it early."""
         self._sisters = _sisters(todo)
         later = {str(sister) for sister in self._sisters.values()}
-        for task in todo:
-            if not self._deadline.passed and str(task) not in later:
-                self._compile(task, self._own(task))
-        for problem, group in _by_problem(todo):
+        todo = [task for group in _by_problem(todo) for task in group]
+        ahead = iter([task for task in todo if str(task) not in later])
+        self._compile_next(ahead, COMPILED_AHEAD)
+        for group in _by_problem(todo):
             with contextlib.ExitStack() as stack:
                 subject: Subject | None = None
                 for task in group:
                     if self._deadline.passed:
                         self._on_result(task, None, OUT_OF_TIME)
                         continue
+                    self._compile_next(ahead, 1)
                     if subject is None:
-                        subject = stack.enter_context(self._lab.subject(problem))
+                        subject = stack.enter_context(self._lab.subject(task.problem))
                     result, note = self._guarded(task, subject)
                     if result is not None:
                         self.results.append(result)
@@ -181,6 +184,10 @@ class Search:
         if found is None:
             found = self._promising[str(task)] = contenders_.ours(task.problem, task.pass_, self._lab.target)
         return found
+
+    def _compile_next(self, ahead: Iterator[Task], count: int) -> None:
+        for task in itertools.islice(ahead, count if self._compiler is not None else 0):
+            self._compile(task, self._own(task))
 
     def _compile(self, task: Task, own: Sequence[Contender]) -> None:
         if self._compiler is None:
@@ -305,9 +312,9 @@ def _sisters(todo: list[Task]) -> dict[str, Task]:
     return found
 
 
-def _by_problem(todo: list[Task]) -> Iterator[tuple[ConvProblem, list[Task]]]:
+def _by_problem(todo: list[Task]) -> Iterable[list[Task]]:
     """The tasks of each problem together, in order: they share operands."""
     found: dict[ConvProblem, list[Task]] = {}
     for task in todo:
         found.setdefault(task.problem, []).append(task)
-    yield from found.items()
+    return found.values()

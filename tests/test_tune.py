@@ -1,0 +1,517 @@
+"""`groupconv tune`: the search against a stub clock and in the interpreter, its journal, its files, its refusals."""
+
+import collections
+import contextlib
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+from groupconv import cli, configs, devices, dispatch
+from groupconv.algorithms import REGISTRY, able
+from groupconv.perf_reports import layers
+from groupconv.perf_reports.rows import Deadline, Layer
+from groupconv.problem import ConvProblem
+from groupconv.tuning import contenders, journal, lab, results, search, stub, summary
+from groupconv.tuning.contenders import Contender
+
+SMALL = ConvProblem(2, 8, 6, 5, 8, 3, 3, (1, 1), (1, 1, 1, 1), (1, 1), 2, "fp32", "nchw", "nchw")
+SUITE = {layer.name: layer for layer in layers.suite("bf16", "nhwc")}
+CHOSEN = [SUITE[name] for name in ("resnext50_32x4d.s1", "convnext_tiny.s0")]
+ENVIRONMENT = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+
+
+@pytest.fixture
+def book(tmp_path):
+    with journal.Journal(tmp_path / "stub.jsonl", {"device": "stub"}) as opened:
+        yield opened
+
+
+def searched(book, chosen, on=None, deadline=None, compiler=None):
+    """A finished search, and what it said of each task."""
+    on = on or stub.StubLab(devices.DEFAULT)
+    said = {}
+    found = search.Search(
+        on, book, compiler, deadline or Deadline(None), lambda task, result, note: said.update({str(task): note})
+    )
+    found.run(search.tasks(chosen, on.target))
+    return found, said
+
+
+class Device:
+    """What lab.Lab needs of a device: its clock is ours, its calls are interpreted."""
+
+    def __init__(self, device):
+        self.raced = []
+        self.lab = lab.Lab(devices.DEFAULT, "Pretended GPU", device, self.race)
+
+    def race(self, runs, rounds):
+        self.raced.append((tuple(runs), rounds))
+        for run in runs.values():
+            run()
+        return {name: [float(len(name))] * rounds for name in runs}
+
+
+# --- Contenders ------------------------------------------------------------------------------------------------------
+
+
+def test_pruning_gives_its_reasons():
+    assert contenders.pruned(0, 900.0, 900.0, 10.0) is None  # the best of an algorithm is always tried
+    assert contenders.pruned(1, 900.0, 900.0, 10.0) == "its algorithm is modelled 90.0 times slower than another"
+    assert contenders.pruned(1, 25.0, 10.0, 10.0) == "modelled 2.5 times slower than another configuration"
+    assert contenders.pruned(contenders.MOST_EACH, 10.0, 10.0, 10.0) == "modelled slower than 6 others"
+    assert contenders.pruned(contenders.MOST_EACH - 1, 10.0, 10.0, 10.0) is None
+
+
+@pytest.mark.parametrize("layer", CHOSEN, ids=lambda layer: layer.name)
+@pytest.mark.parametrize("pass_", configs.PLANNED)
+def test_contenders_are_of_every_algorithm_and_hold_the_planned(layer, pass_):
+    found = contenders.ours(layer.problem, pass_, devices.DEFAULT)
+    served = collections.Counter(each.provider for each in found)
+    assert set(served) == set(able(layer.problem, pass_, devices.DEFAULT))
+    assert max(served.values()) <= contenders.MOST_EACH
+    assert len({each.name for each in found}) == len(found)
+    best = dispatch.plan_pass(layer.problem, pass_, devices.DEFAULT, "triton")
+    assert (best.algorithm, best.config) in [(each.provider, each.config) for each in found]
+
+
+def test_peers():
+    names = [each.name for each in contenders.peers(SUITE["convnext_tiny.s0"].problem)]
+    assert names == ["torch_contiguous", "torch_channels_last", "torch_native"]
+    assert [each.name for each in contenders.peers(SMALL)] == ["torch_contiguous", "torch_channels_last"]
+    assert contenders.same_layout(SMALL).name == "torch_contiguous"
+
+
+def test_survivors_keep_the_faster_half_and_what_auto_falls_back_on():
+    own = [Contender("implicit_gemm", {"BLOCK_M": size}) for size in (16, 32, 64)]
+    torchs = contenders.peers(SMALL)
+    medians = {own[0].name: 3.0, own[1].name: 1.0, own[2].name: 2.0, "torch_contiguous": 9.0, "torch_channels_last": 5}
+    kept = search.survivors(SMALL, [*own, *torchs], medians)
+    assert kept == [own[1], own[2], *torchs]
+    medians["torch_contiguous"] = 4.0
+    assert search.survivors(SMALL, [*own, *torchs], medians) == [own[1], own[2], torchs[0]]
+
+
+# --- The search ------------------------------------------------------------------------------------------------------
+
+
+def test_search_finds_the_fastest(book):
+    """On the stub, whose times are known: the finalists' best is as fast as any, but for the noise."""
+    found, said = searched(book, CHOSEN)
+    tasks = search.tasks(CHOSEN, devices.DEFAULT)
+    assert [result.task for result in found.results] == tasks
+    assert set(said.values()) == {""}
+    for result in found.results:
+        own = [each for each in result.raced if each.ours]
+        assert result.best in own
+        fastest = min(result.first_us[each.name] for each in own)
+        assert result.time_us <= fastest * (1 + 5 * stub.NOISE)
+        assert result.torch_us == result.medians_us["torch_channels_last"]
+        assert result.best_torch_us <= result.torch_us
+        assert len([each for each in result.finalists if each.ours]) <= search.FINALISTS
+    rounds = collections.Counter(n for (_, n) in book.races)
+    assert rounds[search.FIRST_ROUNDS] == rounds[search.LAST_ROUNDS] == len(tasks)
+
+
+def test_numbers_are_checked_before_anything_is_timed(book, device, monkeypatch):
+    """A configuration whose numbers are wrong, or that fails, is recorded and listed, and never raced."""
+    layer = Layer("small", SMALL)
+    algorithm = REGISTRY["implicit_gemm"]
+    prepare, configurations = algorithm.prepare, []
+
+    def faulty(problem, pass_, config, *others):
+        call = prepare(problem, pass_, config, *others)
+        if config not in configurations:
+            configurations.append(config)
+        number = configurations.index(config)
+        if number == 0:
+            raise RuntimeError("out of luck\nat length")
+
+        def run(*tensors):
+            return torch.zeros_like(call(*tensors)) if number == 1 else call(*tensors)
+
+        run.launches = call.launches
+        return run
+
+    monkeypatch.setattr(algorithm, "prepare", faulty)
+    monkeypatch.setattr(search, "PLANNED", ("fprop",))
+    pretended = Device(device)
+    found, _ = searched(book, [layer], pretended.lab)
+    (result,) = found.results
+    dropped = dict(result.dropped)
+    failed, wrong = (contenders.Contender("implicit_gemm", config).name for config in configurations[:2])
+    assert dropped[failed] == "failed: RuntimeError: out of luck"
+    assert dropped[wrong].startswith("wrong: error 1 above the bound")
+    assert all(failed not in runs and wrong not in runs for runs, _ in pretended.raced)
+    assert any(name.startswith("implicit_gemm") for name in result.first_us)
+    lines = summary.faults(found.results, {})
+    assert f"small fprop, {failed}: failed: RuntimeError: out of luck" in lines
+    assert len(lines) == 2
+    for name, finding in ((name, book.findings[str(result.task), name]) for name in result.first_us):
+        assert finding.error < (1e-6 if name.startswith("implicit") else 1e-5)
+
+
+def test_out_of_memory_is_of_one_layer(book, monkeypatch):
+    """The others go on, and a second run does not try what did not fit again."""
+
+    class Short(stub.StubSubject):
+        def check(self, pass_, contender):
+            if self.problem == CHOSEN[0].problem:
+                raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 PiB")
+            return super().check(pass_, contender)
+
+    monkeypatch.setattr(stub, "StubSubject", Short)
+    found, said = searched(book, CHOSEN)
+    assert {result.task.layer for result in found.results} == {"convnext_tiny.s0"}
+    failures = [note for note in said.values() if note]
+    assert len(failures) == 4
+    assert all("out of memory" in note for note in failures)
+    monkeypatch.setattr(stub.StubSubject, "check", None)
+    again, said_again = searched(book, CHOSEN)
+    assert said_again == said
+    assert [result.medians_us for result in again.results] == [result.medians_us for result in found.results]
+
+
+def test_the_finalists_of_a_dtype_are_tried_for_its_sister(book):
+    chosen = layers.variants(CHOSEN[:1], ["bf16", "fp16", "tf32"], ["nhwc"])
+    found, _ = searched(book, chosen)
+    by_dtype = {
+        dtype: [r for r in found.results if r.task.problem.dtype == dtype] for dtype in ("bf16", "fp16", "tf32")
+    }
+    assert len(by_dtype["bf16"]) == len(by_dtype["fp16"]) == 4
+    for first, second in zip(by_dtype["bf16"], by_dtype["fp16"], strict=True):
+        finalists = {each.name for each in first.finalists if each.ours}
+        assert {each.name for each in second.raced if each.ours} == finalists
+    assert all(len([c for c in r.raced if c.ours]) > search.FINALISTS for r in by_dtype["tf32"])
+
+
+def test_a_lost_device_ends_the_run_and_is_remembered(book, monkeypatch):
+    class Lost(stub.StubSubject):
+        def check(self, pass_, contender):
+            if contender.ours:
+                raise lab.DeviceLost("an illegal memory access")
+            return super().check(pass_, contender)
+
+    monkeypatch.setattr(stub, "StubSubject", Lost)
+    with pytest.raises(lab.DeviceLost):
+        searched(book, CHOSEN)
+    ((_, name),) = book.findings
+    assert book.findings[str(search.tasks(CHOSEN, devices.DEFAULT)[0]), name].note.startswith("lost the device")
+
+
+def test_compiled_faults():
+    kernel = {"registers": 90, "spill_bytes": 0, "shared_bytes": 1000}
+    used = {"registers": 90, "spill_bytes": 0, "shared_bytes": 1000}
+    assert search.compiled_fault({"kernels": [kernel]}, devices.DEFAULT) == (None, used)
+    spilled = search.compiled_fault({"kernels": [kernel, kernel | {"spill_bytes": 8}]}, devices.DEFAULT)
+    assert spilled == ("spills 8 bytes", used)
+    large = search.compiled_fault({"kernels": [kernel | {"shared_bytes": 10**6}]}, devices.DEFAULT)
+    assert large[0] == "takes 1000000 bytes of shared memory of 232448"
+    assert search.compiled_fault({"failed": "X: y"}, devices.DEFAULT) == ("not compiled: X: y", {})
+
+
+def test_compiles_ahead_in_other_processes(book, monkeypatch):
+    """What is compiled is what races; what fails there never reaches the device."""
+    monkeypatch.setattr(contenders, "MOST_EACH", 1)
+    monkeypatch.setattr(search, "PLANNED", ("fprop", "no such pass"))
+    monkeypatch.setattr(search, "able", lambda problem, pass_, target: ["row_march"])
+    ours = contenders.ours
+    monkeypatch.setattr(contenders, "ours", lambda p, pass_, t: ours(p, "fprop", t)[-1:])
+    with search.Compiler(devices.DEFAULT, 2) as compiler:
+        found, said = searched(book, CHOSEN[:1], compiler=compiler)
+    good, bad = said
+    assert said[good] == ""
+    assert [each.provider for each in found.results[0].raced if each.ours] == ["row_march"]
+    assert said[bad].startswith("failed: ")
+    assert any(
+        task == bad and finding.note.startswith("not compiled: ") for (task, _), finding in book.findings.items()
+    )
+
+
+# --- The journal -----------------------------------------------------------------------------------------------------
+
+
+def test_journal_knows_what_was_measured(tmp_path):
+    path = tmp_path / "stub.jsonl"
+    with journal.Journal(path, {"a": (1, 2)}) as book:
+        book.found("task", "one", journal.Finding(1e-3, 4e-3, {"registers": 90}, ""))
+        book.raced("task", 4, {"one": [1.0, 2.0]})
+    other = {"a": [1, 3]}
+    with journal.Journal(path, other) as book:
+        assert not book.findings
+        assert not book.races
+        book.raced("task", 4, {"one": [7.0]})
+    with journal.Journal(tmp_path / "stub.rank1.jsonl", {"a": (1, 2)}) as book:  # another rank reads the first's
+        assert book.findings == {("task", "one"): journal.Finding(1e-3, 4e-3, {"registers": 90}, "")}
+        assert book.race("task", 4, ["one"]) == {"one": [1.0, 2.0]}
+        assert book.race("task", 4, ["one", "two"]) is None
+        assert book.race("task", 8, ["one"]) is None
+    with journal.Journal(tmp_path / "stub_2.jsonl", {"a": (1, 2)}) as book:  # another device's does not
+        assert not book.findings
+
+
+def test_a_line_cut_short_is_passed_over(tmp_path):
+    path = tmp_path / "stub.jsonl"
+    with journal.Journal(path, {}) as book:
+        book.raced("task", 4, {"one": [1.0]})
+        book.raced("task", 8, {"one": [1.0]})
+    whole = path.read_text()
+    path.write_text(whole[:-9])
+    with pytest.warns(UserWarning, match="stub.jsonl: passing over 1 damaged lines"):
+        book = journal.Journal(path, {})
+    with book:
+        assert list(book.races) == [("task", 4)]
+        book.raced("task", 8, {"one": [2.0]})
+    with pytest.warns(UserWarning, match="1 damaged"), journal.Journal(path, {}) as book:
+        assert book.races["task", 8] == {"one": [2.0]}
+    assert path.read_text().startswith(whole[:-9] + "\n")
+
+
+# --- Files -----------------------------------------------------------------------------------------------------------
+
+
+def test_written_files_are_read_by_plans(book, tmp_path, monkeypatch):
+    """What was measured is what a plan takes, exactly; and a second run keeps what it does not measure anew."""
+    found, _ = searched(book, CHOSEN)
+    path = tmp_path / "nvidia_h200.json"
+    results.write(path, "NVIDIA H200", {}, found.results, devices.DEFAULT)
+    monkeypatch.setenv("GROUPCONV_CONFIG_DIR", str(tmp_path))
+    configs.reset()
+    try:
+        for result in found.results:
+            plan = dispatch.plan_pass(result.task.problem, result.task.pass_, devices.DEFAULT)
+            assert plan.source == "exact"
+            assert plan.torch_time_us == pytest.approx(result.torch_us, abs=1e-3)
+            if result.torch_us <= result.time_us:
+                assert plan.algorithm == "torch"
+            else:
+                assert (plan.algorithm, plan.config) == (result.best.provider, result.best.config)
+    finally:
+        configs.reset()
+    before = json.loads(path.read_text())["entries"]
+    results.write(path, "NVIDIA H200", {}, found.results[:1], devices.DEFAULT)
+    assert json.loads(path.read_text())["entries"] == before
+    assert [p.name for p in tmp_path.iterdir() if p.suffix == ".old"] == []
+
+
+@pytest.mark.parametrize("earlier", ["damaged", "of other kernels", "of another device"])
+def test_nothing_of_an_earlier_file_is_lost(book, tmp_path, earlier):
+    found, _ = searched(book, CHOSEN[:1])
+    path = tmp_path / "nvidia_h200.json"
+    results.write(
+        path, "Another" if earlier == "of another device" else "NVIDIA H200", {}, found.results, devices.DEFAULT
+    )
+    text = path.read_text()
+    if earlier == "damaged":
+        text = text[:-30]
+    elif earlier == "of other kernels":
+        text = text.replace(configs.kernels_sha256()["tiles.py"], "0" * 64)
+    path.write_text(text)
+    says = pytest.warns(UserWarning, match="not continuing") if earlier == "damaged" else contextlib.nullcontext()
+    with says:
+        results.write(path, "NVIDIA H200", {}, found.results[:1], devices.DEFAULT)
+    (aside,) = tmp_path.glob("nvidia_h200.json.*.old")
+    assert aside.read_text() == text
+    assert len(json.loads(path.read_text())["entries"]) == 1
+
+
+def fixed(task, times, modelled=None):
+    """A result with these medians; `modelled` times of ours by name."""
+    raced = tuple(
+        Contender(name)
+        if name.startswith("torch")
+        else Contender(name, {"BLOCK_M": 16}, (modelled or {}).get(name, 1.0))
+        for name in times
+    )
+    medians = {each.name: time for each, time in zip(raced, times.values(), strict=True)}
+    return search.Result(task, raced, medians, raced, medians, ())
+
+
+def test_entries():
+    task = search.Task("a", SMALL, "fprop")
+    slower = search.Task("b", dataclasses.replace(SMALL, h_in=7, w_in=5), "fprop")
+    assert slower.problem.config_key("fprop") == SMALL.config_key("fprop")
+    quick = fixed(task, {"implicit_gemm": 2.0, "torch_contiguous": 3.0})
+    (entry,) = results.entries([quick, fixed(slower, {"implicit_gemm": 4.0, "torch_contiguous": 5.0})])
+    assert (entry["time_us"], entry["torch_time_us"], entry["algorithm"]) == (4.0, 5.0, "implicit_gemm")
+    assert results.entry(fixed(task, {"implicit_gemm": 2.0}))["torch_time_us"] is None
+    torch_only = results.entry(fixed(task, {"torch_contiguous": 3.0, "torch_channels_last": 1.0}))
+    assert (torch_only["algorithm"], torch_only["time_us"], torch_only["torch_time_us"]) == ("torch", 3.0, 3.0)
+    assert results.entry(fixed(task, {"torch_channels_last": 3.0})) is None
+
+
+def test_calibration_and_rank_correlation():
+    assert results.rank_correlation([(1, 10), (2, 20), (3, 90)]) == pytest.approx(1.0)
+    assert results.rank_correlation([(1, 30), (2, 20), (3, 10)]) == pytest.approx(-1.0)
+    assert results.rank_correlation([(1, 5), (2, 5), (3, 6), (4, 1)]) == pytest.approx(-0.316, abs=1e-3)
+    assert results.rank_correlation([(1, 1), (2, 2)]) is None
+    assert results.rank_correlation([(1, 1), (2, 1), (3, 1)]) is None
+    problems = [dataclasses.replace(SMALL, batch=batch) for batch in (1, 4, 16)]
+    found = [
+        fixed(
+            search.Task("", problem, "fprop"), {"implicit_gemm": time, "torch_contiguous": 7.0}, {"implicit_gemm": 2.0}
+        )
+        for problem, time in zip(problems, (2.0, 6.0, 8.0), strict=True)
+    ]
+    calibration = results.calibration(found, devices.DEFAULT)
+    assert calibration.ours == {"implicit_gemm fprop": 3.0}
+    assert set(calibration.torch) == {"narrow fprop"}
+    assert results.calibration(found[:2], devices.DEFAULT) == configs.Calibration()
+    assert results.model_correlations(found) == {"implicit_gemm": (None, None)}
+
+
+# --- The command -----------------------------------------------------------------------------------------------------
+
+
+def tune(folder, *arguments, **options):
+    command = [sys.executable, "-m", "groupconv.cli", "tune", "--stub", "--out", str(folder), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, **options)
+
+
+def lines_of(path):
+    """The journal's results, by what they are of."""
+    found = collections.Counter()
+    for line in path.read_text().splitlines():
+        try:
+            record = json.loads(line)
+        except ValueError:
+            continue  # cut short by a kill
+        if "session" not in record:
+            found[record["task"], record.get("contender"), record.get("rounds")] += 1
+    return found
+
+
+def entries_of(path):
+    return json.loads(path.read_text())["entries"]
+
+
+def test_budget_is_kept(tmp_path):
+    """More work than the time is enough for: it ends in time, with what there is."""
+    began = time.monotonic()
+    done = tune(tmp_path, "--budget-seconds", "6", "--dtypes", "bf16", "fp32", "--layouts", "nhwc", "nchw")
+    taken = time.monotonic() - began
+    assert done.returncode == 0, done.stderr
+    assert 6 <= taken < 6 + 5 + 8  # 8 for starting Python and PyTorch on a busy machine
+    assert "The time budget ended with" in done.stdout
+    assert "Stub clock: not measurements" in done.stdout
+    assert entries_of(tmp_path / "stub.json")
+
+
+def test_a_killed_run_goes_on_where_it_was(tmp_path):
+    """kill -9 in the middle: nothing measured is lost or measured again, and the end is that of a run of one piece."""
+    arguments = ["--quick", "--layouts", "nhwc", "nchw"]
+    killed, whole = tmp_path / "killed", tmp_path / "whole"
+    command = [sys.executable, "-m", "groupconv.cli", "tune", "--stub", "--out", str(killed), *arguments]
+    path = killed / "stub.jsonl"
+    for least in (40, 120):
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=ENVIRONMENT)
+        deadline = time.monotonic() + 120
+        while time.monotonic() < deadline and not (path.exists() and path.read_bytes().count(b"\n") >= least):
+            time.sleep(0.002)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    before = lines_of(path)
+    assert sum(before.values()) >= 100
+    assert not (killed / "stub.json").exists()
+    assert tune(killed, *arguments).returncode == 0
+    assert tune(whole, *arguments).returncode == 0
+    after = lines_of(path)
+    assert before <= after
+    assert set(after.values()) == {1}
+    assert after == lines_of(whole / "stub.jsonl")
+    assert entries_of(killed / "stub.json") == entries_of(whole / "stub.json")
+    again = tune(killed, *arguments)
+    assert again.returncode == 0
+    assert lines_of(path) == after
+
+
+def test_interrupt_leaves_the_journal_whole(tmp_path):
+    command = [sys.executable, "-m", "groupconv.cli", "tune", "--stub", "--out", str(tmp_path)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT)
+    path = tmp_path / "stub.jsonl"
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and not (path.exists() and path.read_bytes().count(b"\n") >= 200):
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    out, _ = process.communicate(timeout=120)
+    assert process.returncode == 130
+    assert "interrupted" in out
+    for line in path.read_text().splitlines():
+        json.loads(line)
+    assert entries_of(tmp_path / "stub.json")
+
+
+def test_two_ranks_find_what_one_does(tmp_path):
+    """Under torchrun two processes share the layers, and one file is written: that of a run alone."""
+    arguments = ["--quick", "--dtypes", "bf16", "fp16"]
+    alone, together = tmp_path / "alone", tmp_path / "together"
+    assert tune(alone, *arguments).returncode == 0
+    command = [
+        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "groupconv.cli",
+        "tune", "--stub", "--out", str(together), *arguments,
+    ]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, timeout=300)
+    assert done.returncode == 0, done.stderr
+    ranks = [lines_of(together / f"stub.rank{rank}.jsonl") for rank in range(2)]
+    assert all(ranks)
+    assert ranks[0] + ranks[1] == lines_of(alone / "stub.jsonl")
+    assert entries_of(together / "stub.json") == entries_of(alone / "stub.json")
+    assert done.stdout.count("Rank correlation of modelled") == 1
+    assert tune(together, *arguments).returncode == 0  # alone, it goes on from what both measured
+    assert not lines_of(together / "stub.jsonl")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "there is no GPU here"),
+        (["--stub"], "--stub: its times are pretended, so it needs --out"),
+        (["--target", "sm_80"], "--target: sm_80 is for --compile-only and --stub"),
+        (["--stub", "--out", "OUT", "--target", "sm_12"], "target 'sm_12' is not known"),
+        (["--stub", "--out", "OUT", "--budget-seconds", "-1"], "--budget-seconds: -1.0 is not a positive number"),
+        (["--stub", "--out", "OUT", "--jobs", "0"], "--jobs: 0 is not a positive number"),
+        (["--stub", "--out", "OUT", "--layers", "nowhere.csv"], "'nowhere.csv' is not"),
+        (["--stub", "--out", "OUT", "--model", "resnet"], "resnet"),
+        (["--stub", "--out", "OUT", "--model", "timm:x", "--groups", "2"], "--model: timm:x has its own groups"),
+    ],
+)
+def test_bad_arguments(arguments, message, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    out = tmp_path / "out"
+    assert cli.main(["tune", *(str(out) if each == "OUT" else each for each in arguments)]) == 2
+    assert message in capsys.readouterr().err
+    assert not out.exists()
+
+
+def test_compile_only(tmp_path):
+    """Resources alone, of a GPU that is not here: nothing is written."""
+    path = tmp_path / "layers.csv"
+    path.write_text(",".join(layers.COLUMNS) + "\nsmall,2,8,9,9,8,3,3,1,1,1,1,1,1,1\n")
+    command = [sys.executable, "-m", "groupconv.cli", "tune", "--compile-only", "--target", "sm_80"]
+    done = subprocess.run(
+        [*command, "--layers", str(path), "--jobs", "2"], capture_output=True, text=True, env=ENVIRONMENT, cwd=tmp_path
+    )
+    assert done.returncode == 0, done.stderr
+    assert "Worth timing on nvidia_a100_sxm (sm_80), as modelled and compiled" in done.stdout
+    assert "configurations of 4 passes are worth timing" in done.stdout
+    assert [p.name for p in tmp_path.iterdir()] == ["layers.csv"]
+
+
+@pytest.mark.gpu
+def test_tunes_on_the_gpu(tmp_path):
+    """For real: every contender's numbers checked, a file that plans read, and a second run that measures nothing."""
+    arguments = ["tune", "--out", str(tmp_path), "--layers", "groups", "--groups", "8", "128", "--batch", "16"]
+    assert cli.main(arguments) == 0
+    slug = devices.of_device(torch.cuda.current_device()).slug
+    first = lines_of(tmp_path / f"{slug}.jsonl")
+    assert cli.main(arguments) == 0
+    assert lines_of(tmp_path / f"{slug}.jsonl") == first
+    found = configs.parse_device((tmp_path / f"{slug}.json").read_text(), slug)
+    assert len(found.entries) >= 6
+    assert not found.stale
