@@ -2,7 +2,8 @@
 
 from .api import explain, triton_conv
 from .dispatch import PassPlan, Plan
+from .modules import Conv2d, convert
 from .problem import ConvProblem
 
-__all__ = ["ConvProblem", "PassPlan", "Plan", "explain", "triton_conv"]
+__all__ = ["Conv2d", "ConvProblem", "PassPlan", "Plan", "convert", "explain", "triton_conv"]
 __version__ = "0.1.0"
