@@ -46,6 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Tune; ValueError for arguments that make no run, before any work."""
+    deadline = rows.Deadline(args.budget_seconds)
     rows.check_budget(args.budget_seconds)
     rows.check_installed("rich")
     if args.jobs is not None and args.jobs < 1:
@@ -62,14 +63,15 @@ def run(args: argparse.Namespace) -> int:
     if status is not None:
         return status
     if args.compile_only:
-        return _compile_only(tasks(chosen, target), target, args)
+        return _compile_only(tasks(chosen, target), target, deadline, args.jobs)
     with share.joined() as mine:
         lab = stub.StubLab(target) if args.stub else this_gpu()
-        return _tune(chosen, lab, mine, args)
+        return _tune(chosen, lab, mine, deadline, args)
 
 
-def _tune(chosen: list[rows.Layer], lab: Lab, mine: share.Share, args: argparse.Namespace) -> int:
-    deadline = rows.Deadline(args.budget_seconds)
+def _tune(
+    chosen: list[rows.Layer], lab: Lab, mine: share.Share, deadline: rows.Deadline, args: argparse.Namespace
+) -> int:
     folder = args.out or configs.user_folder()
     slug = devices.slugify(lab.name)
     todo = _part(tasks(chosen, lab.target), mine)
@@ -149,18 +151,17 @@ def _progress(total: int, visible: bool) -> Iterator[Callable[[str], None]]:
         yield lambda what: progress.update(bar, advance=1, description=what)
 
 
-def _compile_only(todo: list[Task], target: devices.Target, args: argparse.Namespace) -> int:
+def _compile_only(todo: list[Task], target: devices.Target, deadline: rows.Deadline, jobs: int | None) -> int:
     """A table of what compiles, and why the rest would not be timed."""
     from rich.console import Console
     from rich.table import Table
 
-    deadline = rows.Deadline(args.budget_seconds)
     table = Table(title=f"Worth timing on {target.slug} ({target.arch_name}), as modelled and compiled")
     for name in ("layer", "pass", "contender", "modelled us", "registers", "shared", "left out because"):
         table.add_column(name, no_wrap=name != "left out because")
     kept = left = 0
     every = [(task, each) for task in todo for each in contenders.ours(task.problem, task.pass_, target)]
-    with Compiler(target, _processes(args.jobs)) as compiler, _progress(len(every), True) as shown:
+    with Compiler(target, _processes(jobs)) as compiler, _progress(len(every), True) as shown:
         for task, each in every:
             compiler.submit(task, each)
         for task, each in every:

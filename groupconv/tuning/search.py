@@ -11,7 +11,7 @@ import contextlib
 import dataclasses
 import itertools
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Protocol
 
 from ..algorithms import able
@@ -28,7 +28,7 @@ from .lab import Checked, DeviceLost, failure, median
 FIRST_ROUNDS, LAST_ROUNDS = 4, 32
 FINALISTS = 2  # of ours
 COMPILED_AHEAD = 32  # tasks
-SISTERS = {"fp16": "bf16", "bf16": "fp16"}  # dtypes whose kernels are alike: the finalists of one are tried for both
+SEEDED_BY = {"fp16": "bf16"}  # kernels of the two are alike: of fp16 only bf16's finalists are tried, once known
 OUT_OF_TIME = "out of time"
 
 
@@ -154,15 +154,12 @@ class Search:
         self._deadline, self._on_result = deadline, on_result
         self.results: list[Result] = []
         self._promising: dict[str, list[Contender]] = {}
-        self._sisters: dict[str, Task] = {}
-        self._seeds: dict[str, list[Contender]] = {}
 
     def run(self, todo: list[Task]) -> None:
         """Race the tasks in their order: all, or as many as the time is enough for. DeviceLost ends it early."""
-        self._sisters = _sisters(todo)
-        later = {str(sister) for sister in self._sisters.values()}
-        todo = [task for group in _by_problem(todo) for task in group]
-        ahead = iter([task for task in todo if str(task) not in later])
+        seeded = {_of_dtype(task, SEEDED_BY.get(task.problem.dtype)): task for task in todo}
+        waiting = {str(seeded[str(task)]) for task in todo if str(task) in seeded and not self._finalists(str(task))}
+        ahead = (task for group in _by_problem(todo) for task in group if str(task) not in waiting)
         self._compile_next(ahead, COMPILED_AHEAD)
         for group in _by_problem(todo):
             with contextlib.ExitStack() as stack:
@@ -175,24 +172,32 @@ class Search:
                     if subject is None:
                         subject = stack.enter_context(self._lab.subject(task.problem))
                     result, note = self._guarded(task, subject)
+                    if str(task) in seeded:
+                        self._compile(seeded[str(task)])
                     if result is not None:
                         self.results.append(result)
                     self._on_result(task, result, note)
 
+    def _finalists(self, task: str) -> set[str]:
+        """Who ran in a task's last race, nobody if it was not run."""
+        return set(self._journal.races.get((task, LAST_ROUNDS), ()))
+
     def _own(self, task: Task) -> list[Contender]:
+        """Ours that are tried."""
         found = self._promising.get(str(task))
         if found is None:
             found = self._promising[str(task)] = contenders_.ours(task.problem, task.pass_, self._lab.target)
-        return found
+        seeds = self._finalists(_of_dtype(task, SEEDED_BY.get(task.problem.dtype)))
+        return [each for each in found if each.name in seeds] or found
 
     def _compile_next(self, ahead: Iterator[Task], count: int) -> None:
         for task in itertools.islice(ahead, count if self._compiler is not None else 0):
-            self._compile(task, self._own(task))
+            self._compile(task)
 
-    def _compile(self, task: Task, own: Sequence[Contender]) -> None:
+    def _compile(self, task: Task) -> None:
         if self._compiler is None:
             return
-        for contender in own:
+        for contender in self._own(task):
             if (str(task), contender.name) not in self._journal.findings:
                 self._compiler.submit(task, contender)
 
@@ -209,9 +214,8 @@ class Search:
             subject.forget(task.pass_)
 
     def _raced(self, task: Task, subject: Subject) -> Result:
-        own = self._seeds.get(str(task)) or self._own(task)
         admitted, dropped = [], []
-        for contender in [*own, *contenders_.peers(task.problem)]:
+        for contender in [*self._own(task), *contenders_.peers(task.problem)]:
             finding = self._finding(task, contender, subject)
             if finding.note:
                 dropped.append((contender.name, finding.note))
@@ -226,17 +230,7 @@ class Search:
             last = sum(each.ours for each in finalists) <= FINALISTS
             rounds = LAST_ROUNDS if last else 2 * rounds
             medians = self._race(task, finalists, rounds, subject)
-        self._seed(task, finalists)
         return Result(task, tuple(finalists), medians, tuple(admitted), first, tuple(dropped))
-
-    def _seed(self, task: Task, finalists: list[Contender]) -> None:
-        """The finalists of a dtype are all that is tried for its sister, if that comes later."""
-        sister = self._sisters.get(str(task))
-        if sister is not None:
-            names = {each.name for each in finalists}
-            seeds = [each for each in self._own(sister) if each.name in names]
-            self._seeds[str(sister)] = seeds
-            self._compile(sister, seeds)
 
     def _race(self, task: Task, admitted: list[Contender], rounds: int, subject: Subject) -> dict[str, float]:
         """Medians by contender."""
@@ -299,17 +293,9 @@ def compiled_fault(answer: dict, target: Target) -> tuple[str | None, dict]:
     return None, resources
 
 
-def _sisters(todo: list[Task]) -> dict[str, Task]:
-    """By task, the later one that differs in its 16-bit dtype only."""
-    found: dict[str, Task] = {}
-    before: set[str] = set()
-    for task in todo:
-        before.add(str(task))
-        other = SISTERS.get(task.problem.dtype)
-        twin = None if other is None else str(Task("", dataclasses.replace(task.problem, dtype=other), task.pass_))
-        if twin in before:
-            found[twin] = task
-    return found
+def _of_dtype(task: Task, dtype: str | None) -> str:
+    """The name of the task that differs in its dtype only; of none without a dtype."""
+    return "" if dtype is None else str(Task("", dataclasses.replace(task.problem, dtype=dtype), task.pass_))
 
 
 def _by_problem(todo: list[Task]) -> Iterable[list[Task]]:
