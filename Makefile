@@ -6,7 +6,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 INSTALLED := $(VENV)/.installed
 OLDEST_TRITON := $(VENV)/triton-3.6.0
 
-.PHONY: report test lint gpu-test clean
+.PHONY: report test lint gpu-test gpu ship clean
 report: $(INSTALLED)
 	$(BIN)/groupconv report $(ARGS)
 
@@ -20,6 +20,14 @@ lint: $(INSTALLED)
 
 gpu-test: $(INSTALLED)
 	$(BIN)/python -m pytest -m gpu $(ARGS)
+
+# All that needs a GPU, in OUT, within BUDGET seconds; run again, it goes on. Where all is installed: INSTALLED= BIN=...
+gpu: $(INSTALLED)
+	$(BIN)/python3 -m groupconv.perf_reports.gpu --out $(OUT) $(if $(BUDGET),--budget-seconds $(BUDGET)) $(ARGS)
+
+# What a GPU's folder OUT holds, as the project's own: configurations, CSV files, plots.
+ship: $(INSTALLED)
+	$(BIN)/python -m groupconv.perf_reports.ship $(OUT)
 
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)

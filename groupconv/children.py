@@ -44,15 +44,15 @@ def serve(answer: Callable[[dict], dict]) -> None:
         answers.flush()
 
 
-def rerun_compiling() -> int | None:
-    """The exit status of this command run again without TRITON_INTERPRET; None where it is not set.
+def rerun_compiling(argv: list[str]) -> int | None:
+    """The exit status of the command `groupconv ARGV` run again without TRITON_INTERPRET; None where it is not set.
 
     Interpreted kernels can be neither compiled nor timed, and whether they are is settled when they are imported.
     """
     if not os.environ.get("TRITON_INTERPRET"):
         return None
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    return subprocess.run([sys.executable, "-m", "groupconv.cli", *sys.argv[1:]], env=environment).returncode
+    return subprocess.run([sys.executable, "-m", "groupconv.cli", *argv], env=environment).returncode
 
 
 class Children:

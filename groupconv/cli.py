@@ -43,7 +43,14 @@ def main(argv: list[str] | None = None) -> int:
     tune_module.add_arguments(tune)
     tune.set_defaults(run=tune_module.run)
 
+    bench = commands.add_parser("bench", help="compare with PyTorch's ways, layer by layer and in whole models")
+    from .perf_reports import bench as bench_module
+
+    bench_module.add_arguments(bench)
+    bench.set_defaults(run=bench_module.run)
+
     args = parser.parse_args(argv)
+    args.argv = sys.argv[1:] if argv is None else argv
     try:
         return args.run(args)
     except (ValueError, OSError) as error:
@@ -52,7 +59,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _compile(args) -> int:
-    status = children.rerun_compiling()
+    status = children.rerun_compiling(args.argv)
     if status is not None:
         return status
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
+import itertools
 from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import Any
 
 from .. import dispatch
 from ..devices import Target
 from ..problem import ConvProblem
+from ..tuning.compiler import Compiler
 from ..tuning.contenders import Contender, same_layout
 from ..tuning.lab import DeviceLost, Limits, failure
 from .passes import reported, taken
@@ -18,6 +20,7 @@ from .rows import Layer, Timing, layer_row, limit_row, timing_fields
 BASELINES = ("torch_contiguous", "torch_channels_last")
 PEERS = (*BASELINES, "torch_native", "torch_compile", "flag_gems")
 ROUNDS = 30
+COMPILED_AHEAD = 8  # layers
 
 
 def peers(problem: ConvProblem, chosen: Sequence[str]) -> list[str]:
@@ -35,33 +38,56 @@ def count(layers: list[Layer], target: Target, chosen: Sequence[str] = BASELINES
 
 
 def rows(
-    layers: list[Layer], lab: Any, chosen: Sequence[str] = BASELINES, skip: Callable[[dict], bool] = lambda row: False
+    layers: list[Layer],
+    lab: Any,
+    chosen: Sequence[str] = BASELINES,
+    skip: Callable[[dict], bool] = lambda row: False,
+    compiler: Compiler | None = None,
 ) -> Generator[dict, None, None]:
     """The device's limits in each dtype; then, for each layer and pass, each algorithm pinned, its peers, and what
     "auto" takes, the last row of a pass.
 
     lab: a tuning.lab.Lab or its stub. chosen: peers, of PEERS. skip: says of a pass's first fields, with provider
-    "auto", that there are rows of it already. A provider that fails, or whose numbers are wrong, has a row that says so
-    and no time.
+    "auto", that there are rows of it already. compiler: compiles some layers ahead. A provider that fails, or whose
+    numbers are wrong, has a row that says so and no time.
     """
     found: dict[str, Limits] = {}
+    work = []
     for layer in layers:
+        passes = [each for each in reported(layer.problem, lab.target) if not skip(layer_row(layer, each[0], "auto"))]
+        if passes:
+            work.append((layer, passes))
+    ahead = (_pinned(layer.problem, passes, lab.target) for layer, passes in work)
+    _compile_next(ahead, compiler, COMPILED_AHEAD)
+    for layer, passes in work:
         problem = layer.problem
-        todo = [
-            (pass_, names)
-            for pass_, names in reported(problem, lab.target)
-            if not skip(layer_row(layer, pass_, "auto"))
-        ]
-        if not todo:
-            continue
+        _compile_next(ahead, compiler, 1)
         if problem.dtype not in found:
             limits = found[problem.dtype] = lab.limits(problem.dtype)
-            yield limit_row("copy_limit", problem.dtype, limits.copy_gbps, "measured")
-            yield limit_row("matrix_limit", problem.dtype, limits.matrix_tflops, "measured")
+            yield limit_row("copy_limit", problem.dtype, limits.copy_gbps, lab.kind)
+            yield limit_row("matrix_limit", problem.dtype, limits.matrix_tflops, lab.kind)
         with lab.subject(problem) as subject:
-            bench = _Bench(layer, lab, subject, found[problem.dtype])
-            for pass_, names in todo:
+            bench = _Bench(layer, lab, subject, found[problem.dtype], compiler)
+            for pass_, names in passes:
                 yield from bench.rows(pass_, names, peers(problem, chosen))
+
+
+def _pinned(
+    problem: ConvProblem, passes: list[tuple[str, list[str]]], target: Target
+) -> list[tuple[ConvProblem, str, Contender]]:
+    """What each algorithm takes for some passes."""
+    return [
+        (problem, pass_, _contender(problem, dispatch.plan_pass(problem, pass_, target, f"triton:{name}")))
+        for pass_, names in passes
+        for name in names
+    ]
+
+
+def _compile_next(ahead: Iterator[list], compiler: Compiler | None, count: int) -> None:
+    if compiler is not None:
+        for pinned in itertools.islice(ahead, count):
+            for each in pinned:
+                compiler.submit(*each)
 
 
 def peer_rows(
@@ -82,7 +108,8 @@ def peer_rows(
 class _Bench:
     """One layer's rows."""
 
-    def __init__(self, layer: Layer, lab: Any, subject: Any, limits: Limits):
+    def __init__(self, layer: Layer, lab: Any, subject: Any, limits: Limits, compiler: Compiler | None = None):
+        self.compiler = compiler
         self.layer, self.problem, self.lab = layer, layer.problem, lab
         self.subject, self.limits = subject, limits
 
@@ -130,15 +157,17 @@ class _Bench:
 
     def _checked(self, pass_: str, contender: Contender, source: str) -> dict:
         row = self._about(pass_, contender.provider, source, contender.config)
+        if self.compiler is not None and contender.ours:
+            self.compiler.answer(self.problem, pass_, contender)  # in Triton's cache, or to fail again below
         try:
             checked = self.subject.check(pass_, contender)
         except DeviceLost:
             raise
         except Exception as error:  # what it raises is the finding; the other rows may do better
             return {**row, "note": failure(error)}
-        row |= {"max_rel_err": checked.error, "err_bound": checked.bound, **checked.resources}
-        if checked.resources:
-            row["compiled_for"] = self.lab.target.arch_name
+        row |= {"max_rel_err": checked.error, "err_bound": checked.bound}
+        if contender.ours:
+            row |= self.subject.used(pass_, contender)
         return row if checked.wrong is None else {**row, "note": checked.wrong}
 
     def _time(self, pass_: str, contenders: list[Contender], made: dict[str, dict]) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from matplotlib import ticker
@@ -12,7 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from ..problem import PASSES
-from .text import NAMES, Row, across_groups, across_kernels, is_modelled, layer_rows, provenance, subject
+from .text import NAMES, Row, across_groups, across_kernels, kind, layer_rows, provenance, subject, timed
 
 # Okabe and Ito's colours, which colour-blind readers can tell apart; each with a marker of its own, for print.
 TORCH_STYLES = {"torch_contiguous": ("#E69F00", "X"), "torch_channels_last": ("#56B4E9", "P")}
@@ -24,26 +24,34 @@ UNGROUPED: dict[str, Any] = {"color": "0.45", "linestyle": ":", "linewidth": 1.6
 
 def write(rows: list[Row], folder: pathlib.Path) -> list[pathlib.Path]:
     """Draw what the rows allow into `folder`; the files written."""
-    if not layer_rows(rows):
-        return []
-    if across_groups(rows):
-        drawn = {
-            "overview.png": _overview(rows),
-            "time.png": _passes(rows, _time),
-            "fraction.png": _passes(rows, _fraction),
-            "work.png": _work(rows),
-        }
-    elif across_kernels(rows):
-        drawn = {"time.png": _passes(rows, _time), "fraction.png": _passes(rows, _fraction)}
-    else:
-        drawn = {"fraction.png": _layers(rows)}
+    return save(draw(rows), folder)
+
+
+def save(figures: Mapping[str, Figure], folder: pathlib.Path) -> list[pathlib.Path]:
+    """Write each figure as NAME.png, whole at every moment; the files written."""
     written = []
-    for name, figure in drawn.items():
-        partial = folder / f".{name}.partial"
+    for name, figure in figures.items():
+        partial, path = folder / f".{name}.png.partial", folder / f"{name}.png"
         figure.savefig(partial, format="png", dpi=150)
-        os.replace(partial, folder / name)
-        written.append(folder / name)
+        os.replace(partial, path)
+        written.append(path)
     return written
+
+
+def draw(rows: list[Row]) -> dict[str, Figure]:
+    """What the rows allow, by name."""
+    if not layer_rows(rows):
+        return {}
+    if across_groups(rows):
+        return {
+            "overview": _overview(rows),
+            "time": _passes(rows, _time),
+            "fraction": _passes(rows, _fraction),
+            "work": _work(rows),
+        }
+    if across_kernels(rows):
+        return {"time": _passes(rows, _time), "fraction": _passes(rows, _fraction)}
+    return {"fraction": _layers(rows)}
 
 
 def _styles(rows: list[Row]) -> dict[str, tuple[str, str]]:
@@ -54,35 +62,34 @@ def _styles(rows: list[Row]) -> dict[str, tuple[str, str]]:
     return {name: styles.get(name) or TORCH_STYLES[name] for name in providers}
 
 
-def _right(row: Row) -> bool:
-    """Whether a row's numbers are right, as far as they were checked."""
-    return not (row["max_rel_err"] and row["err_bound"]) or float(row["max_rel_err"]) <= float(row["err_bound"])
-
-
 def _along(rows: list[Row]) -> str:
     """The field along the axis: what the layers differ in."""
     return "groups" if across_groups(rows) else "kh"
 
 
-def _points(rows: list[Row], pass_: str, provider: str, field: str) -> tuple[list[int], list[float]]:
+def points(rows: list[Row], pass_: str, provider: str, field: str) -> tuple[list[int], list[float]]:
+    """A provider's line: what the layers differ in, and a field."""
     along = _along(rows)
     found = sorted(
         (int(row[along]), float(row[field]))
         for row in rows
-        if (row["pass"], row["provider"]) == (pass_, provider) and row[field] and _right(row)
+        if (row["pass"], row["provider"]) == (pass_, provider) and timed(row)
     )
     return [x for x, _ in found], [y for _, y in found]
 
 
-def _label(rows: list[Row], text: str) -> str:
-    return f"{text} (modelled)" if is_modelled(rows) else text
+def labelled(rows: list[Row], text: str) -> str:
+    """A label of figures that come from times; it says so where nothing was measured."""
+    return text if kind(rows) == "measured" else f"{text} ({kind(rows)})"
 
 
-def _titled(rows: list[Row], figure: Figure, what: str) -> None:
-    figure.suptitle(f"{_label(rows, what)}\n{subject(rows)}\n{provenance(rows)}", fontsize=10)
+def titled(figure: Figure, rows: list[Row], what: str, *about: str) -> None:
+    """Title a figure: what it shows, lines about it, and where its rows come from."""
+    figure.suptitle("\n".join([labelled(rows, what), *about, provenance(rows)]), fontsize=10)
 
 
-def _sweep_axis(axes: Axes, rows: list[Row]) -> None:
+def sweep_axis(axes: Axes, rows: list[Row]) -> None:
+    """The axis along which the layers differ."""
     along = _along(rows)
     counts = sorted({int(row[along]) for row in layer_rows(rows)})
     if along == "groups":
@@ -94,7 +101,8 @@ def _sweep_axis(axes: Axes, rows: list[Row]) -> None:
     axes.set_axisbelow(True)
 
 
-def _log_y(axes: Axes, unit: str) -> None:
+def log_y(axes: Axes, unit: str) -> None:
+    """A logarithmic axis whose ticks are plain numbers."""
     axes.set_yscale("log")
     axes.yaxis.set_major_locator(ticker.LogLocator(subs=(1.0, 2.0, 5.0)))
     axes.yaxis.set_major_formatter(ticker.FuncFormatter(lambda y, _: f"{y:,.4g}" if y < 1e4 else f"{y:,.0f}"))
@@ -104,48 +112,49 @@ def _log_y(axes: Axes, unit: str) -> None:
 
 def _time(axes: Axes, rows: list[Row], pass_: str) -> None:
     for provider, (colour, marker) in _styles(rows).items():
-        x, y = _points(rows, pass_, provider, "us_p50")
-        axes.plot(x, y, color=colour, marker=marker, label=_label(rows, NAMES.get(provider, provider)))
+        x, y = points(rows, pass_, provider, "us_p50")
+        axes.plot(x, y, color=colour, marker=marker, label=labelled(rows, NAMES.get(provider, provider)))
     along = _along(rows)
     floors = {int(row[along]): row for row in layer_rows(rows) if row["pass"] == pass_}
     counts = sorted(floors)
     limit = [float(floors[count]["floor_us"]) for count in counts]
-    axes.plot(counts, limit, label=_label(rows, "floor"), **FLOOR)
+    axes.plot(counts, limit, label=labelled(rows, "floor"), **FLOOR)
     if along == "kh":
-        axes.plot(*_points(rows, pass_, "auto", "us_p50"), label=_label(rows, "auto"), **AUTO)
+        axes.plot(*points(rows, pass_, "auto", "us_p50"), label=labelled(rows, "auto"), **AUTO)
     elif counts:  # a run that ended early may lack a pass
         ungrouped = float(floors[counts[0]]["ungrouped_floor_us"])
-        axes.axhline(ungrouped, label=_label(rows, "floor of the ungrouped layer"), **UNGROUPED)
-    _sweep_axis(axes, rows)
-    _log_y(axes, _label(rows, "time, us"))
+        axes.axhline(ungrouped, label=labelled(rows, "floor of the ungrouped layer"), **UNGROUPED)
+    sweep_axis(axes, rows)
+    log_y(axes, labelled(rows, "time, us"))
     axes.set_title(pass_, fontsize=10)
 
 
 def _fraction(axes: Axes, rows: list[Row], pass_: str) -> None:
     for provider, (colour, marker) in _styles(rows).items():
-        x, y = _points(rows, pass_, provider, "fraction")
-        label = _label(rows, NAMES.get(provider, provider))
+        x, y = points(rows, pass_, provider, "fraction")
+        label = labelled(rows, NAMES.get(provider, provider))
         axes.plot(x, [100 * f for f in y], color=colour, marker=marker, label=label)
-    axes.axhline(100, label=_label(rows, "limit"), **FLOOR)
-    _sweep_axis(axes, rows)
+    axes.axhline(100, label=labelled(rows, "limit"), **FLOOR)
+    sweep_axis(axes, rows)
     axes.set_ylim(bottom=0)
-    axes.set_ylabel(_label(rows, "floor / time, %"))
+    axes.set_ylabel(labelled(rows, "floor / time, %"))
     axes.set_title(pass_, fontsize=10)
 
 
-def _legend(figure: Figure, axes: Axes) -> None:
+def legend(figure: Figure, axes: Axes) -> None:
+    """One legend below all panels, of what is drawn on one of them."""
     handles, labels = axes.get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=min(4, len(labels)), fontsize=9, frameon=False)
 
 
-def _passes(rows: list[Row], draw: Callable[[Axes, list[Row], str], None]) -> Figure:
+def _passes(rows: list[Row], panel: Callable[[Axes, list[Row], str], None]) -> Figure:
     figure = Figure(figsize=(12, 4.6), layout="constrained")
     panels = figure.subplots(1, 3, sharey=True)
     for axes, pass_ in zip(panels, PASSES, strict=True):
-        draw(axes, rows, pass_)
+        panel(axes, rows, pass_)
         axes.label_outer()
-    _legend(figure, panels[0])
-    _titled(rows, figure, "Time of each pass" if draw is _time else "Fraction of the limit reached")
+    legend(figure, panels[0])
+    titled(figure, rows, "Time of each pass" if panel is _time else "Fraction of the limit reached", subject(rows))
     return figure
 
 
@@ -162,8 +171,8 @@ def _work_panels(panels, rows: list[Row]) -> None:
         ungrouped = values[0] / float(layers[0][1][ratio])
         axes.plot(counts, values, color="#0072B2", marker="o", label="this layer")
         axes.plot(counts, [ungrouped / count for count in counts], label="ungrouped / groups", **FLOOR)
-        _sweep_axis(axes, rows)
-        _log_y(axes, unit)
+        sweep_axis(axes, rows)
+        log_y(axes, unit)
         axes.set_title(title, fontsize=10)
         axes.legend(fontsize=8, frameon=False)
     # The first, second and last fall together, so each marker leaves the ones below it visible.
@@ -175,8 +184,8 @@ def _work_panels(panels, rows: list[Row]) -> None:
     ):
         values = [float(row[f"{field}_ratio"]) for _, row in layers]
         panels[2].plot(counts, values, color=colour, label=label, **style)
-    _sweep_axis(panels[2], rows)
-    _log_y(panels[2], "ratio")
+    sweep_axis(panels[2], rows)
+    log_y(panels[2], "ratio")
     panels[2].set_title("beside the ungrouped layer", fontsize=10)
     panels[2].legend(fontsize=8, frameon=False)
 
@@ -197,12 +206,12 @@ def _overview(rows: list[Row]) -> Figure:
         if axes is not panels[1][0]:
             axes.sharey(panels[1][0])
         _time(axes, rows, pass_)
-        axes.set_title(_label(rows, f"time of {pass_}"), fontsize=10)
+        axes.set_title(labelled(rows, f"time of {pass_}"), fontsize=10)
         if axes is not panels[1][0]:
             axes.set_ylabel("")
             axes.tick_params(labelleft=False)
-    _legend(figure, panels[1][0])
-    _titled(rows, figure, "Work and time across group counts")
+    legend(figure, panels[1][0])
+    titled(figure, rows, "Work and time across group counts", subject(rows))
     return figure
 
 
@@ -210,7 +219,7 @@ def _layers(rows: list[Row]) -> Figure:
     """A line a layer, sorted by the best fraction of its fprop; a panel a pass."""
     best: dict[str, float] = {}
     for row in layer_rows(rows):
-        value = float(row["fraction"]) if row["pass"] == "fprop" and row["fraction"] and _right(row) else 0.0
+        value = float(row["fraction"]) if row["pass"] == "fprop" and timed(row) else 0.0
         best[row["layer"]] = max(best.get(row["layer"], 0.0), value)
     order = sorted(best, key=best.__getitem__)
     place = {name: i for i, name in enumerate(order)}
@@ -222,18 +231,18 @@ def _layers(rows: list[Row]) -> Figure:
             drawn = [
                 (100 * float(row["fraction"]), place[row["layer"]])
                 for row in layer_rows(rows)
-                if (row["pass"], row["provider"]) == (pass_, provider) and row["fraction"] and _right(row)
+                if (row["pass"], row["provider"]) == (pass_, provider) and timed(row)
             ]
-            label = _label(rows, NAMES.get(provider, provider))
+            label = labelled(rows, NAMES.get(provider, provider))
             axes.scatter([x for x, _ in drawn], [y for _, y in drawn], s=26, color=colour, marker=marker, label=label)
-        axes.axvline(100, label=_label(rows, "limit"), **FLOOR)
+        axes.axvline(100, label=labelled(rows, "limit"), **FLOOR)
         axes.set_xlim(left=0)
         axes.set_yticks(range(len(order)), order, fontsize=8)
         axes.set_ylim(-0.7, len(order) - 0.3)
         axes.grid(True, color="0.9")
         axes.set_axisbelow(True)
-        axes.set_xlabel(_label(rows, "floor / time, %"))
+        axes.set_xlabel(labelled(rows, "floor / time, %"))
         axes.set_title(pass_, fontsize=10)
-    _legend(figure, panels[0])
-    _titled(rows, figure, "Fraction of the limit reached, by layer")
+    legend(figure, panels[0])
+    titled(figure, rows, "Fraction of the limit reached, by layer", subject(rows))
     return figure

@@ -38,7 +38,7 @@ def run(args: argparse.Namespace) -> int:
     rows.check_installed("matplotlib", "rich")
     target = devices.named(args.target or devices.DEFAULT.slug)
     measuring = args.target is None and torch.cuda.is_available()
-    status = children.rerun_compiling() if measuring else None
+    status = children.rerun_compiling(args.argv) if measuring else None
     if status is not None:
         return status
 

@@ -9,6 +9,7 @@ from . import rows as rows_
 
 Row = dict[str, str]
 NAMES = {"torch_contiguous": "F.conv2d contiguous", "torch_channels_last": "F.conv2d channels_last"}
+ORIGINS = {"measured": "measured on", "modelled": "modelled for", "stub": "stub clock: not measurements, on"}
 
 
 def layer_rows(rows: list[Row]) -> list[Row]:
@@ -16,8 +17,24 @@ def layer_rows(rows: list[Row]) -> list[Row]:
     return [row for row in rows if row["provider"] not in rows_.LIMITS]
 
 
+def kind(rows: list[Row]) -> str:
+    """What the rows' times are: "measured"; where any is not, "modelled" or "stub"."""
+    return next((row["kind"] for row in rows if row["kind"] != "measured"), "measured")
+
+
 def is_modelled(rows: list[Row]) -> bool:
-    return any(row["kind"] == "modelled" for row in rows)
+    return kind(rows) == "modelled"
+
+
+def timed(row: Row) -> bool:
+    """Whether a row has a time and, as far as they were checked, right numbers. No other is compared or drawn."""
+    checked = row["max_rel_err"] and row["err_bound"]
+    return bool(row["us_p50"]) and (not checked or float(row["max_rel_err"]) <= float(row["err_bound"]))
+
+
+def takes(auto: Row) -> str:
+    """What a row of "auto" takes: an algorithm, F.conv2d or "dgrad and wgrad"."""
+    return auto["note"].split(";")[0].removeprefix("takes ")
 
 
 def across_groups(rows: list[Row]) -> bool:
@@ -60,7 +77,7 @@ def subject(rows: list[Row]) -> str:
 def provenance(rows: list[Row]) -> str:
     """Device, versions and date, in a line."""
     first = rows[0]
-    device = f"modelled for {first['gpu']}" if is_modelled(rows) else f"measured on {first['gpu']}"
+    device = f"{ORIGINS[kind(rows)]} {first['gpu']}"
     versions = [f"torch {first['torch']}", f"triton {first['triton']}"]
     versions += [f"{name} {first[name]}" for name in ("cudnn", "driver") if first[name]]
     return ", ".join([device, *versions, first["utc"][:10]])
@@ -77,8 +94,15 @@ def number(text: str, digits: int = 3) -> str:
     return f"{value:.1e}"
 
 
-def _scaled(text: str, by: float) -> str:
+def scaled(text: str, by: float) -> str:
+    """A number for reading, in another unit."""
     return number(str(float(text) / by)) if text else "-"
+
+
+def spread(row: Row, unit: str) -> str:
+    """`12.3 (12.1-12.9)`: a median time and, where it was measured, its 20th and 80th percentiles."""
+    p20, p50, p80 = (number(row[f"{unit}_{name}"]) for name in ("p20", "p50", "p80"))
+    return f"{p50} ({p20}-{p80})" if row[f"{unit}_p20"] else p50
 
 
 def _times_ungrouped(text: str) -> str:
@@ -96,8 +120,8 @@ def work_cells(rows: list[Row]) -> list[list[str]]:
         figures = []
         for name, value in (
             ("params", f"{int(row['params']):,}"),
-            ("flops", _scaled(row["flops"], 1e9)),
-            ("bytes", _scaled(row["bytes"], 1e6)),
+            ("flops", scaled(row["flops"], 1e9)),
+            ("bytes", scaled(row["bytes"], 1e6)),
             ("intensity", number(row["intensity"])),
         ):
             figures += [value, _times_ungrouped(row[f"{name}_ratio"])]
@@ -128,16 +152,15 @@ def time_cells(rows: list[Row]) -> list[list[str]]:
     for row in layer_rows(rows):
         if row["provider"] == "auto" and _repeats(row, rows):
             continue
-        spread = f" ({number(row['us_p20'])}-{number(row['us_p80'])})" if row["us_p20"] else ""
         fraction = f"{float(row['fraction']):.1%}" if row["fraction"] else "-"
         cells = [row["layer"], row["pass"], NAMES.get(row["provider"], row["provider"])]
-        cells += [number(row["us_p50"]) + spread, number(row["floor_us"]), fraction]
+        cells += [spread(row, "us"), number(row["floor_us"]), fraction]
         if is_modelled(rows):
             cells.append(row["bound"] or "-")
         cells.append(f"{float(row['max_rel_err']):.1e}" if row["max_rel_err"] else "-")
         cells += [row[name] or "-" for name in ("registers", "spill_bytes", "shared_bytes", "matrix")]
         auto = autos.get((row["layer"], row["pass"]))
-        cells.append(auto["note"].split(";")[0].removeprefix("takes ") if auto else "-")
+        cells.append(takes(auto) if auto else "-")
         lines.append([*cells, row["note"] if row["provider"] != "auto" else ""])
     return lines
 
@@ -216,9 +239,8 @@ def markdown(rows: list[Row], plots: list[str], taken: int, total: int) -> str:
     for name in plots:
         lines += [f"## {PLOTS.get(name, name)}{' (modelled)' if modelled and name != 'work.png' else ''}", ""]
         lines += [f"![{PLOTS.get(name, name)}]({name})", ""]
-    lines += ["## Work", "", "Beside each figure, its ratio to the same layer without groups. Bytes: every operand", ""]
-    lines[-2] += " moved once."
-    lines += [*markdown_table(WORK, work_cells(rows), 1), ""]
+    about = "Beside each figure, its ratio to the same layer without groups. Bytes: every operand moved once."
+    lines += ["## Work", "", about, "", *markdown_table(WORK, work_cells(rows), 1), ""]
     lines += [f"## Passes{' (times modelled)' if modelled else ''}", ""]
     lines += [*markdown_table(time_header(rows), time_cells(rows), 3), ""]
     lines += ["All figures and their configurations: [results.csv](results.csv).", ""]
@@ -233,9 +255,10 @@ def _limits(rows: list[Row]) -> tuple[str, str]:
 
 def _modelled_words(rows: list[Row]) -> list[str]:
     copy, matrix = _limits(rows)
+    compiled_for = ", ".join(sorted({row["compiled_for"] for row in rows if row["compiled_for"]})) or "no target"
     return [
         "**Nothing in this report was measured on a GPU.** Times, floors and fractions are modelled; registers, spills "
-        f"and shared memory are those of the kernels as compiled for {_compiled_for(rows)}; errors are those of the "
+        f"and shared memory are those of the kernels as compiled for {compiled_for}; errors are those of the "
         "same kernels under Triton's interpreter, on a small batch of small maps and with other tile sizes.",
         "",
         f"The model assumes a copy at {copy} GB/s and matrix products at {matrix} TFLOP/s ({rows[0]['source']}). The "
@@ -243,10 +266,6 @@ def _modelled_words(rows: list[Row]) -> list[str]:
         'limit is floor / time. "auto" is what `triton_conv` would take on this device: where that is F.conv2d, a '
         "prior decided: F.conv2d has no model, and so no time here.",
     ]
-
-
-def _compiled_for(rows: list[Row]) -> str:
-    return ", ".join(sorted({row["compiled_for"] for row in rows if row["compiled_for"]})) or "no target"
 
 
 def _measured_words(rows: list[Row]) -> list[str]:

@@ -246,7 +246,7 @@ def test_wrong_and_failing_kernels_are_recorded_not_timed(device, monkeypatch, t
             assert row["us_p50"] == 20.0
     assert "6 rows failed" in text.markdown(writer.rows, [], len(found), len(found))
     kept = rows.read(tmp_path / "results.csv")
-    assert plot._points(kept, "fprop", algorithm.NAME, "us_p50") == ([], [])
+    assert plot.points(kept, "fprop", algorithm.NAME, "us_p50") == ([], [])
 
 
 def test_budget_keeps_what_there_is(device, tmp_path, writer):
@@ -391,7 +391,7 @@ def test_work_is_that_of_one_pass():
     """The plot of work leaves out the fused backward's rows, which do the work of two passes."""
     kept = rows.read(pathlib.Path(__file__).parents[1] / "perf_reports" / "modelled_nvidia_h200" / "results.csv")
     assert "backward" in {row["pass"] for row in kept}
-    _, flops, _ = plot._work(kept).axes
+    _, flops, _ = plot.draw(kept)["work"].axes
     line = flops.get_lines()[0]
     expected = {layer.problem.groups: layer.problem.flops("fprop") / 1e9 for layer in layers_of()}
     assert dict(zip(line.get_xdata(), line.get_ydata(), strict=True)) == pytest.approx(expected, rel=1e-3)
@@ -405,7 +405,7 @@ def test_plot_across_kernel_sizes(tmp_path):
     assert [path.name for path in plot.write(kept, tmp_path)] == ["time.png", "fraction.png"]
     for name in ("time.png", "fraction.png"):
         check_png(tmp_path / name)
-    figure = plot._passes(kept, plot._time)
+    figure = plot.draw(kept)["time"]
     assert [axes.get_title() for axes in figure.axes] == list(PASSES)
     for axes in figure.axes:
         assert axes.get_xlabel() == "kernel height and width, pixels"

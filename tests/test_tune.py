@@ -18,7 +18,7 @@ from groupconv.algorithms import REGISTRY, able
 from groupconv.perf_reports import layers
 from groupconv.perf_reports.rows import Deadline, Layer
 from groupconv.problem import ConvProblem
-from groupconv.tuning import contenders, journal, lab, results, search, stub, summary
+from groupconv.tuning import compiler, contenders, journal, lab, results, search, stub, summary
 from groupconv.tuning.contenders import Contender
 
 SMALL = ConvProblem(2, 8, 6, 5, 8, 3, 3, (1, 1), (1, 1, 1, 1), (1, 1), 2, "fp32", "nchw", "nchw")
@@ -33,13 +33,11 @@ def book(tmp_path):
         yield opened
 
 
-def searched(book, chosen, on=None, deadline=None, compiler=None):
+def searched(book, chosen, on=None, compiler=None):
     """A finished search, and what it said of each task."""
     on = on or stub.StubLab(devices.DEFAULT)
     said = {}
-    found = search.Search(
-        on, book, compiler, deadline or Deadline(None), lambda task, result, note: said.update({str(task): note})
-    )
+    found = search.Search(on, book, compiler, Deadline(None), lambda task, result, note: said.update({str(task): note}))
     found.run(search.tasks(chosen, on.target))
     return found, said
 
@@ -208,23 +206,31 @@ def test_a_lost_device_ends_the_run_and_is_remembered(book, monkeypatch):
 def test_compiled_faults():
     kernel = {"registers": 90, "spill_bytes": 0, "shared_bytes": 1000}
     used = {"registers": 90, "spill_bytes": 0, "shared_bytes": 1000}
-    assert search.compiled_fault({"kernels": [kernel]}, devices.DEFAULT) == (None, used)
-    spilled = search.compiled_fault({"kernels": [kernel, kernel | {"spill_bytes": 8}]}, devices.DEFAULT)
+    assert compiler.compiled_fault({"kernels": [kernel]}, devices.DEFAULT) == (None, used)
+    spilled = compiler.compiled_fault({"kernels": [kernel, kernel | {"spill_bytes": 8}]}, devices.DEFAULT)
     assert spilled == ("spills 8 bytes", used)
-    large = search.compiled_fault({"kernels": [kernel | {"shared_bytes": 10**6}]}, devices.DEFAULT)
+    large = compiler.compiled_fault({"kernels": [kernel | {"shared_bytes": 10**6}]}, devices.DEFAULT)
     assert large[0] == "takes 1000000 bytes of shared memory of 232448"
-    assert search.compiled_fault({"failed": "X: y"}, devices.DEFAULT) == ("not compiled: X: y", {})
+    assert compiler.compiled_fault({"failed": "X: y"}, devices.DEFAULT) == ("not compiled: X: y", {})
 
 
-def test_compiles_ahead_in_other_processes(book, monkeypatch):
+def test_compiles_ahead_in_other_processes(book, monkeypatch, tmp_path):
     """What is compiled is what races; what fails there never reaches the device."""
     monkeypatch.setattr(contenders, "MOST_EACH", 1)
     monkeypatch.setattr(search, "PLANNED", ("fprop", "no such pass"))
     monkeypatch.setattr(search, "able", lambda problem, pass_, target: ["row_march"])
     ours = contenders.ours
     monkeypatch.setattr(contenders, "ours", lambda p, pass_, t: ours(p, "fprop", t)[-1:])
-    with search.Compiler(devices.DEFAULT, 2) as compiler:
-        found, said = searched(book, CHOSEN[:1], compiler=compiler)
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
+    with compiler.Compiler(devices.DEFAULT, 2) as ahead:
+        found, said = searched(book, CHOSEN[:1], compiler=ahead)
+    written = {path: path.stat().st_mtime_ns for path in tmp_path.glob("cache/*/*.cubin")}
+    assert len(written) == len(found.results[0].raced) - 2
+    with compiler.Compiler(devices.DEFAULT, 1) as ahead:  # another process finds what the first ones compiled
+        (winner,) = [each for each in found.results[0].raced if each.ours]
+        task = found.results[0].task
+        assert "kernels" in ahead.answer(task.problem, task.pass_, winner)
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.glob("cache/*/*.cubin")} == written
     good, bad = said
     assert said[good] == ""
     assert [each.provider for each in found.results[0].raced if each.ours] == ["row_march"]

@@ -7,7 +7,6 @@ import collections
 import contextlib
 import dataclasses
 import datetime
-import os
 import pathlib
 import sys
 from collections.abc import Callable, Iterator
@@ -18,9 +17,10 @@ import triton
 from .. import children, configs, devices
 from ..perf_reports import layers, rows
 from . import contenders, results, share, stub
+from .compiler import Compiler, compiled_fault, processes
 from .journal import Journal
 from .lab import DeviceLost, this_gpu
-from .search import Compiler, Lab, Result, Search, Task, compiled_fault, tasks
+from .search import Lab, Result, Search, Task, tasks
 from .summary import print_summary
 
 
@@ -59,7 +59,7 @@ def run(args: argparse.Namespace) -> int:
     target = devices.named(args.target or devices.DEFAULT.slug)
     if not (args.stub or args.compile_only or torch.cuda.is_available()):
         raise ValueError("there is no GPU here; --compile-only and --stub need none")
-    status = None if args.stub else children.rerun_compiling()
+    status = None if args.stub else children.rerun_compiling(args.argv)
     if status is not None:
         return status
     if args.compile_only:
@@ -80,7 +80,7 @@ def _tune(
     ended = ""
     with contextlib.ExitStack() as stack:
         journal = stack.enter_context(Journal(journal_path, session(lab)))
-        compiler = None if args.stub else stack.enter_context(Compiler(lab.target, _processes(args.jobs)))
+        compiler = None if args.stub else stack.enter_context(Compiler(lab.target, processes(args.jobs)))
         shown = stack.enter_context(_progress(len(todo), mine.rank == 0))
 
         def on_result(task: Task, result: Result | None, note: str) -> None:
@@ -134,12 +134,6 @@ def tuned_with() -> dict:
     return {**{name: environment[name] for name in ("torch", "triton", "cudnn", "driver", "commit")}, "utc": now}
 
 
-def _processes(jobs: int | None) -> int:
-    """Processes that compile: of a job on this machine, all together one a core, but the one that measures."""
-    local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    return jobs or max(1, (os.cpu_count() or 1) // local - 1)
-
-
 @contextlib.contextmanager
 def _progress(total: int, visible: bool) -> Iterator[Callable[[str], None]]:
     from rich.console import Console
@@ -161,14 +155,15 @@ def _compile_only(todo: list[Task], target: devices.Target, deadline: rows.Deadl
         table.add_column(name, no_wrap=name != "left out because")
     kept = left = 0
     every = [(task, each) for task in todo for each in contenders.ours(task.problem, task.pass_, target)]
-    with Compiler(target, _processes(jobs)) as compiler, _progress(len(every), True) as shown:
+    with Compiler(target, processes(jobs)) as compiler, _progress(len(every), True) as shown:
         for task, each in every:
-            compiler.submit(task, each)
+            compiler.submit(task.problem, task.pass_, each)
         for task, each in every:
             try:
-                why_not, used = compiled_fault(compiler.answer(task, each, deadline), target)
+                answer = compiler.answer(task.problem, task.pass_, each, deadline.left)
             except TimeoutError:
                 break
+            why_not, used = compiled_fault(answer, target)
             shown(task.layer)
             kept, left = kept + (why_not is None), left + (why_not is not None)
             figures = [f"{each.modelled_us:.1f}", *(str(used.get(name, "-")) for name in ("registers", "shared_bytes"))]

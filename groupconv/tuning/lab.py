@@ -35,13 +35,10 @@ class DeviceLost(RuntimeError):
 
 @dataclasses.dataclass(frozen=True)
 class Checked:
-    """A call's relative error against float64, its bound (None for PyTorch's, which must only be finite), what its
-    main kernel takes, and the architecture that was compiled for.
-    """
+    """A call's relative error against float64, and its bound: None for PyTorch's, which must only be finite."""
 
     error: float | None
     bound: float | None
-    resources: dict = dataclasses.field(default_factory=dict)
 
     @property
     def wrong(self) -> str | None:
@@ -91,6 +88,8 @@ def race_on_gpu(runs: dict[str, Run], rounds: int) -> dict[str, list[float]]:
 
 class Lab:
     """A device on which subjects are measured. `race` times calls; the tests pass another, and "cpu"."""
+
+    kind = "measured"  # what its times are
 
     def __init__(self, target: devices.Target, name: str, device: str = "cuda", race: Race = race_on_gpu):
         self.target, self.name, self.device, self.race = target, name, device, race
@@ -169,12 +168,26 @@ class Subject:
             if not contender.ours:
                 return Checked(self._error(pass_, run())[0], None)
             with poisoned():
-                error, bound = self._error(pass_, run())
-            call: Any = run.func
-            return Checked(error, bound, used(call.launches[0].compiled))
+                found = run()
+            return Checked(*self._error(pass_, found))
         except Exception as failure:
             self._alive(failure)
             raise
+
+    def used(self, pass_: str, contender: Contender) -> dict:
+        """A row's fields of what the main kernel of one of ours takes, once checked; none where it was interpreted."""
+        call: Any = self._run(pass_, contender).func
+        compiled = call.launches[0].compiled
+        if compiled is None:
+            return {}
+        found = resources.of(compiled)
+        return {
+            "registers": found.registers,
+            "spill_bytes": found.spill_bytes,
+            "shared_bytes": found.shared_bytes,
+            "matrix": f"{found.matrix} {found.matrix_count}" if found.matrix else "",
+            "compiled_for": self.lab.target.arch_name,
+        }
 
     def race(self, pass_: str, contenders: list[Contender], rounds: int) -> dict[str, list[float]]:
         """Microseconds of every round of each contender, by name."""
@@ -212,19 +225,6 @@ class Subject:
                 torch.cuda.synchronize()
             except RuntimeError:
                 raise DeviceLost(str(failure)) from failure
-
-
-def used(compiled) -> dict:
-    """A row's fields of what a compiled kernel takes; none where it was interpreted."""
-    if compiled is None:
-        return {}
-    found = resources.of(compiled)
-    return {
-        "registers": found.registers,
-        "spill_bytes": found.spill_bytes,
-        "shared_bytes": found.shared_bytes,
-        "matrix": f"{found.matrix} {found.matrix_count}" if found.matrix else "",
-    }
 
 
 def failure(error: Exception) -> str:

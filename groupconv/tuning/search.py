@@ -6,7 +6,6 @@ then rounds double and the slower half of ours drops out, so that most of the ti
 
 from __future__ import annotations
 
-import concurrent.futures
 import contextlib
 import dataclasses
 import itertools
@@ -15,12 +14,12 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Protocol
 
 from ..algorithms import able
-from ..children import Children, problem_json
 from ..configs import PLANNED
 from ..devices import Target
 from ..perf_reports.rows import Deadline
 from ..problem import ConvProblem
 from . import contenders as contenders_
+from .compiler import Compiler, compiled_fault
 from .contenders import Contender
 from .journal import Finding, Journal
 from .lab import Checked, DeviceLost, failure, median
@@ -107,40 +106,6 @@ def tasks(layers: Iterable, target: Target) -> list[Task]:
     return list(found.values())
 
 
-class Compiler:
-    """Compiles contenders ahead of their race, in `count` processes; Triton's cache on disk then has them."""
-
-    def __init__(self, target: Target, count: int):
-        self._target = target.arch_name
-        self._children = Children("groupconv.compiled", interpret=False, count=count)
-        self._pending: dict[tuple[str, str], concurrent.futures.Future[dict]] = {}
-
-    def submit(self, task: Task, contender: Contender) -> None:
-        """Compile it when its turn comes."""
-        job = {
-            "problem": problem_json(task.problem), "pass": task.pass_, "target": self._target,
-            "algorithm": contender.provider, "config": contender.config,
-        }  # fmt: skip
-        self._pending[str(task), contender.name] = self._children.submit(job)
-
-    def answer(self, task: Task, contender: Contender, deadline: Deadline) -> dict:
-        """What each kernel of it takes, or why it failed; TimeoutError at the deadline."""
-        key = str(task), contender.name
-        if key not in self._pending:
-            self.submit(task, contender)
-        try:
-            return self._pending[key].result(deadline.left)
-        except concurrent.futures.TimeoutError:  # another class than TimeoutError before Python 3.11
-            raise TimeoutError from None
-
-    def __enter__(self) -> Compiler:
-        self._children.__enter__()
-        return self
-
-    def __exit__(self, *exception) -> None:
-        self._children.__exit__(*exception)
-
-
 class Search:
     """A run over tasks, and its `results` so far. `on_result(task, result or None, note)` hears of each: None where it
     has none, and why.
@@ -199,7 +164,7 @@ class Search:
             return
         for contender in self._own(task):
             if (str(task), contender.name) not in self._journal.findings:
-                self._compiler.submit(task, contender)
+                self._compiler.submit(task.problem, task.pass_, contender)
 
     def _guarded(self, task: Task, subject: Subject) -> tuple[Result | None, str]:
         try:
@@ -250,9 +215,10 @@ class Search:
         return finding
 
     def _examined(self, task: Task, contender: Contender, subject: Subject) -> Finding:
+        resources: dict = {}
         if contender.ours and self._compiler is not None:
             why_not, resources = compiled_fault(
-                self._compiler.answer(task, contender, self._deadline), self._lab.target
+                self._compiler.answer(task.problem, task.pass_, contender, self._deadline.left), self._lab.target
             )
             if why_not is not None:
                 return Finding(None, None, resources, why_not)
@@ -263,7 +229,7 @@ class Search:
             raise
         except Exception as error:  # the finding of this contender; the others may do better
             return Finding(None, None, {}, failure(error))
-        return Finding(checked.error, checked.bound, checked.resources, checked.wrong or "")
+        return Finding(checked.error, checked.bound, resources, checked.wrong or "")
 
     def _stop_when_passed(self) -> None:
         if self._deadline.passed:
@@ -278,19 +244,6 @@ def survivors(problem: ConvProblem, admitted: list[Contender], medians: dict[str
     kept = {each.name for each in (*own[: math.ceil(len(own) / 2)], *torchs[:1])}
     kept.add(contenders_.same_layout(problem).name)
     return [each for each in admitted if each.name in kept]
-
-
-def compiled_fault(answer: dict, target: Target) -> tuple[str | None, dict]:
-    """Why compiled kernels are not worth timing, or None; and what the main one takes."""
-    if "failed" in answer:
-        return f"not compiled: {answer['failed']}", {}
-    main = answer["kernels"][0]
-    resources = {name: main[name] for name in ("registers", "spill_bytes", "shared_bytes")}
-    if spills := sum(kernel["spill_bytes"] for kernel in answer["kernels"]):
-        return f"spills {spills} bytes", resources
-    if main["shared_bytes"] > target.shared_bytes:
-        return f"takes {main['shared_bytes']} bytes of shared memory of {target.shared_bytes}", resources
-    return None, resources
 
 
 def _of_dtype(task: Task, dtype: str | None) -> str:

@@ -24,7 +24,7 @@ NOISE = 0.02
 class StubLab:
     """`lab.Lab` without a device."""
 
-    name = NAME
+    name = kind = NAME
 
     def __init__(self, target: devices.Target):
         self.target = target
@@ -50,6 +50,9 @@ class StubSubject:
     def check(self, pass_: str, contender: Contender) -> Checked:
         time.sleep(CHECK_SECONDS)
         return Checked(None, None)
+
+    def used(self, pass_: str, contender: Contender) -> dict:
+        return {}
 
     def race(self, pass_: str, contenders: list[Contender], rounds: int) -> dict[str, list[float]]:
         time.sleep(ROUND_SECONDS * rounds * len(contenders))

@@ -1,0 +1,169 @@
+"""What a bench compares: "auto" with the best of PyTorch, pass by pass, and what that comes to; training steps."""
+
+from __future__ import annotations
+
+import dataclasses
+import pathlib
+import re
+import statistics
+from collections.abc import Callable, Iterable
+from operator import itemgetter
+from typing import TypeVar
+
+from .. import cost
+from ..configs import PLANNED
+from ..problem import ConvProblem
+from . import host_overhead, training
+from . import rows as rows_
+from .text import Row, layer_rows, takes, timed
+
+T = TypeVar("T")
+K = TypeVar("K")
+
+FILES = {"bench.csv": rows_.FIELDS, "models.csv": training.FIELDS, "host.csv": host_overhead.FIELDS}
+SAME_FORMAT = {"nchw": "torch_contiguous", "nhwc": "torch_channels_last"}
+TORCH = (*SAME_FORMAT.values(), "torch_native", "torch_compile")
+WIDTHS = ("depthwise", "narrow", "wide")
+WIN, LOSS = 1.03, 0.97  # speedups between them are ties
+
+
+def read(folder: pathlib.Path) -> list[list[Row]]:
+    """The rows of each of FILES, none for one that is missing; ValueError for one with other columns."""
+    files = {folder / name: fields for name, fields in FILES.items()}
+    return [rows_.read(path, fields) if path.is_file() else [] for path, fields in files.items()]
+
+
+def grouped(items: Iterable[T], key: Callable[[T], K]) -> dict[K, list[T]]:
+    """The items of each key, both in order of appearance."""
+    found: dict[K, list[T]] = {}
+    for item in items:
+        found.setdefault(key(item), []).append(item)
+    return found
+
+
+def formats(rows: list[Row]) -> dict[tuple[str, str], list[Row]]:
+    """The rows about layers, by (dtype, layout)."""
+    return grouped(layer_rows(rows), itemgetter("dtype", "layout"))
+
+
+def is_sweep(row: Row) -> bool:
+    """Whether a row is of the layers g1, g2, ..., which differ in nothing but their groups."""
+    return re.fullmatch(r"g\d+", row["layer"]) is not None
+
+
+def failed(rows: list[Row]) -> list[Row]:
+    """The rows without a time or with wrong numbers; not "auto" where it takes two kernels for "backward"."""
+    return [row for row in layer_rows(rows) if not timed(row) and takes(row) != "dgrad and wgrad"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Pair:
+    """One pass of one layer by "auto" and by the best of PyTorch; `same`: by F.conv2d in the row's memory format.
+
+    All have times and right numbers; `same` is None where F.conv2d has not.
+    """
+
+    auto: Row
+    best: Row
+    same: Row | None
+
+    def over(self, other: Row) -> float:
+        """How much faster "auto" is than another."""
+        return float(other["us_p50"]) / float(self.auto["us_p50"])
+
+    @property
+    def speedup(self) -> float:
+        return self.over(self.best)
+
+    @property
+    def width(self) -> str:
+        """The width class of the layer, one of WIDTHS."""
+        batch, c_in, h_in, w_in, c_out, kh, kw = (int(self.auto[field]) for field in rows_.PROBLEM_FIELDS[:7])
+        problem = ConvProblem(batch, c_in, h_in, w_in, c_out, kh, kw, groups=int(self.auto["groups"]))
+        return cost.width_class(problem)
+
+
+def pairs(rows: list[Row]) -> list[Pair]:
+    """The passes for which both "auto" and PyTorch have a time and right numbers."""
+    found = []
+    for same_pass in grouped(layer_rows(rows), itemgetter("layer", "pass", *rows_.PROBLEM_FIELDS)).values():
+        by = {row["provider"]: row for row in same_pass if timed(row)}
+        by_torch = [by[name] for name in TORCH if name in by]
+        if "auto" in by and by_torch:
+            best = min(by_torch, key=lambda row: float(row["us_p50"]))
+            found.append(Pair(by["auto"], best, by.get(SAME_FORMAT[best["layout"]])))
+    return found
+
+
+def limits(rows: list[Row]) -> dict[str, tuple[float, float]]:
+    """(GB/s of a copy, TFLOP/s of a matrix product) by dtype, as far as the run found both."""
+    copy, matrix = ({row["dtype"]: row for row in rows if row["provider"] == name} for name in rows_.LIMITS)
+    return {name: (float(copy[name]["gbps"]), float(row["tflops"])) for name, row in matrix.items() if name in copy}
+
+
+@dataclasses.dataclass(frozen=True)
+class Summary:
+    """One pass of the layers of one width class. Speedups are geometric means; None where nothing compares.
+
+    of: "layers" or "sweep". over_best, over_same: as `Pair` has them. fallbacks: how many F.conv2d serves.
+    fraction: the median fraction of the limit that "auto" reaches in the `memory_bound` layers that memory bounds.
+    """
+
+    of: str
+    dtype: str
+    layout: str
+    pass_: str
+    width: str
+    layers: int
+    over_best: float
+    over_same: float | None
+    wins: int
+    losses: int
+    fallbacks: int
+    memory_bound: int
+    fraction: float | None
+
+
+def summary(rows: list[Row]) -> list[Summary]:
+    """A summary for each dtype, layout, pass and width class, of the layers and of the sweep."""
+
+    def key(pair: Pair) -> tuple[str, str, str, str, str]:
+        row = pair.auto
+        return "sweep" if is_sweep(row) else "layers", row["dtype"], row["layout"], row["pass"], pair.width
+
+    def place(found: tuple[str, str, str, str, str]) -> tuple:
+        return *found[:3], PLANNED.index(found[3]), WIDTHS.index(found[4])
+
+    bounds, by_class = limits(rows), grouped(pairs(rows), key)
+    return [_summary(found, by_class[found], bounds.get(found[1], (0.0, 0.0))) for found in sorted(by_class, key=place)]
+
+
+def _summary(key: tuple[str, str, str, str, str], mine: list[Pair], limit: tuple[float, float]) -> Summary:
+    gbps, tflops = limit
+    fractions = [float(p.auto["fraction"]) for p in mine if float(p.auto["intensity"]) * gbps < tflops * 1e3]
+    speedups = [pair.speedup for pair in mine]
+    over_same = [pair.over(pair.same) for pair in mine if pair.same]
+    return Summary(
+        *key,
+        layers=len(mine),
+        over_best=statistics.geometric_mean(speedups),
+        over_same=statistics.geometric_mean(over_same) if over_same else None,
+        wins=sum(speedup > WIN for speedup in speedups),
+        losses=sum(speedup < LOSS for speedup in speedups),
+        fallbacks=sum(takes(pair.auto) == "F.conv2d" for pair in mine),
+        memory_bound=len(fractions),
+        fraction=statistics.median(fractions) if fractions else None,
+    )
+
+
+def steps(models: list[Row]) -> dict[tuple[str, ...], dict[str, Row]]:
+    """The timed rows of models.csv by (model, batch, size, dtype, layout) and provider."""
+    by_step = grouped(models, itemgetter("model", "batch", "size", "dtype", "layout"))
+    return {key: {row["provider"]: row for row in mine if row["ms_p50"]} for key, mine in by_step.items()}
+
+
+def step_speedup(step: dict[str, Row]) -> float | None:
+    """How much faster a training step is with our layers; None where either has no time."""
+    if not {"torch", "groupconv"} <= step.keys():
+        return None
+    return float(step["torch"]["ms_p50"]) / float(step["groupconv"]["ms_p50"])

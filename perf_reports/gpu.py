@@ -1,0 +1,154 @@
+"""`make gpu`: everything that a GPU is needed for, in one folder and in as many runs as it takes.
+
+python -m groupconv.perf_reports.gpu --out DIR --budget-seconds S
+
+Tests, tuning, benchmarks and plots, each step a command of its own that goes on where an earlier run ended. The folder
+holds at most 8 files: tests.txt, <device>.json and its journal <device>.jsonl, bench.csv, host.csv, models.csv,
+REPORT.md and plots.pdf. Run from the checkout's root; `ship` takes the folder's results into the project.
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import os
+import pathlib
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+
+import torch
+from rich.console import Console
+
+from . import bench_plot, bench_text, rows
+
+WRITE_UP_SECONDS = 30.0  # of the budget, kept for plots and tables
+GRACE_SECONDS = 10.0  # after its time, for what a step has begun
+TESTS_SHARE = 0.6  # of a run's time
+VARIANTS = (("bf16", "nhwc"), ("fp16", "nhwc"), ("bf16", "nchw"), ("fp16", "nchw"))
+FAILURES = {"FAILED", "ERROR"}
+OUTCOME = re.compile(r"^\[gw\d+\].*? (PASSED|FAILED|ERROR|SKIPPED) (tests/\S.*?)\s*$")
+TESTS_END = "tests ended"
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the steps that the time is enough for; the exit status is 1 if tests failed or a step did."""
+    parser = argparse.ArgumentParser(
+        prog="make gpu", description="Tests, tuning and benchmarks of the library on a GPU."
+    )
+    parser.add_argument("--out", type=pathlib.Path, required=True, metavar="DIR")
+    parser.add_argument("--budget-seconds", type=float, metavar="S", help="what is left is for the next run")
+    parser.add_argument("--stub", action="store_true", help="try the steps without a GPU, against a pretended one")
+    parser.add_argument("--quick", action="store_true", help="few layers, for a smoke test")
+    args = parser.parse_args(argv)
+    try:
+        rows.check_budget(args.budget_seconds)
+        if not (args.stub or torch.cuda.is_available()):
+            raise ValueError("there is no GPU here; --stub tries the steps without one")
+    except ValueError as error:
+        print(f"make gpu: {error}", file=sys.stderr)
+        return 2
+    args.out.mkdir(parents=True, exist_ok=True)
+    deadline = rows.Deadline(args.budget_seconds and max(1.0, args.budget_seconds - WRITE_UP_SECONDS))
+    failed = [] if tests(args.out / "tests.txt", deadline) else ["tests"]
+    for command in steps(args):
+        if deadline.passed:
+            break
+        print(f"--- groupconv {' '.join(command)}", flush=True)
+        left = deadline.left
+        seconds = [] if left is None else ["--budget-seconds", f"{max(left, 1.0):.0f}"]
+        # The configurations that were tuned are what the benchmark's "auto" goes by.
+        environment = os.environ | {"GROUPCONV_CONFIG_DIR": str(args.out.resolve())}
+        try:
+            line = [sys.executable, "-m", "groupconv.cli", *command, *seconds]
+            status = subprocess.run(line, env=environment, timeout=None if left is None else left + GRACE_SECONDS)
+        except subprocess.TimeoutExpired:  # killed in the middle: it loses nothing but that
+            continue
+        if status.returncode:
+            failed.append(command[0])
+    _write_up(args.out)
+    print(f"failed: {', '.join(failed)}" if failed else "every step that was begun went well")
+    print("The time ended; the same command goes on." if deadline.passed else "Everything is done.")
+    return 1 if failed else 0
+
+
+def steps(args: argparse.Namespace) -> list[list[str]]:
+    """The commands, what matters most first."""
+    common = ["--out", str(args.out), *(["--stub"] if args.stub else []), *(["--quick"] if args.quick else [])]
+
+    def tune(dtype, layout):
+        return ["tune", *common, "--dtypes", dtype, "--layouts", layout]
+
+    def bench(parts, *variants):
+        dtypes, layouts = (list(dict.fromkeys(column)) for column in zip(*variants, strict=True))
+        return ["bench", *common, "--csv-only", "--parts", *parts, "--dtypes", *dtypes, "--layouts", *layouts]
+
+    first, *others = VARIANTS
+    return [
+        tune(*first),
+        bench(["layers", "host", "models"], first),
+        *(tune(*variant) for variant in others),
+        bench(["layers"], *VARIANTS),
+        bench(["compiled"], first),
+    ]
+
+
+def tests(log: pathlib.Path, deadline: rows.Deadline) -> bool:
+    """Whether the GPU tests passed so far. Those that an earlier run got to are not run again, unless it was of another
+    commit; a run's tests take at most TESTS_SHARE of its time.
+    """
+    head = f"commit {rows.environment('measured', '')['commit']}"
+    written = log.read_text(encoding="utf-8") if log.exists() else ""
+    if not written.startswith(head):
+        written = f"{head}\n"
+        log.write_text(written, encoding="utf-8")
+    if TESTS_END not in written:
+        left = deadline.left
+        status = _pytest(log, list(outcomes(written)), None if left is None else left * TESTS_SHARE)
+        if status is not None:
+            with log.open("a", encoding="utf-8") as file:
+                file.write(f"{TESTS_END} with status {status}\n")
+    found = outcomes(log.read_text(encoding="utf-8"))
+    counts = collections.Counter(found.values())
+    print(f"tests: {', '.join(f'{count} {outcome.lower()}' for outcome, count in counts.items()) or 'none yet'}")
+    for test, outcome in found.items():
+        if outcome in FAILURES:
+            print(f"  {outcome} {test}")
+    return not FAILURES & set(counts)
+
+
+def outcomes(log: str) -> dict[str, str]:
+    """By test, how it ended."""
+    return {match[2]: match[1] for line in log.splitlines() if (match := OUTCOME.search(line))}
+
+
+def _pytest(log: pathlib.Path, done: list[str], seconds: float | None) -> int | None:
+    """pytest's exit status, its output appended to the log; None if the time ended first."""
+    with tempfile.NamedTemporaryFile("w", suffix=".txt", encoding="utf-8") as skipped, log.open("a") as file:
+        skipped.write("\n".join(f"--deselect={test}" for test in done))
+        skipped.flush()
+        workers = min(8, os.cpu_count() or 1)
+        command = [sys.executable, "-m", "pytest", "-m", "gpu", "-v", "-n", str(workers), "--timeout", "200"]
+        command += ["-p", "no:cacheprovider", f"@{skipped.name}", "tests"]
+        process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, start_new_session=True)
+        try:
+            return process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+            return None
+
+
+def _write_up(folder: pathlib.Path) -> None:
+    """Plots and REPORT.md of the CSV files there are, and a short table."""
+    if not (folder / "bench.csv").exists():
+        return
+    bench_plot.pdf(folder, folder / "plots.pdf")
+    rows.write_atomically(folder / "REPORT.md", bench_text.markdown(folder))
+    Console(width=None if sys.stdout.isatty() else 160).print(bench_text.table(folder))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

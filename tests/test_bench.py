@@ -1,0 +1,409 @@
+"""`groupconv bench`, `make gpu` and `make ship`: rows with every peer, going on, and what must not be shipped."""
+
+import collections
+import dataclasses
+import pathlib
+import sys
+
+import pytest
+import torch
+
+from groupconv import cli, configs, devices
+from groupconv.perf_reports import bench, gpu, host_overhead, layers, measure, rows, ship, training
+from groupconv.perf_reports.rows import Layer
+from groupconv.problem import ConvProblem
+from groupconv.tuning import command, lab
+
+NARROW = ConvProblem(2, 8, 6, 5, 8, 3, 3, (1, 1), (1, 1, 1, 1), (1, 1), 4, "fp32")
+DEPTHWISE = dataclasses.replace(NARROW, groups=8)
+ASYMMETRIC = dataclasses.replace(NARROW, pad=(2, 1, 0, 1))
+QUICK = ["bench", "--stub", "--quick", "--parts", "layers", "--layers", "suite"]
+
+
+class FakeLab(lab.Lab):
+    """A device whose clock is ours and whose calls are interpreted."""
+
+    def __init__(self, device):
+        super().__init__(devices.DEFAULT, "Pretended GPU", device, self.run_all)
+
+    def run_all(self, runs, rounds):
+        for run in runs.values():
+            run()
+        return {name: [20.0] * rounds for name in runs}
+
+    def limits(self, dtype):
+        return lab.Limits(copy_gbps=4000.0, matrix_tflops=50.0)
+
+
+def read(folder, name="bench.csv", fields=rows.FIELDS):
+    return rows.read(folder / name, fields)
+
+
+def passes(found):
+    return collections.Counter(bench._pass_of(row) for row in found if row["provider"] == "auto")
+
+
+# --- Peers -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def flag_gems(tmp_path, monkeypatch):
+    """A package of that name, with the one function that is called."""
+    (tmp_path / "flag_gems").mkdir()
+    source = "import torch.nn.functional as F\ncalls = []\ndef conv2d(*args):\n"
+    (tmp_path / "flag_gems" / "__init__.py").write_text(f"{source}    calls.append(args)\n    return F.conv2d(*args)\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    yield
+    sys.modules.pop("flag_gems", None)
+
+
+def test_peers_are_those_with_something_to_offer():
+    assert measure.peers(NARROW, measure.PEERS) == ["torch_contiguous", "torch_channels_last", "torch_compile"]
+    assert "torch_native" in measure.peers(DEPTHWISE, measure.PEERS)
+    assert measure.peers(dataclasses.replace(NARROW, groups=1, c_in=1), ("torch_native",)) == []
+
+
+@pytest.mark.parametrize("problem", [NARROW, DEPTHWISE, ASYMMETRIC], ids=str)
+def test_every_peer_computes_the_same(problem, device, flag_gems, monkeypatch):
+    """Each of them against float64, in every pass; torch.compile is called with its search on."""
+    searched = []
+    monkeypatch.setattr(torch, "compile", lambda call, **options: searched.append(options) or call)
+    passes = [pass_ for pass_, _ in measure.reported(problem, devices.DEFAULT)]
+    for name in measure.peers(problem, measure.PEERS):
+        found = list(measure.peer_rows([Layer("a", problem)], FakeLab(device), name))
+        assert [(row["pass"], row["provider"], row["source"]) for row in found] == [
+            (p, name, "baseline") for p in passes
+        ]
+        for row in found:
+            assert row["max_rel_err"] < 1e-6, name
+            assert row["us_p50"] == 20.0
+    assert searched == [{"dynamic": False, "options": {"max_autotune": True}}] * len(passes)
+    assert sys.modules["flag_gems"].calls
+
+
+def test_native_kernels_run_without_cudnn(device, monkeypatch):
+    seen = []
+    conv2d = torch.nn.functional.conv2d
+    monkeypatch.setattr(
+        torch.nn.functional, "conv2d", lambda *args: seen.append(torch.backends.cudnn.enabled) or conv2d(*args)
+    )
+    with FakeLab(device).subject(DEPTHWISE) as subject:
+        for name in ("torch_native", "torch_contiguous"):
+            seen.clear()
+            subject.race("fprop", [measure.Contender(name)], 1)
+            assert seen == [name != "torch_native"]
+    assert torch.backends.cudnn.enabled
+
+
+def test_what_is_measured_was_compiled_ahead(device):
+    """Asked for before its layer's turn, and waited for before its check."""
+
+    class Asked:
+        def __init__(self):
+            self.submitted, self.answered = [], []
+
+        def submit(self, problem, pass_, contender):
+            self.submitted.append((problem, pass_, contender.name))
+
+        def answer(self, problem, pass_, contender):
+            assert (problem, pass_, contender.name) in self.submitted
+            self.answered.append((problem, pass_, contender.name))
+
+    asked = Asked()
+    found = list(measure.rows([Layer("a", DEPTHWISE)], FakeLab(device), compiler=asked))
+    own = [row for row in found if row.get("source") not in ("baseline", None) and row["provider"] != "auto"]
+    assert [row["provider"] for row in own if "layer" in row] == [name.split()[0] for _, _, name in asked.submitted]
+    assert asked.answered == asked.submitted
+
+
+def test_rows_of_one_peer(device, monkeypatch):
+    monkeypatch.setattr(torch, "compile", lambda call, **options: call)
+    chosen = [Layer("a", NARROW), Layer("b", DEPTHWISE)]
+    found = list(measure.peer_rows(chosen, FakeLab(device), "torch_compile", lambda row: row["pass"] == "dgrad"))
+    assert {row["provider"] for row in found} == {"torch_compile"}
+    assert {(row["layer"], row["pass"]) for row in found} >= {("a", "fprop"), ("b", "wgrad")}
+    assert not [row for row in found if row["pass"] == "dgrad"]
+    assert all(row["us_p50"] == 20.0 for row in found)
+
+
+# --- The command -----------------------------------------------------------------------------------------------------
+
+
+def test_bench_on_the_stub(tmp_path):
+    """Every pass of every layer with every provider that serves it; said to be the stub's wherever it is shown."""
+    assert cli.main([*QUICK, "--out", str(tmp_path), "--dtypes", "bf16", "fp16"]) == 0
+    found = read(tmp_path)
+    assert {row["kind"] for row in found} == {row["gpu"] for row in found} == {"stub"}
+    chosen = layers.variants(layers.suite("bf16", "nhwc")[:: layers.QUICK_STEP], ["bf16", "fp16"], ["nhwc"])
+    peers = [name for name in measure.PEERS if name != "torch_compile"]
+    assert len(found) == measure.count(chosen, devices.DEFAULT, peers)
+    assert set(passes(found).values()) == {1}
+    assert "stub clock" in (tmp_path / "REPORT.md").read_text().lower()
+    assert list(tmp_path.glob("speedup_*.png"))
+
+
+def test_bench_goes_on(tmp_path, monkeypatch, capsys):
+    """What the budget leaves is measured by the next run; a pass of which rows are missing is measured whole."""
+    clock = iter(range(10**6))
+    monkeypatch.setattr(rows.Deadline.__init__, "__defaults__", (lambda: float(next(clock)),))
+    assert cli.main([*QUICK, "--out", str(tmp_path), "--csv-only", "--budget-seconds", "20"]) == 0
+    assert "the same command goes on" in capsys.readouterr().err
+    part = read(tmp_path)
+    assert 10 < len(part) < 40
+    assert cli.main([*QUICK, "--out", str(tmp_path), "--csv-only"]) == 0
+    whole = read(tmp_path)
+    assert set(passes(whole).values()) == {1}
+    finished = [row for row in part if bench._pass_of(row) in passes(part)]
+    assert finished
+    assert all(row in whole for row in finished)
+    per_pass = collections.Counter(bench._pass_of(row) for row in whole if row["layer"])
+    straight = tmp_path / "straight"
+    assert cli.main([*QUICK, "--out", str(straight), "--csv-only"]) == 0
+    assert per_pass == collections.Counter(bench._pass_of(row) for row in read(straight) if row["layer"])
+    before = (tmp_path / "bench.csv").read_text()
+    assert cli.main([*QUICK, "--out", str(tmp_path), "--csv-only"]) == 0
+    assert (tmp_path / "bench.csv").read_text() == before
+    assert not list(tmp_path.glob("*.old"))
+
+
+@pytest.mark.parametrize("foreign", ["a,b\n1,2\n", None], ids=["another-table", "another-commit"])
+def test_rows_of_another_run_are_kept_apart(tmp_path, foreign):
+    if foreign is None:
+        with rows.Writer(tmp_path / "bench.csv", rows.environment("stub", "stub") | {"commit": "0"}) as writer:
+            writer.append(rows.limit_row("copy_limit", "bf16", 1.0, "measured"))
+    else:
+        (tmp_path / "bench.csv").write_text(foreign)
+    text = (tmp_path / "bench.csv").read_text()
+    assert cli.main([*QUICK, "--out", str(tmp_path), "--csv-only"]) == 0
+    (aside,) = tmp_path.glob("bench.csv.*.old")
+    assert aside.read_text() == text
+    assert len({row["commit"] for row in read(tmp_path)}) == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "there is no GPU here"),
+        (["--stub"], "--stub: its times are pretended, so it needs --out"),
+        (["--stub", "--out", "OUT", "--budget-seconds", "0"], "--budget-seconds: 0.0 is not a positive number"),
+        (["--stub", "--out", "OUT", "--layers", "x.csv"], "'x.csv' is not"),
+        (["--stub", "--out", "OUT", "--models", "resnet"], "'resnet' is not timm:NAME or torchvision:NAME"),
+    ],
+)
+def test_bad_arguments(arguments, message, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    out = tmp_path / "out"
+    assert cli.main(["bench", *(str(out) if each == "OUT" else each for each in arguments)]) == 2
+    assert message in capsys.readouterr().err
+    assert not out.exists()
+
+
+# --- make gpu --------------------------------------------------------------------------------------------------------
+
+TESTS = """
+import pytest
+pytestmark = pytest.mark.gpu
+
+@pytest.mark.parametrize("text", ["a-1", "b [x]"])
+def test_passes(text):
+    assert text
+
+def test_fails():
+    assert 1 == 2
+
+def test_skips():
+    pytest.skip("no such device")
+"""
+
+
+def test_gpu_tests_are_run_once(tmp_path, monkeypatch, capsys):
+    """What a log has is not run again, unless it is of another commit."""
+    (tmp_path / "tests").mkdir()
+    (tmp_path / "tests" / "test_some.py").write_text(TESTS)
+    (tmp_path / "pytest.ini").write_text("[pytest]\nmarkers =\n    gpu: on a GPU\n")
+    monkeypatch.chdir(tmp_path)
+    log = tmp_path / "tests.txt"
+    commit = rows.environment("measured", "")["commit"]
+    log.write_text(f"commit {commit}\n[gw0] [ 25%] PASSED tests/test_some.py::test_passes[a-1] \n")
+    assert not gpu.tests(log, rows.Deadline(None))
+    found = gpu.outcomes(log.read_text())
+    assert found == {
+        "tests/test_some.py::test_passes[a-1]": "PASSED",
+        "tests/test_some.py::test_passes[b [x]]": "PASSED",
+        "tests/test_some.py::test_fails": "FAILED",
+        "tests/test_some.py::test_skips": "SKIPPED",
+    }
+    assert log.read_text().count("test_passes[a-1]") == 1
+    said = capsys.readouterr().out
+    assert "2 passed" in said
+    assert "FAILED tests/test_some.py::test_fails" in said
+    whole = log.read_text()
+    assert not gpu.tests(log, rows.Deadline(None))
+    assert log.read_text() == whole
+    log.write_text(whole.replace(f"commit {commit}\n", "commit 0\n"))
+    assert not gpu.tests(log, rows.Deadline(None))
+    assert log.read_text().count("PASSED") == 2
+
+
+def test_gpu_tests_end_with_the_time(tmp_path, monkeypatch):
+    (tmp_path / "tests").mkdir()
+    (tmp_path / "tests" / "test_slow.py").write_text(
+        "import pytest, time\n@pytest.mark.gpu\ndef test_slow():\n    time.sleep(300)\n"
+    )
+    (tmp_path / "pytest.ini").write_text("[pytest]\nmarkers =\n    gpu: on a GPU\n")
+    monkeypatch.chdir(tmp_path)
+    assert gpu.tests(tmp_path / "tests.txt", rows.Deadline(5.0))
+    assert gpu.TESTS_END not in (tmp_path / "tests.txt").read_text()
+
+
+def test_gpu_steps_leave_few_files(tmp_path, monkeypatch, capsys):
+    """The steps against the stub, one after the other and again: at most 8 files, a short table, no step twice."""
+    monkeypatch.setattr(gpu, "VARIANTS", (("bf16", "nhwc"),))
+    monkeypatch.setattr(gpu, "tests", lambda log, deadline: log.write_text("none\n") > 0)
+    steps = gpu.steps
+    monkeypatch.setattr(gpu, "steps", lambda args: steps(args)[:2])
+    out = tmp_path / "out"
+    assert gpu.main(["--out", str(out), "--stub", "--quick"]) == 0
+    assert "Everything is done." in capsys.readouterr().out
+    names = sorted(path.name for path in out.iterdir())
+    assert names == [
+        "REPORT.md", "bench.csv", "host.csv", "plots.pdf", "stub.json", "stub.jsonl", "tests.txt",
+    ]  # fmt: skip
+    assert {row["mode"] for row in read(out, "host.csv", host_overhead.FIELDS)} == {"eager"}
+    assert all(float(row["us"]) > 0 for row in read(out, "host.csv", host_overhead.FIELDS))
+    journal, table, host = ((out / name).read_text() for name in ("stub.jsonl", "bench.csv", "host.csv"))
+    assert gpu.main(["--out", str(out), "--stub", "--quick", "--budget-seconds", "300"]) == 0
+    assert [line for line in (out / "stub.jsonl").read_text().splitlines() if "session" not in line] == [
+        line for line in journal.splitlines() if "session" not in line
+    ]
+    assert [(out / name).read_text() for name in ("bench.csv", "host.csv")] == [table, host]
+    assert "stub clock" in capsys.readouterr().out.lower()
+
+
+def test_gpu_steps_cover_what_is_to_be_tuned():
+    args = gpu.argparse.Namespace(out=pathlib.Path("OUT"), stub=False, quick=False)
+    steps = gpu.steps(args)
+    assert [step[0] for step in steps] == ["tune", "bench", "tune", "tune", "tune", "bench", "bench"]
+    assert [(step[4], step[6]) for step in steps if step[0] == "tune"] == list(gpu.VARIANTS)
+    for step in steps:
+        parser = gpu.argparse.ArgumentParser()
+        (bench if step[0] == "bench" else command).add_arguments(parser)
+        parser.parse_args(step[1:])
+
+
+def test_gpu_needs_a_gpu(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert gpu.main(["--out", str(tmp_path / "out")]) == 2
+    assert "there is no GPU here" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+# --- make ship -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """What `make gpu` leaves: of the stub, said to be measured on another device by `pretend`."""
+    out = tmp_path / "out"
+    assert cli.main(["tune", "--stub", "--quick", "--out", str(out)]) == 0
+    assert cli.main([*QUICK, "--out", str(out), "--csv-only"]) == 0
+    return out
+
+
+@pytest.fixture
+def checkout(tmp_path):
+    root = tmp_path / "checkout"
+    for name in ("autotune_configs", "perf_reports"):
+        (root / name).mkdir(parents=True)
+    return root
+
+
+def pretend(folder, device="Pretended GPU", kind="measured"):
+    file = folder / "stub.json"
+    (folder / f"{devices.slugify(device)}.json").write_text(file.read_text().replace('"stub"', f'"{device}"', 1))
+    file.unlink()
+    changed = [row | {"gpu": device, "kind": kind} for row in read(folder)]
+    rows.Writer(folder / "bench.csv", {}, kept=changed).__exit__()
+
+
+def test_shipped_is_what_was_measured(folder, checkout, capsys):
+    pretend(folder)
+    assert ship.main([str(folder), "--to", str(checkout)]) == 0
+    shipped = checkout / "autotune_configs" / "pretended_gpu.json"
+    assert shipped.read_text() == (folder / "pretended_gpu.json").read_text()
+    reports = checkout / "perf_reports" / "pretended_gpu"
+    assert (reports / "bench.csv").read_text() == (folder / "bench.csv").read_text()
+    said = (reports / "REPORT.md").read_text()
+    assert "Pretended GPU" in said
+    assert "stub" not in said.lower()
+    assert list(reports.glob("*.png"))
+    assert str(shipped) in capsys.readouterr().out
+
+
+def _stale(folder):
+    path = folder / "pretended_gpu.json"
+    path.write_text(path.read_text().replace(configs.kernels_sha256()["tiles.py"], "0" * 64))
+
+
+REFUSED = {
+    "the-stub": (lambda folder: None, "stub.json: a stub clock's times are not measurements"),
+    "stub-rows": (lambda folder: pretend(folder, kind="stub"), "bench.csv: a row of Pretended GPU is stub"),
+    "other-kernels": (lambda folder: (pretend(folder), _stale(folder)), "entries were measured with other kernels"),
+    "another-name": (
+        lambda folder: (pretend(folder), (folder / "pretended_gpu.json").rename(folder / "mine.json")),
+        "mine.json is of Pretended GPU, whose file is called pretended_gpu.json",
+    ),
+    "no-configurations": (lambda folder: (folder / "stub.json").unlink(), "but holds 0"),
+    "damaged": (lambda folder: (folder / "stub.json").write_text("{"), "stub.json: not JSON"),
+}
+
+
+@pytest.mark.parametrize(("spoil", "message"), REFUSED.values(), ids=REFUSED)
+def test_nothing_else_is_shipped(folder, checkout, capsys, spoil, message):
+    spoil(folder)
+    assert ship.main([str(folder), "--to", str(checkout)]) == 2
+    assert message in capsys.readouterr().err
+    assert not [path for path in checkout.rglob("*") if path.is_file()]
+
+
+def test_only_a_checkout_is_shipped_to(folder, tmp_path, capsys):
+    pretend(folder)
+    assert ship.main([str(folder), "--to", str(tmp_path)]) == 2
+    assert "is no checkout of groupconv" in capsys.readouterr().err
+
+
+def test_fields_are_all_of_the_environment():
+    for fields in (rows.FIELDS, host_overhead.FIELDS, training.FIELDS):
+        assert set(rows.environment("measured", "")) <= set(fields)
+
+
+# --- On a GPU --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.gpu
+def test_bench_on_the_gpu(tmp_path):
+    """For real: every row has a time or says why not, no time is under what the copy's rate allows by much."""
+    arguments = ["--layers", "groups", "--groups", "8", "128", "--batch", "64", "--parts", "layers", "host"]
+    assert cli.main(["bench", "--out", str(tmp_path), *arguments]) == 0
+    found = [row for row in read(tmp_path) if row["layer"]]
+    assert {row["kind"] for row in found} == {"measured"}
+    for row in found:
+        assert row["us_p50"] or row["note"], row
+        if row["us_p50"]:
+            assert float(row["fraction"]) < 1.3, row
+    own = [row for row in found if row["source"] != "baseline" and row["provider"] != "auto"]
+    assert own
+    assert all(row["us_p50"] for row in own)
+    modes = {row["mode"] for row in read(tmp_path, "host.csv", host_overhead.FIELDS)}
+    assert modes == {"eager", "compiled", "graph"}
+
+
+@pytest.mark.gpu
+def test_races_are_fair():
+    """The same call twice in a race takes the same time, whoever goes first; a call of twice the work takes longer."""
+    x = torch.randn(2**27, device="cuda")
+    y, z = torch.empty_like(x), torch.empty(2**28, device="cuda")
+    runs = {"one": lambda: y.copy_(x), "same": lambda: y.copy_(x), "twice": lambda: z.view(2, -1).copy_(x)}
+    medians = {name: lab.median(times) for name, times in lab.race_on_gpu(runs, 30).items()}
+    assert medians["same"] == pytest.approx(medians["one"], rel=0.05)
+    assert medians["twice"] > 1.3 * medians["one"]

@@ -1,0 +1,501 @@
+"""Plots and text of `groupconv bench`, from CSV files of rows whose times the tests choose."""
+
+import csv
+import dataclasses
+import io
+import math
+import random
+import re
+import statistics
+
+import pytest
+from matplotlib import image
+from rich.console import Console
+
+from groupconv import cost, devices
+from groupconv.algorithms import able
+from groupconv.configs import PLANNED
+from groupconv.perf_reports import bench_plot, bench_text, comparison, layers, plot, rows, text
+from groupconv.perf_reports.rows import Layer, Timing
+from groupconv.problem import ConvProblem
+
+TARGET = devices.DEFAULT
+ENVIRONMENT = {
+    "utc": "2026-11-22T10:00:00Z", "commit": "0123456789ab", "gpu": "Pretended GPU", "driver": "570.1",
+    "torch": "2.13.0", "triton": "3.7.1", "cudnn": "91002",
+}  # fmt: skip
+FORMATS = (("bf16", "nhwc"), ("fp16", "nchw"))
+WRONG = "wrong: error 1 above the bound 0.004"
+LOST = "failed: OutOfMemoryError: CUDA out of memory"
+
+
+def limit_rows(dtype):
+    return [
+        rows.limit_row("copy_limit", dtype, TARGET.copy_gbps, "measured"),
+        rows.limit_row("matrix_limit", dtype, TARGET.matrix_rate(dtype), "measured"),
+    ]
+
+
+def row(layer, pass_, provider, us, **more):
+    """A row with a time, or without where `us` is None."""
+    floor = cost.floor_us(layer.problem, pass_, TARGET)
+    found = rows.layer_row(layer, pass_, provider) | {"floor_us": floor, "ungrouped_floor_us": 2 * floor}
+    if us is not None:
+        found |= rows.timing_fields(layer.problem, pass_, Timing(us, 0.9 * us, 1.2 * us), floor)
+    return found | more
+
+
+def pass_rows(layer, pass_, times, takes):
+    """The rows of a pass: times by provider, and what "auto" takes of them."""
+    same = comparison.SAME_FORMAT[layer.problem.layout]
+    auto = row(layer, pass_, "auto", times[takes], note=f"takes {'F.conv2d' if takes == same else takes}")
+    return [*(row(layer, pass_, name, us) for name, us in times.items()), auto]
+
+
+def sweep(dtype, layout, counts=(1, 4, 32, 128)):
+    padded = (1, 1, 1, 1)
+    problems = [
+        ConvProblem(8, 128, 28, 28, 128, 3, 3, (1, 1), padded, (1, 1), g, dtype, layout, layout) for g in counts
+    ]
+    return [Layer(f"g{problem.groups}", problem) for problem in problems]
+
+
+def shipped(dtype, layout):
+    found = layers.suite(dtype, layout)[::5]
+    assert len(found) >= 12
+    return found
+
+
+def replaced(found, layer, pass_, provider, **fields):
+    """The rows with one that has other fields, and no time."""
+    untimed = dict.fromkeys(("us_p20", "us_p50", "us_p80", "tflops", "gbps", "fraction"))
+    about = layer.name, layer.problem.dtype, pass_, provider
+    mine = [r for r in found if r.get("layer") and (r["layer"], r["dtype"], r["pass"], r["provider"]) == about]
+    assert len(mine) == 1
+    return [r | untimed | fields if r is mine[0] else r for r in found]
+
+
+def random_rows():
+    """Every provider of every pass takes a seeded random time; then one is wrong, one failed and one F.conv2d's."""
+    chance, found = random.Random(20261122), []
+    for dtype, layout in FORMATS:
+        found += limit_rows(dtype)
+        for layer in [*sweep(dtype, layout), *shipped(dtype, layout)]:
+            for pass_ in PLANNED:
+                names = able(layer.problem, pass_, TARGET)
+                if not names and pass_ == "backward":
+                    continue
+                floor = cost.floor_us(layer.problem, pass_, TARGET)
+                times = {name: floor * chance.uniform(1.1, 4) for name in (*names, *comparison.TORCH, "flag_gems")}
+                times["flag_gems"] = floor  # the fastest, and neither ours nor PyTorch's
+                found += pass_rows(layer, pass_, times, chance.choice([*names, comparison.SAME_FORMAT[layout]]))
+    wrong, failed, apart = shipped(*FORMATS[0])[:3]
+    found = replaced(found, wrong, "fprop", "implicit_gemm", max_rel_err=1.0, err_bound=4e-3, note=WRONG)
+    found = replaced(found, wrong, "fprop", "auto", note=f"takes implicit_gemm; {WRONG}")
+    found = replaced(found, failed, "dgrad", "torch_channels_last", note=LOST)
+    return replaced(found, apart, "backward", "auto", note="takes dgrad and wgrad")
+
+
+def model_rows():
+    common = {"batch": 128, "size": 224, "dtype": "bf16", "converted": 16, "loss": 6.9, "loss_of_torch": 6.91}
+    for layout, torch_ms, ours_ms in (("nhwc", 60.0, 48.0), ("nchw", 50.0, None)):
+        for provider, ms in (("torch", torch_ms), ("groupconv", ours_ms)):
+            about = {"model": "timm:resnext50_32x4d", "layout": layout, "provider": provider, **common}
+            times = {"ms_p20": 0.9 * ms, "ms_p50": ms, "ms_p80": 1.1 * ms, "images_per_s": 128e3 / ms} if ms else {}
+            yield about | times | ({"peak_bytes": 3 * 2**30} if ms else {"note": LOST})
+
+
+def host_rows():
+    for step in ("forward", "forward and backward"):
+        for mode in ("eager", "compiled", "graph"):
+            for i, provider in enumerate(("triton_conv", "F.conv2d")):
+                # The last has no time.
+                lost = (step, mode, provider) == ("forward and backward", "graph", "F.conv2d")
+                yield {"step": step, "mode": mode, "provider": provider, "us": "" if lost else 10.0 + i}
+
+
+def put(folder, kind="measured", **tables):
+    """Write tables as a bench does: `bench=rows` is bench.csv."""
+    folder.mkdir(exist_ok=True)
+    for name, found in tables.items():
+        with (folder / f"{name}.csv").open("w", newline="") as file:
+            writer = csv.DictWriter(file, comparison.FILES[f"{name}.csv"], restval="")
+            writer.writeheader()
+            writer.writerows({**ENVIRONMENT, "kind": kind, **row} for row in found)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    made = tmp_path_factory.mktemp("bench") / "measured"
+    return put(made, bench=random_rows(), models=model_rows(), host=host_rows())
+
+
+@pytest.fixture(scope="module")
+def kept(folder):
+    return rows.read(folder / "bench.csv")
+
+
+def of_one(rows_, pass_):
+    return [row for row in rows_ if row["pass"] == pass_ and row["us_p50"]]
+
+
+DEPTHWISE = ConvProblem(8, 64, 28, 28, 64, 3, 3, (1, 1), (1, 1, 1, 1), (1, 1), 64)
+
+
+def known(folder, times):
+    """The rows of depthwise layers by their times (ours, contiguous, channels_last, native); "auto" takes ours."""
+    found = limit_rows("bf16")
+    for i, (ours, *by_torch) in enumerate(times):
+        names = ("torch_contiguous", "torch_channels_last", "torch_native")
+        given = dict(zip(names, by_torch, strict=True)) | ({"row_march": ours} if ours else {})
+        found += pass_rows(Layer(f"net.{i}", DEPTHWISE), "fprop", given, "row_march" if ours else names[1])
+    return rows.read(put(folder, bench=found) / "bench.csv")
+
+
+def test_known_means(tmp_path):
+    """Speedups of 2, 1/4, 8, 1.02 and, by F.conv2d itself, 1/2: their geometric mean, wins, losses and fallbacks."""
+    kept = known(
+        tmp_path,
+        [(50, 300, 400, 100), (400, 100, 100, 200), (50, 400, 800, 900), (100, 102, 103, 104), (None, 100, 200, 300)],
+    )
+    (found,) = comparison.summary(kept)
+    assert (found.of, found.dtype, found.layout, found.pass_, found.width) == (
+        "layers", "bf16", "nhwc", "fprop", "depthwise",
+    )  # fmt: skip
+    assert found.over_best == pytest.approx((2 * 0.25 * 8 * 1.02 * 0.5) ** (1 / 5))
+    assert found.over_same == pytest.approx((8 * 0.25 * 16 * 1.03 * 1) ** (1 / 5))
+    assert (found.layers, found.wins, found.losses, found.fallbacks) == (5, 2, 2, 1)
+    floor = cost.floor_us(DEPTHWISE, "fprop", TARGET)
+    assert found.memory_bound == 5
+    assert found.fraction == pytest.approx(floor / 100, rel=1e-3)
+    assert [pair.best["provider"] for pair in comparison.pairs(kept)] == [
+        "torch_native", "torch_contiguous", "torch_contiguous", "torch_contiguous", "torch_contiguous",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("problem", "width"),
+    [
+        (DEPTHWISE, "depthwise"),
+        (dataclasses.replace(DEPTHWISE, groups=2), "narrow"),
+        (dataclasses.replace(DEPTHWISE, groups=1), "wide"),
+        (dataclasses.replace(DEPTHWISE, c_in=128, groups=2), "wide"),
+    ],
+)
+def test_width_classes(problem, width, tmp_path):
+    found = pass_rows(Layer("net.0", problem), "wgrad", {"implicit_gemm": 1, "torch_contiguous": 2}, "implicit_gemm")
+    kept = rows.read(put(tmp_path, bench=[*limit_rows("bf16"), *found]) / "bench.csv")
+    (summary,) = comparison.summary(kept)
+    assert (summary.width, summary.over_best, summary.over_same) == (width, 2.0, None)
+
+
+def test_pairs_have_the_fastest_of_pytorch_that_is_right(kept):
+    found = comparison.pairs(kept)
+    assert len(found) > 100
+    for pair in found:
+        same_pass = [
+            row
+            for row in kept
+            if row["us_p50"] and all(row[name] == pair.auto[name] for name in ("layer", "pass", "dtype", "layout"))
+        ]
+        by_torch = {row["provider"]: float(row["us_p50"]) for row in same_pass if row["provider"].startswith("torch_")}
+        assert float(pair.best["us_p50"]) == min(by_torch.values())
+        assert pair.best["provider"] == min(by_torch, key=by_torch.get)
+        fastest = min(same_pass, key=lambda row: float(row["us_p50"]))
+        assert fastest["provider"] == "flag_gems"  # a peer, which no speedup is over
+    wrong, failed, apart = (layer.name for layer in shipped(*FORMATS[0])[:3])
+    there = {(pair.auto["layer"], pair.auto["dtype"], pair.auto["pass"]): pair for pair in found}
+    assert (wrong, "bf16", "fprop") not in there
+    assert (wrong, "bf16", "dgrad") in there
+    assert (apart, "bf16", "backward") not in there
+    assert there[failed, "bf16", "dgrad"].same is None
+    assert there[failed, "bf16", "dgrad"].best["provider"] != "torch_channels_last"
+
+
+@pytest.mark.parametrize("error", [1.0, math.nan])
+def test_a_wrong_row_with_a_time_is_compared_and_drawn_nowhere(error, tmp_path):
+    """Ours, and what "auto" takes of it, in one layer; the fastest of PyTorch in another; right ones beside them."""
+    wrong, right = {"max_rel_err": error, "err_bound": 4e-3}, {"max_rel_err": 1e-3, "err_bound": 4e-3}
+    ours, best, sound = (Layer(f"net.{i}", DEPTHWISE) for i in range(3))
+    times = {"row_march": 50.0, "torch_contiguous": 100.0, "torch_channels_last": 200.0}
+    found = limit_rows("bf16")
+    for layer, bad in ((ours, {"row_march", "auto"}), (best, {"torch_contiguous"}), (sound, set())):
+        mine = pass_rows(layer, "fprop", times, "row_march")
+        found += [r | (wrong if r["provider"] in bad else right) for r in mine]
+    kept = rows.read(put(tmp_path, bench=found) / "bench.csv")
+    assert {pair.auto["layer"]: pair.speedup for pair in comparison.pairs(kept)} == {"net.1": 4.0, "net.2": 2.0}
+    (summary,) = comparison.summary(kept)
+    assert (summary.layers, summary.wins) == (2, 2)
+    assert summary.over_best == pytest.approx(math.sqrt(8))
+    for figure in bench_plot.draw(tmp_path).values():
+        (axes,) = figure.axes
+        for collection in axes.collections:
+            assert len(collection.get_offsets()) <= 2
+    assert plot.points(kept, "fprop", "row_march", "us_p50") == ([64, 64], [50.0, 50.0])
+    assert plot.points(kept, "fprop", "torch_contiguous", "us_p50") == ([64, 64], [100.0, 100.0])
+    failures = bench_text.markdown(tmp_path).split("## Failed and wrong\n")[1].split("\n## ")[0]
+    reason = "wrong: the error is above its bound"
+    assert f"| net.0 | fprop | bf16 | nhwc | row_march | {reason} |" in failures
+    assert "| net.0 | fprop | bf16 | nhwc | auto | takes row_march |" in failures
+    assert f"| net.1 | fprop | bf16 | nhwc | torch_contiguous | {reason} |" in failures
+    assert failures.count("\n| ") == 2 + 3
+
+
+def test_summary_of_random_times(kept):
+    """Means, wins, losses and fallbacks as counted row by row, of every class."""
+    times = {
+        (row["layer"], row["dtype"], row["pass"], row["provider"]): float(row["us_p50"])
+        for row in kept
+        if row["us_p50"]
+    }
+    notes = {(row["layer"], row["dtype"], row["pass"]): row["note"] for row in kept if row["provider"] == "auto"}
+    expected = {}
+    for dtype, layout in FORMATS:
+        for layer in [*sweep(dtype, layout), *shipped(dtype, layout)]:
+            for pass_ in PLANNED:
+                key = layer.name, dtype, pass_
+                if (*key, "auto") in times:
+                    best = min(times[(*key, name)] for name in comparison.TORCH if (*key, name) in times)
+                    of = "sweep" if layer.name.startswith("g") and layer.name[1:].isdigit() else "layers"
+                    place = of, dtype, layout, pass_, cost.width_class(layer.problem)
+                    falls_back = notes[key].startswith("takes F.conv2d")
+                    memory = layer.problem.intensity(pass_) < TARGET.matrix_rate(dtype) * 1e3 / TARGET.copy_gbps
+                    expected.setdefault(place, []).append((best / times[(*key, "auto")], falls_back, memory))
+    found = {(each.of, each.dtype, each.layout, each.pass_, each.width): each for each in comparison.summary(kept)}
+    assert found.keys() == expected.keys()
+    assert {place[4] for place in found} == set(comparison.WIDTHS)
+    for place, each in found.items():
+        speedups = [speedup for speedup, _, _ in expected[place]]
+        assert each.over_best == pytest.approx(math.exp(statistics.fmean(map(math.log, speedups))))
+        assert each.wins == len([s for s in speedups if s > 1.03])
+        assert each.losses == len([s for s in speedups if s < 0.97])
+        assert each.fallbacks == len([True for _, falls_back, _ in expected[place] if falls_back])
+        assert each.memory_bound == len([True for _, _, memory in expected[place] if memory])
+        assert each.layers == len(speedups)
+
+
+def test_plots_are_drawn(folder):
+    written = bench_plot.write(folder)
+    per_format = ("groups", "fraction", "speedup", "roofline")
+    names = [f"{stem}_{dtype}_{layout}.png" for dtype, layout in FORMATS for stem in per_format]
+    assert [path.name for path in written] == [*names, "host.png", "models.png"]
+    for path in written:
+        pixels = image.imread(path)
+        assert min(pixels.shape[:2]) > 300
+        assert pixels[..., :3].std() > 0.05
+    assert not list(folder.glob(".*"))
+    assert [re.findall(r"\]\((\w+\.png)\)", bench_text.markdown(folder)).count(path.name) for path in written] == [
+        1
+    ] * 10
+
+
+def test_pdf_has_a_page_for_each_plot(folder, tmp_path):
+    path = tmp_path / "bench.pdf"
+    assert bench_plot.pdf(folder, path) == 10
+    assert len(re.findall(rb"/Type /Page\b", path.read_bytes())) == 10
+    assert [path.name for path in tmp_path.iterdir()] == ["bench.pdf"]
+
+
+def drawn(axes, label):
+    (found,) = [line for line in axes.get_lines() if line.get_label() == label]
+    return dict(zip(found.get_xdata(), found.get_ydata(), strict=True))
+
+
+def test_lines_across_group_counts(folder, kept):
+    axes = bench_plot.draw(folder)["groups_bf16_nhwc"].axes
+    assert [each.get_title() for each in axes] == list(PLANNED)
+    for each in axes:
+        for label, provider in (("auto", "auto"), ("F.conv2d channels_last", "torch_channels_last")):
+            expected = {
+                int(row["groups"]): float(row["us_p50"])
+                for row in of_one(kept, each.get_title())
+                if comparison.is_sweep(row) and (row["dtype"], row["provider"]) == ("bf16", provider)
+            }
+            assert drawn(each, label) == expected
+            assert len(expected) > 1
+    labels = [line.get_label() for line in axes[0].get_lines()]
+    assert {"implicit_gemm", "row_march", "FlagGems", "F.conv2d without cuDNN", "floor"} <= set(labels)
+    styles = {(line.get_color(), line.get_marker(), line.get_linestyle()) for line in axes[0].get_lines()}
+    assert len(styles) == len(labels)
+    assert len({line.get_marker() for line in axes[0].get_lines() if line.get_label() != "auto"}) == len(labels) - 1
+
+
+def test_bars_of_speedups(folder, kept):
+    """Each bar ends at its layer's speedup, in order, hatched where it is a loss; wrong rows have none."""
+    panels = {axes.get_title(): axes for axes in bench_plot.draw(folder)["speedup_bf16_nhwc"].axes}
+    wrong = shipped(*FORMATS[0])[0].name
+    for pass_, axes in panels.items():
+        names = [label.get_text() for label in axes.get_yticklabels()]
+        expected = {
+            pair.auto["layer"]: pair.speedup
+            for pair in comparison.pairs(kept)
+            if (pair.auto["dtype"], pair.auto["pass"]) == ("bf16", pass_) and not comparison.is_sweep(pair.auto)
+        }
+        assert names == sorted(expected, key=expected.get)
+        assert (wrong in names) == (pass_ != "fprop")
+        lengths = [bar for bar in axes.patches if not math.isnan(bar.get_width())]
+        bars = {round(bar.get_y() + bar.get_height() / 2): bar for bar in lengths}
+        assert len(bars) == len(names)
+        for y, name in enumerate(names):
+            assert 1 + bars[y].get_width() == pytest.approx(expected[name])
+            assert (bars[y].get_hatch() == "////") == (expected[name] < 0.97)
+    assert list(panels) == list(PLANNED)
+
+
+def test_fractions_and_rooflines(folder, kept):
+    made = bench_plot.draw(folder)
+    for pass_, fraction, roofline in zip(
+        PLANNED, made["fraction_fp16_nchw"].axes, made["roofline_fp16_nchw"].axes, strict=True
+    ):
+        autos = [pair.auto for pair in comparison.pairs(kept) if pair.auto["pass"] == pass_]
+        autos = [row for row in autos if row["dtype"] == "fp16" and not comparison.is_sweep(row)]
+        (points,) = [each for each in fraction.collections if each.get_label() == "auto"]
+        names = [label.get_text() for label in made["fraction_fp16_nchw"].axes[0].get_yticklabels()]
+        found = {names[round(y)]: x / 100 for x, y in points.get_offsets()}
+        assert found == pytest.approx({row["layer"]: float(row["fraction"]) for row in autos})
+        (points,) = [each for each in roofline.collections if each.get_label() == "auto"]
+        found = sorted(tuple(point) for point in points.get_offsets())
+        assert found == sorted((float(row["intensity"]), float(row["tflops"])) for row in autos)
+        roof = drawn(roofline, "limit")
+        assert max(roof.values()) == pytest.approx(TARGET.matrix_rate("fp16"))
+        assert min(roof.values()) == pytest.approx(min(roof) * TARGET.copy_gbps / 1e3)
+
+
+def test_bars_of_models_and_host(folder):
+    made = bench_plot.draw(folder)
+    (axes,) = made["models"].axes
+    words = [each.get_text() for each in axes.texts]
+    assert words[:2] == ["48.0 ms, 1.25x, peak 3.00 GiB", ""]
+    assert words[2:] == ["60.0 ms, peak 3.00 GiB", "50.0 ms, peak 3.00 GiB"]
+    (axes,) = made["host"].axes
+    labels = [label.get_text() for label in axes.get_yticklabels()]
+    assert labels == [f"{row['step']}, {row['mode']}" for row in host_rows() if row["provider"] == "F.conv2d"]
+    assert [bar.get_width() for bar in axes.patches] == [*[10.0] * 6, *[11.0] * 5, pytest.approx(math.nan, nan_ok=True)]
+
+
+def test_report(folder):
+    said = bench_text.markdown(folder)
+    assert "Measured on Pretended GPU, torch 2.13.0, triton 3.7.1, cudnn 91002, driver 570.1, 2026-11-22" in said
+    assert "stub" not in said
+    wrong, failed, apart = (layer.name for layer in shipped(*FORMATS[0])[:3])
+    failures = said.split("## Failed and wrong\n")[1].split("\n## ")[0]
+    assert f"| {wrong} | fprop | bf16 | nhwc | implicit_gemm | {WRONG} |" in failures
+    assert f"| {wrong} | fprop | bf16 | nhwc | auto | takes implicit_gemm; {WRONG} |" in failures
+    assert f"| {failed} | dgrad | bf16 | nhwc | torch_channels_last | {LOST} |" in failures
+    assert failures.count("\n| ") == 2 + 3
+    kept = rows.read(folder / "bench.csv")
+    pairs = comparison.pairs(kept)
+    losses = said.split("## Worst losses\n")[1].split("\n## ")[0]
+    worst = sorted(pair.speedup for pair in pairs)[:10]
+    assert re.findall(r"\| ([\d.]+) \| [\d.]+% \|", losses) == [f"{speedup:.2f}" for speedup in worst]
+    full = said.split("## Layers\n")[1]
+    assert full.count("\n| ") == 2 + len(pairs)
+    assert f"| {apart} | backward | bf16 |" not in full
+    assert "| timm:resnext50_32x4d | 128 | 224 | bf16 | nhwc | groupconv | 48.0 (43.2-52.8) | 1.25x |" in said
+    assert f"| {LOST} |" in said.split("## Training steps of whole models\n")[1]
+    assert "| forward and backward | graph | triton_conv | 10.0 |" in said
+    assert "| forward and backward | graph | F.conv2d | - |" in said
+
+
+def printed(folder):
+    console = Console(file=io.StringIO(), width=200)
+    console.print(bench_text.table(folder))
+    return console.file.getvalue()
+
+
+def test_table_for_the_terminal(tmp_path):
+    known(tmp_path, [(50, 300, 400, 100), (50, 400, 800, 900)])
+    said = printed(tmp_path)
+    assert "measured on Pretended GPU" in " ".join(said.split())
+    (line,) = [line for line in said.splitlines() if "fprop" in line]
+    assert line.split("│")[1:-1] == [" layers ", " bf16  ", " nhwc   ", " fprop ", "  4.00 (2) ", "      - ", "    - "]
+
+
+def test_a_stub_clock_is_said_everywhere(tmp_path):
+    put(tmp_path, "stub", bench=random_rows(), models=model_rows(), host=host_rows())
+    origin = "stub clock: not measurements, on Pretended GPU"
+    made = bench_plot.draw(tmp_path)
+    assert len(made) == 10
+    for figure in made.values():
+        what, *_, last = figure.get_suptitle().splitlines()
+        assert what.endswith(" (stub)")
+        assert last.startswith(origin)
+        labels = [f() for axes in figure.axes for f in (axes.get_title, axes.get_xlabel, axes.get_ylabel)]
+        assert any(labels)
+        assert all(label.endswith(" (stub)") for label in labels if label)
+    said = bench_text.markdown(tmp_path)
+    assert "# Stub benchmark: Pretended GPU\n" in said
+    assert f"\n{origin[0].upper()}{origin[1:]}, torch 2.13.0" in said
+    assert "**The GPU is pretended: its times are the model's" in said
+    assert "easured on" not in said
+    assert origin in " ".join(printed(tmp_path).split())
+
+
+@pytest.mark.parametrize(
+    ("kind", "origin"),
+    [
+        ("measured", "measured on"),
+        ("modelled", "modelled for"),
+        ("stub", "stub clock: not measurements, on"),
+    ],
+)
+def test_provenance_of_each_kind(kind, origin):
+    about = "Pretended GPU, torch 2.13.0, triton 3.7.1, cudnn 91002, driver 570.1, 2026-11-22"
+    assert text.provenance([{**ENVIRONMENT, "kind": kind}]) == f"{origin} {about}"
+
+
+@pytest.mark.parametrize(
+    ("tables", "drawn"),
+    [
+        ({}, []),
+        ({"bench": limit_rows("bf16")}, []),
+        ({"models": list(model_rows())}, ["models.png"]),
+        ({"host": list(host_rows())}, ["host.png"]),
+        ({"bench": [], "models": [], "host": []}, []),
+        (
+            {"bench": pass_rows(sweep("bf16", "nhwc")[1], "fprop", {"row_march": 30.0}, "row_march")},
+            ["groups_bf16_nhwc.png"],
+        ),
+    ],
+)
+def test_runs_that_ended_early(tables, drawn, tmp_path):
+    put(tmp_path, **tables)
+    assert [path.name for path in bench_plot.write(tmp_path)] == drawn
+    assert bench_plot.pdf(tmp_path, tmp_path / "bench.pdf") == len(drawn)
+    assert (tmp_path / "bench.pdf").exists() == bool(drawn)
+    said = bench_text.markdown(tmp_path)
+    assert [name for name in drawn if f"]({name})" not in said] == []
+    assert "Pretended GPU" in said or not any(tables.values())
+    assert ("ended before its first row" in said) == (not any(tables.values()))
+    assert printed(tmp_path)
+
+
+def test_a_pass_that_is_missing_has_no_panel(tmp_path):
+    known(tmp_path, [(50, 300, 400, 100)])
+    assert {name: [axes.get_title() for axes in figure.axes] for name, figure in bench_plot.draw(tmp_path).items()} == {
+        name: ["fprop"] for name in ("fraction_bf16_nhwc", "speedup_bf16_nhwc", "roofline_bf16_nhwc")
+    }
+
+
+def test_the_legend_shows_what_no_bar_of_a_panel_is(tmp_path):
+    known(tmp_path, [(50, 300, 400, 100)])
+    (legend,) = bench_plot.draw(tmp_path)["speedup_bf16_nhwc"].legends
+    found = {text.get_text(): handle for text, handle in zip(legend.get_texts(), legend.legend_handles, strict=True)}
+    assert list(found) == ["depthwise", "narrow", "wide", "above 1.03", "between", "below 0.97"]
+    assert found["below 0.97"].get_hatch() == "////"
+    assert len({found[name].get_facecolor() for name in ("above 1.03", "between", "below 0.97")}) == 3
+
+
+def test_sweeps_of_two_layers_are_not_drawn_as_one(tmp_path):
+    one, other = (
+        Layer("g4", dataclasses.replace(DEPTHWISE, c_in=channels, c_out=channels, groups=4)) for channels in (64, 128)
+    )
+    found = [
+        r
+        for layer in (one, other)
+        for r in pass_rows(layer, "fprop", {"row_march": 1.0, "torch_native": 2.0}, "row_march")
+    ]
+    kept = rows.read(put(tmp_path, bench=found) / "bench.csv")
+    assert len(comparison.pairs(kept)) == 2
+    assert bench_plot.draw(tmp_path) == {}
