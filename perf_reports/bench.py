@@ -34,9 +34,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "the same --out, it goes on where it was."
     )
     layers.add_arguments(parser, "all")
+    layers.add_variants(parser)
     add = parser.add_argument
-    add("--dtypes", nargs="+", choices=layers.DTYPES, default=["bf16"], metavar="D", help="default: bf16")
-    add("--layouts", nargs="+", choices=layers.LAYOUTS, default=["nhwc"], metavar="L", help="default: nhwc")
     add("--parts", nargs="+", choices=PARTS, default=list(PARTS), metavar="P", help=f"default: {' '.join(PARTS)}")
     default = " ".join(training.MODELS)
     add("--models", nargs="+", metavar="PACKAGE:NAME", help=f"of the part models (default, with timm: {default})")
@@ -54,7 +53,7 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError("--stub: its times are pretended, so it needs --out")
     for model in args.models or ():
         networks.builder(model)
-    chosen = layers.variants(layers.make(args, args.dtypes[0], args.layouts[0]), args.dtypes, args.layouts)
+    chosen = layers.variants(args)
     if not (args.stub or torch.cuda.is_available()):
         raise ValueError("there is no GPU here; --stub needs none, and `groupconv report` models one")
     # The stub runs no kernels, but the host's part of a launch is that of compiled ones.

@@ -64,13 +64,20 @@ def make(args: argparse.Namespace, dtype: str, layout: str) -> list[Layer]:
     return found[::QUICK_STEP] if args.quick else found
 
 
-def variants(layers: list[Layer], dtypes: list[str], layouts: list[str]) -> list[Layer]:
-    """The layers in every dtype and layout, one dtype and layout after the other."""
+def add_variants(parser: argparse.ArgumentParser) -> None:
+    """The options of `variants`."""
+    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=["bf16"], metavar="D", help="default: bf16")
+    parser.add_argument("--layouts", nargs="+", choices=LAYOUTS, default=["nhwc"], metavar="L", help="default: nhwc")
+
+
+def variants(args: argparse.Namespace) -> list[Layer]:
+    """`make` in every dtype and layout, one dtype and layout after the other."""
+    found = make(args, args.dtypes[0], args.layouts[0])
     return [
         Layer(layer.name, dataclasses.replace(layer.problem, dtype=dtype, layout=layout, out_layout=layout))
-        for dtype in dtypes
-        for layout in layouts
-        for layer in layers
+        for dtype in args.dtypes
+        for layout in args.layouts
+        for layer in found
     ]
 
 

@@ -177,7 +177,7 @@ def test_out_of_memory_is_of_one_layer(book, monkeypatch):
 
 
 def test_the_finalists_of_a_dtype_are_tried_for_its_sister(book):
-    chosen = layers.variants(CHOSEN[:1], ["bf16", "fp16", "tf32"], ["nhwc"])
+    chosen = [Layer("a", dataclasses.replace(CHOSEN[0].problem, dtype=dtype)) for dtype in ("bf16", "fp16", "tf32")]
     found, _ = searched(book, chosen)
     by_dtype = {
         dtype: [r for r in found.results if r.task.problem.dtype == dtype] for dtype in ("bf16", "fp16", "tf32")
@@ -201,6 +201,28 @@ def test_a_lost_device_ends_the_run_and_is_remembered(book, monkeypatch):
         searched(book, CHOSEN)
     ((_, name),) = book.findings
     assert book.findings[str(search.tasks(CHOSEN, devices.DEFAULT)[0]), name].note.startswith("lost the device")
+
+
+@pytest.mark.parametrize("answers", [True, False], ids=["answers", "is-lost"])
+def test_a_failing_call_is_told_from_a_lost_device(device, monkeypatch, answers):
+    """What is raised while the device still answers is the call's own fault."""
+
+    def fails(runs, rounds):
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    def synchronize():
+        if not answers:
+            raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    subject = lab.Subject(SMALL, lab.Lab(devices.DEFAULT, "Pretended GPU", "cpu", fails))
+    assert subject.given.x.device.type == "cpu"  # made before the lab says that it is on a GPU
+    subject.lab.device = "cuda"
+    monkeypatch.setattr(torch.cuda, "synchronize", synchronize)
+    bad = Contender("implicit_gemm", {"BLOCK_M": 1})
+    for call in (lambda: subject.check("fprop", bad), lambda: subject.race("fprop", contenders.peers(SMALL), 1)):
+        with pytest.raises(Exception) as caught:  # noqa: PT011
+            call()
+        assert isinstance(caught.value, lab.DeviceLost) != answers
 
 
 def test_compiled_faults():

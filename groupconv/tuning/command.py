@@ -33,9 +33,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "run goes on where it was. Under torchrun the processes share the work."
     )
     layers.add_arguments(parser, "suite")
+    layers.add_variants(parser)
     add = parser.add_argument
-    add("--dtypes", nargs="+", choices=layers.DTYPES, default=["bf16"], metavar="D", help="default: bf16")
-    add("--layouts", nargs="+", choices=layers.LAYOUTS, default=["nhwc"], metavar="L", help="default: nhwc")
     add("--budget-seconds", type=float, metavar="S", help="end after this time, with what there is by then")
     add("--out", type=pathlib.Path, metavar="DIR", help="default: the user's configuration folder")
     add("--jobs", type=int, metavar="N", help="processes that compile (default: one a core, but one)")
@@ -55,7 +54,7 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError("--stub: its times are pretended, so it needs --out, a folder that no call reads")
     if args.target is not None and not (args.stub or args.compile_only):
         raise ValueError(f"--target: {args.target} is for --compile-only and --stub; a run measures the GPU it is on")
-    chosen = layers.variants(layers.make(args, args.dtypes[0], args.layouts[0]), args.dtypes, args.layouts)
+    chosen = layers.variants(args)
     target = devices.named(args.target or devices.DEFAULT.slug)
     if not (args.stub or args.compile_only or torch.cuda.is_available()):
         raise ValueError("there is no GPU here; --compile-only and --stub need none")

@@ -190,8 +190,12 @@ class Subject:
         }
 
     def race(self, pass_: str, contenders: list[Contender], rounds: int) -> dict[str, list[float]]:
-        """Microseconds of every round of each contender, by name."""
-        return self.lab.race({each.name: self._run(pass_, each) for each in contenders}, rounds)
+        """Microseconds of every round of each contender, by name. Raises as `check`."""
+        try:
+            return self.lab.race({each.name: self._run(pass_, each) for each in contenders}, rounds)
+        except Exception as failure:
+            self._alive(failure)
+            raise
 
     def forget(self, pass_: str) -> None:
         """Drop the calls of a pass, and the copies of operands that PyTorch's hold."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 import pathlib
 import statistics
 import warnings
@@ -54,13 +53,12 @@ def calibration(results: list[Result], target: Target) -> configs.Calibration:
     torch: dict[str, list[float]] = {}
     for result in results:
         problem, pass_ = result.task.problem, result.task.pass_
-        fastest: dict[str, tuple[float, float]] = {}  # of each algorithm: the measured and the modelled time
-        for each in result.finalists:
-            if each.ours and each.modelled_us:
-                measured = result.medians_us[each.name]
-                fastest[each.provider] = min(fastest.get(each.provider, (math.inf, 0.0)), (measured, each.modelled_us))
-        for algorithm, (measured, modelled) in fastest.items():
-            ours.setdefault(f"{algorithm} {pass_}", []).append(measured / modelled)
+        # Of each algorithm the configuration that a modelled plan would take: the model's first.
+        chosen = {each.provider: each for each in reversed(result.raced) if each.ours}
+        for each in chosen.values():
+            if each.modelled_us:
+                ratio = result.first_us[each.name] / each.modelled_us
+                ours.setdefault(f"{each.provider} {pass_}", []).append(ratio)
         if result.torch_us is not None and pass_ != "backward":
             over = result.torch_us / cost.torch_floor_us(problem, pass_, target)
             torch.setdefault(f"{cost.width_class(problem)} {pass_}", []).append(over)
