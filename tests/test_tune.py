@@ -60,11 +60,12 @@ class Device:
 
 
 def test_pruning_gives_its_reasons():
-    assert contenders.pruned(0, 900.0, 900.0, 10.0) is None  # the best of an algorithm is always tried
-    assert contenders.pruned(1, 900.0, 900.0, 10.0) == "its algorithm is modelled 90.0 times slower than another"
-    assert contenders.pruned(1, 25.0, 10.0, 10.0) == "modelled 2.5 times slower than another configuration"
-    assert contenders.pruned(contenders.MOST_EACH, 10.0, 10.0, 10.0) == "modelled slower than 6 others"
-    assert contenders.pruned(contenders.MOST_EACH - 1, 10.0, 10.0, 10.0) is None
+    assert contenders.pruned(0, 0, 900.0, 900.0, 10.0) is None  # the best of an algorithm is always tried
+    assert contenders.pruned(1, 0, 900.0, 900.0, 10.0) == "its algorithm is modelled 90.0 times slower than another"
+    assert contenders.pruned(1, 0, 25.0, 10.0, 10.0) == "modelled 2.5 times slower than another configuration"
+    assert contenders.pruned(3, 2, 10.0, 10.0, 10.0) == "its tile is tried in 2 others"
+    assert contenders.pruned(contenders.MOST_EACH, 1, 10.0, 10.0, 10.0) == "modelled slower than 8 others"
+    assert contenders.pruned(contenders.MOST_EACH - 1, 1, 10.0, 10.0, 10.0) is None
 
 
 @pytest.mark.parametrize("layer", CHOSEN, ids=lambda layer: layer.name)
@@ -74,6 +75,8 @@ def test_contenders_are_of_every_algorithm_and_hold_the_planned(layer, pass_):
     served = collections.Counter(each.provider for each in found)
     assert set(served) == set(able(layer.problem, pass_, devices.DEFAULT))
     assert max(served.values()) <= contenders.MOST_EACH
+    tiles = collections.Counter((each.provider, *(v for k, v in each.config.items() if k.isupper())) for each in found)
+    assert max(tiles.values()) <= contenders.MOST_ALIKE
     assert len({each.name for each in found}) == len(found)
     best = dispatch.plan_pass(layer.problem, pass_, devices.DEFAULT, "triton")
     assert (best.algorithm, best.config) in [(each.provider, each.config) for each in found]

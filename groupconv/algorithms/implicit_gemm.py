@@ -54,7 +54,7 @@ def candidates(problem: ConvProblem, pass_: str, target: Target) -> list[dict]:
         for block_n in tiles(n, 128):
             for block_k in tiles(k, 64):
                 warps = 8 if block_m * block_n >= 128 * 128 else 4
-                for stages in (2, 3, 4):
+                for stages in (3, 4, 2):
                     config = {
                         "BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_K": block_k,
                         "num_warps": warps, "num_stages": stages,

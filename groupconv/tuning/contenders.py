@@ -6,10 +6,12 @@ import dataclasses
 
 from .. import cost, dispatch
 from ..algorithms import REGISTRY, able
+from ..configs import OPTIONS
 from ..devices import Target
 from ..problem import ConvProblem
 
-MOST_EACH = 6  # configurations of one algorithm that are compiled and timed
+MOST_EACH = 8  # configurations of one algorithm that are compiled and timed
+MOST_ALIKE = 2  # of them of the same tile: the model knows little of warps and stages
 SLOWER = 2.0  # than the algorithm's best, as modelled: left out
 FAR = 8.0  # from the best of all, as modelled: only an algorithm's best is tried, in case the model is wrong
 
@@ -46,16 +48,21 @@ def peers(problem: ConvProblem) -> list[Contender]:
     return [Contender("torch_contiguous"), Contender("torch_channels_last"), *native]
 
 
-def pruned(rank: int, modelled_us: float, best_of_algorithm: float, best_of_all: float) -> str | None:
-    """Why a configuration is not worth compiling, or None. rank: its place in its algorithm by the model, from 0."""
-    if rank == 0:
+def pruned(before: int, alike: int, modelled_us: float, best_of_algorithm: float, best_of_all: float) -> str | None:
+    """Why a configuration is not worth compiling, or None.
+
+    before: how many of its algorithm that are modelled as faster are tried. alike: how many of them have its tile.
+    """
+    if before == 0:
         return None
     if best_of_algorithm > FAR * best_of_all:
         return f"its algorithm is modelled {best_of_algorithm / best_of_all:.1f} times slower than another"
     if modelled_us > SLOWER * best_of_algorithm:
         return f"modelled {modelled_us / best_of_algorithm:.1f} times slower than another configuration"
-    if rank >= MOST_EACH:
-        return f"modelled slower than {rank} others"
+    if alike >= MOST_ALIKE:
+        return f"its tile is tried in {alike} others"
+    if before >= MOST_EACH:
+        return f"modelled slower than {before} others"
     return None
 
 
@@ -72,6 +79,19 @@ def ours(problem: ConvProblem, pass_: str, target: Target) -> list[Contender]:
     return [
         Contender(name, config, estimate.time_us)
         for name, found in ranked.items()
-        for rank, (estimate, config) in enumerate(found)
-        if pruned(rank, estimate.time_us, found[0][0].time_us, best) is None
+        for estimate, config in _tried(found, best)
     ]
+
+
+def _tried(found: list[tuple[cost.Estimate, dict]], best: float) -> list[tuple[cost.Estimate, dict]]:
+    """Of an algorithm's configurations, the modelled best first, those that are not pruned."""
+    kept: list[tuple[cost.Estimate, dict]] = []
+    for estimate, config in found:
+        alike = sum(_tile(config) == _tile(other) for _, other in kept)
+        if pruned(len(kept), alike, estimate.time_us, found[0][0].time_us, best) is None:
+            kept.append((estimate, config))
+    return kept
+
+
+def _tile(config: dict) -> dict:
+    return {name: size for name, size in config.items() if name not in OPTIONS}
