@@ -19,7 +19,7 @@ from .. import ops, stub_driver
 from ..api import triton_conv
 
 FIELDS = ("utc", "commit", "gpu", "driver", "torch", "triton", "cudnn", "kind", "step", "mode", "provider", "us")
-REPEATS, CALLS = 30, 200
+REPEATS, CALLS = 15, 200
 LAYERS = 10  # of a chain: the engine is entered once for a whole network, not once a layer
 
 

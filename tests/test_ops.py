@@ -594,6 +594,8 @@ def test_meta_tensors():
 
 
 def test_public_names():
-    assert set(groupconv.__all__) == {"ConvProblem", "PassPlan", "Plan", "explain", "triton_conv"}
+    assert set(groupconv.__all__) == {
+        "Conv2d", "ConvProblem", "PassPlan", "Plan", "convert", "explain", "triton_conv",
+    }  # fmt: skip
     with contextlib.suppress(AttributeError):
         assert groupconv.__version__

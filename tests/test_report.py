@@ -55,8 +55,6 @@ class FakeClock:
         return self.now
 
     def race(self, runs, rounds):
-        for run in runs.values():
-            run()
         self.now += 1.0
         return {name: [19.0, 19.0, 20.0, 21.0, 22.0] for name in runs}
 
