@@ -14,7 +14,10 @@ from . import children, compile_check, iterations, resources
 def _answer(job: dict) -> dict:
     problem = children.problem_of(job["problem"])
     made = compile_check.launched(problem, job["pass"], job["algorithm"], job["config"], job["target"])
-    answer: dict = {"kernels": [dataclasses.asdict(resources.of(launch.compiled)) for launch in made]}
+    try:
+        answer: dict = {"kernels": [dataclasses.asdict(resources.of(launch.compiled)) for launch in made]}
+    except FileNotFoundError as error:
+        return {"compiled": True, "failed": f"no disassembler: {error}"}
     if job.get("iterations"):
         answer |= {"programs": math.prod(made[0].grid), "iterations": iterations.of(made[0])}
     return answer

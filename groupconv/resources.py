@@ -59,7 +59,10 @@ class Resources:
 
 
 def of(compiled) -> Resources:
-    """The resources of a triton CompiledKernel, for an NVIDIA or AMD target."""
+    """The resources of a triton CompiledKernel, for an NVIDIA or AMD target.
+
+    FileNotFoundError where Triton came without NVIDIA's disassembler, as some distributions have it.
+    """
     code: Work | None = None
     loops: tuple[Work, ...] = ()
     if "cubin" in compiled.asm:

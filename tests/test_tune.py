@@ -9,12 +9,14 @@ import signal
 import subprocess
 import sys
 import time
+import types
 
 import pytest
 import torch
 
-from groupconv import cli, configs, devices, dispatch
+from groupconv import cli, compiled, configs, devices, dispatch
 from groupconv.algorithms import REGISTRY, able
+from groupconv.children import problem_json
 from groupconv.perf_reports import layers
 from groupconv.perf_reports.rows import Deadline, Layer
 from groupconv.problem import ConvProblem
@@ -237,6 +239,16 @@ def test_compiled_faults():
     large = compiler.compiled_fault({"kernels": [kernel | {"shared_bytes": 10**6}]}, devices.DEFAULT)
     assert large[0] == "takes 1000000 bytes of shared memory of 232448"
     assert compiler.compiled_fault({"failed": "X: y"}, devices.DEFAULT) == ("not compiled: X: y", {})
+    assert compiler.compiled_fault({"failed": "X: y", "compiled": True}, devices.DEFAULT) == (None, {})
+
+
+def test_compiles_where_there_is_no_disassembler(monkeypatch):
+    """Triton's package may lack NVIDIA's tools: a kernel is compiled all the same, and what it takes is not known."""
+    launch = types.SimpleNamespace(compiled=types.SimpleNamespace(asm={"cubin": b""}))
+    monkeypatch.setattr(compiled.compile_check, "launched", lambda *job: (launch,))
+    monkeypatch.setattr(compiled.resources, "_BIN", "/no/such/folder")
+    job = {"problem": problem_json(SMALL), "pass": "fprop", "algorithm": "", "config": {}, "target": "sm_90"}
+    assert compiler.compiled_fault(compiled._answer(job), devices.DEFAULT) == (None, {})
 
 
 def test_compiles_ahead_in_other_processes(book, monkeypatch, tmp_path):

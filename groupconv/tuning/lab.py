@@ -180,7 +180,10 @@ class Subject:
         compiled = call.launches[0].compiled
         if compiled is None:
             return {}
-        found = resources.of(compiled)
+        try:
+            found = resources.of(compiled)
+        except FileNotFoundError:  # no disassembler: the call is as good without
+            return {}
         return {
             "registers": found.registers,
             "spill_bytes": found.spill_bytes,
