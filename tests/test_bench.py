@@ -273,8 +273,8 @@ def test_gpu_steps_leave_few_files(tmp_path, monkeypatch, capsys):
     assert all(float(row["us"]) > 0 for row in read(out, "host.csv", host_overhead.FIELDS))
     journal, table, host = ((out / name).read_text() for name in ("stub.jsonl", "bench.csv", "host.csv"))
     assert gpu.main(["--out", str(out), "--stub", "--quick", "--budget-seconds", "300"]) == 0
-    assert [line for line in (out / "stub.jsonl").read_text().splitlines() if "session" not in line] == [
-        line for line in journal.splitlines() if "session" not in line
+    assert [line for line in (out / "stub.jsonl").read_text().splitlines() if "measured_with" not in line] == [
+        line for line in journal.splitlines() if "measured_with" not in line
     ]
     assert [(out / name).read_text() for name in ("bench.csv", "host.csv")] == [table, host]
     assert "stub clock" in capsys.readouterr().out.lower()

@@ -316,6 +316,17 @@ def test_a_line_cut_short_is_passed_over(tmp_path):
     assert path.read_text().startswith(whole[:-9] + "\n")
 
 
+@pytest.mark.parametrize("times", ["[]", "[-1.0]", "[NaN]", '["fast"]', "3"])
+def test_times_that_are_none_are_not_trusted(tmp_path, times):
+    path = tmp_path / "stub.jsonl"
+    with journal.Journal(path, {}):
+        pass
+    with path.open("a") as file:
+        file.write(f'{{"task": "a", "rounds": 4, "times_us": {{"one": {times}}}}}\n')
+    with pytest.warns(UserWarning, match="1 damaged"), journal.Journal(path, {}) as book:
+        assert not book.races
+
+
 # --- Files -----------------------------------------------------------------------------------------------------------
 
 
@@ -425,7 +436,7 @@ def lines_of(path):
             record = json.loads(line)
         except ValueError:
             continue  # cut short by a kill
-        if "session" not in record:
+        if "measured_with" not in record:
             found[record["task"], record.get("contender"), record.get("rounds")] += 1
     return found
 

@@ -78,7 +78,7 @@ def _tune(
     unfinished: dict[str, str] = {}
     ended = ""
     with contextlib.ExitStack() as stack:
-        journal = stack.enter_context(Journal(journal_path, session(lab)))
+        journal = stack.enter_context(Journal(journal_path, measured_with(lab)))
         compiler = None if args.stub else stack.enter_context(Compiler(lab.target, processes(args.jobs)))
         shown = stack.enter_context(_progress(len(todo), mine.rank == 0))
 
@@ -118,7 +118,7 @@ def _part(todo: list[Task], mine: share.Share) -> list[Task]:
     return [task for task in todo if str(task) in kept]
 
 
-def session(lab: Lab) -> dict:
+def measured_with(lab: Lab) -> dict:
     """What a measurement depends on: a journal's lines hold for equal ones."""
     return {
         "device": lab.name, "target": lab.target.slug, "torch": torch.__version__, "triton": triton.__version__,

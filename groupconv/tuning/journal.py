@@ -1,14 +1,15 @@
 """The journal of a tuning run: one JSON line a result, on disk before the next one begins.
 
 A run that ends early, however it ends, loses nothing and measures nothing twice when it is started again. A line holds
-only for what it was measured with: each begins a "session" line with device, versions and kernels, and lines of other
-sessions than the present one's equals are kept in the file and not used. So is a line that a kill cut short.
+only for what it was measured with: a run begins with a "measured_with" line of device, versions and kernels. What is
+under another than the present run's is kept in the file and not used, and so is a line that a kill cut short.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 import pathlib
 import warnings
@@ -27,20 +28,20 @@ class Finding:
 class Journal:
     """Results of earlier runs, and the file to which this one's are appended.
 
-    path: this run's file. Other files beside it whose names begin alike (other ranks') are read too. session: what the
-    results are measured with; results of equal sessions are known.
+    path: this run's file. Other files beside it whose names begin alike (other ranks') are read too. measured_with:
+    device, versions and kernels; results under an equal one are known.
     """
 
-    def __init__(self, path: pathlib.Path, session: dict):
+    def __init__(self, path: pathlib.Path, measured_with: dict):
         self.findings: dict[tuple[str, str], Finding] = {}
         self.races: dict[tuple[str, int], dict[str, list[float]]] = {}
-        self._session = json.loads(json.dumps(session))
+        self._measured_with = json.loads(json.dumps(measured_with))
         path.parent.mkdir(parents=True, exist_ok=True)
         for file in sorted(path.parent.glob(f"{path.name.split('.')[0]}.*jsonl")):
             self._read(file)
         whole = not path.exists() or path.read_bytes()[-1:] in (b"", b"\n")
         self._file = path.open("a", encoding="utf-8")
-        self._append({"session": self._session}, before="" if whole else "\n")
+        self._append({"measured_with": self._measured_with}, before="" if whole else "\n")
 
     def found(self, task: str, contender: str, finding: Finding) -> None:
         """Keep what became of a contender."""
@@ -76,8 +77,8 @@ class Journal:
         for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
             try:
                 record = json.loads(line)
-                if "session" in record:
-                    ours = record["session"] == self._session
+                if "measured_with" in record:
+                    ours = record["measured_with"] == self._measured_with
                 elif ours:
                     self._know(record)
             except (ValueError, TypeError, KeyError, AttributeError):
@@ -91,4 +92,6 @@ class Journal:
             self.findings[record["task"], record["contender"]] = Finding(**fields)
         else:
             times = {name: [float(time) for time in times] for name, times in record["times_us"].items()}
+            if not all(taken and all(0 < time < math.inf for time in taken) for taken in times.values()):
+                raise ValueError("times must be positive")
             self.races[record["task"], int(record["rounds"])] = times
