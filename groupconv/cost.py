@@ -112,7 +112,9 @@ def torch_floor_us(problem: ConvProblem, pass_: str, target: Target) -> float:
     return floor
 
 
-def torch_prior_us(problem: ConvProblem, pass_: str, target: Target, measured: Mapping[str, float] | None = None):
+def torch_prior_us(
+    problem: ConvProblem, pass_: str, target: Target, measured: Mapping[str, float] | None = None
+) -> float:
     """A modelled time of F.conv2d for layers that nobody measured: a prior over the floor, no more.
 
     measured: the multiples found on this device for some of its "WIDTH_CLASS PASS", which take the place of

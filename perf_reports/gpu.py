@@ -19,6 +19,7 @@ import subprocess
 import sys
 import tempfile
 
+import pytest
 import torch
 from rich.console import Console
 
@@ -53,9 +54,12 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     args.out.mkdir(parents=True, exist_ok=True)
     deadline = rows.Deadline(args.budget_seconds and max(1.0, args.budget_seconds - WRITE_UP_SECONDS))
-    failed = [] if tests(args.out / "tests.txt", deadline) else ["tests"]
+    log = args.out / "tests.txt"
+    failed = [] if tests(log, deadline) else ["tests"]
+    cut_short = TESTS_END not in log.read_text(encoding="utf-8")
     for command in steps(args):
         if deadline.passed:
+            cut_short = True
             break
         print(f"--- groupconv {' '.join(command)}", flush=True)
         left = deadline.left
@@ -66,12 +70,14 @@ def main(argv: list[str] | None = None) -> int:
             line = [sys.executable, "-m", "groupconv.cli", *command, *seconds]
             status = subprocess.run(line, env=environment, timeout=None if left is None else left + GRACE_SECONDS)
         except subprocess.TimeoutExpired:  # killed in the middle: it loses nothing but that
+            cut_short = True
             continue
         if status.returncode:
             failed.append(command[0])
     _write_up(args.out)
     print(f"failed: {', '.join(failed)}" if failed else "every step that was begun went well")
-    print("The time ended; the same command goes on." if deadline.passed else "Everything is done.")
+    cut_short = cut_short or deadline.passed  # a step ends in time with what it has
+    print("Not all is done; the same command goes on." if cut_short or failed else "Everything is done.")
     return 1 if failed else 0
 
 
@@ -107,10 +113,18 @@ def tests(log: pathlib.Path, deadline: rows.Deadline) -> bool:
         log.write_text(written, encoding="utf-8")
     if TESTS_END not in written:
         left = deadline.left
-        status = _pytest(log, list(outcomes(written)), None if left is None else left * TESTS_SHARE)
-        if status is not None:
+        done = list(outcomes(written))
+        status = _pytest(log, done, None if left is None else left * TESTS_SHARE)
+        all_had_run = done and status == pytest.ExitCode.NO_TESTS_COLLECTED
+        # Workers that cannot import a file end like workers whose tests fail, but no test of theirs did.
+        failures = FAILURES & set(outcomes(log.read_text(encoding="utf-8")).values())
+        some_failed = failures and status == pytest.ExitCode.TESTS_FAILED
+        if status == pytest.ExitCode.OK or all_had_run or some_failed:
             with log.open("a", encoding="utf-8") as file:
                 file.write(f"{TESTS_END} with status {status}\n")
+        elif status is not None:
+            print(f"tests: pytest ended with status {status}; {log} says why")
+            return False
     found = outcomes(log.read_text(encoding="utf-8"))
     counts = collections.Counter(found.values())
     print(f"tests: {', '.join(f'{count} {outcome.lower()}' for outcome, count in counts.items()) or 'none yet'}")

@@ -12,7 +12,7 @@ from .. import dispatch
 from ..devices import Target
 from ..problem import ConvProblem
 from ..tuning.compiler import Compiler
-from ..tuning.contenders import Contender, same_layout
+from ..tuning.contenders import Contender, has_native, same_layout
 from ..tuning.lab import DeviceLost, Limits, failure
 from .passes import reported, taken
 from .rows import Layer, Timing, layer_row, limit_row, timing_fields
@@ -25,7 +25,7 @@ COMPILED_AHEAD = 8  # layers
 
 def peers(problem: ConvProblem, chosen: Sequence[str]) -> list[str]:
     """Of the peers' names those that have something of their own to offer for a problem."""
-    native = problem.cin_g == 1 and problem.groups > 1
+    native = has_native(problem)
     installed = importlib.util.find_spec("flag_gems") is not None
     return [name for name in chosen if (name != "torch_native" or native) and (name != "flag_gems" or installed)]
 

@@ -245,6 +245,20 @@ def test_gpu_tests_are_run_once(tmp_path, monkeypatch, capsys):
     assert log.read_text().count("PASSED") == 2
 
 
+def test_gpu_tests_that_cannot_begin_have_not_passed(tmp_path, monkeypatch, capsys):
+    """A file that does not import, or no tests at all: said, and tried again by the next run."""
+    (tmp_path / "tests").mkdir()
+    (tmp_path / "pytest.ini").write_text("[pytest]\nmarkers =\n    gpu: on a GPU\n")
+    monkeypatch.chdir(tmp_path)
+    log = tmp_path / "tests.txt"
+    for text in (None, "import no_such_module  # pytest.mark.gpu\n"):
+        if text is not None:
+            (tmp_path / "tests" / "test_some.py").write_text(text)
+        assert not gpu.tests(log, rows.Deadline(None))
+        assert "pytest ended with status" in capsys.readouterr().out
+        assert gpu.TESTS_END not in log.read_text()
+
+
 def test_gpu_tests_end_with_the_time(tmp_path, monkeypatch):
     (tmp_path / "tests").mkdir()
     (tmp_path / "tests" / "test_slow.py").write_text(
@@ -259,7 +273,7 @@ def test_gpu_tests_end_with_the_time(tmp_path, monkeypatch):
 def test_gpu_steps_leave_few_files(tmp_path, monkeypatch, capsys):
     """The steps against the stub, one after the other and again: at most 8 files, a short table, no step twice."""
     monkeypatch.setattr(gpu, "VARIANTS", (("bf16", "nhwc"),))
-    monkeypatch.setattr(gpu, "tests", lambda log, deadline: log.write_text("none\n") > 0)
+    monkeypatch.setattr(gpu, "tests", lambda log, deadline: log.write_text(gpu.TESTS_END) > 0)
     steps = gpu.steps
     monkeypatch.setattr(gpu, "steps", lambda args: steps(args)[:2])
     out = tmp_path / "out"

@@ -516,7 +516,7 @@ def test_two_ranks_find_what_one_does(tmp_path):
     assert all(ranks)
     assert ranks[0] + ranks[1] == lines_of(alone / "stub.jsonl")
     assert entries_of(together / "stub.json") == entries_of(alone / "stub.json")
-    assert done.stdout.count("Rank correlation of modelled") == 1
+    assert done.stdout.count("Rank correlation of modelled and pretended times") == 1
     assert tune(together, *arguments).returncode == 0  # alone, it goes on from what both measured
     assert not lines_of(together / "stub.jsonl")
 

@@ -42,10 +42,15 @@ def same_layout(problem: ConvProblem) -> Contender:
     return Contender("torch_channels_last" if problem.layout == "nhwc" else "torch_contiguous")
 
 
+def has_native(problem: ConvProblem) -> bool:
+    """Whether PyTorch has kernels of its own for it: depthwise ones, which cuDNN else stands before."""
+    return problem.cin_g == 1 and problem.groups > 1
+
+
 def peers(problem: ConvProblem) -> list[Contender]:
     """F.conv2d in either memory format, and PyTorch's own depthwise kernels, without cuDNN."""
-    native = [Contender("torch_native")] if problem.cin_g == 1 and problem.groups > 1 else []
-    return [Contender("torch_contiguous"), Contender("torch_channels_last"), *native]
+    names = ["torch_contiguous", "torch_channels_last", *(["torch_native"] if has_native(problem) else [])]
+    return [Contender(name) for name in names]
 
 
 def pruned(before: int, alike: int, modelled_us: float, best_of_algorithm: float, best_of_all: float) -> str | None:

@@ -19,7 +19,7 @@ from .. import compile_check, cost, devices, resources
 from ..algorithms import REGISTRY
 from ..numerics import Operands, operands, poisoned, reference, worst_error
 from ..problem import ConvProblem
-from .contenders import Contender
+from .contenders import Contender, same_layout
 
 Run = Callable[[], object]
 Race = Callable[[dict[str, Run], int], dict[str, list[float]]]
@@ -243,7 +243,7 @@ def failure(error: Exception) -> str:
 
 def _peer(problem: ConvProblem, pass_: str, provider: str, given: Operands) -> functools.partial:
     """A pass by PyTorch or another library. Padding that is not symmetric is put there first, and is not timed."""
-    like = FORMATS["torch_channels_last" if problem.layout == "nhwc" else "torch_contiguous"]
+    like = FORMATS[same_layout(problem).provider]
     x, w, dy = (t.contiguous(memory_format=FORMATS.get(provider, like)) for t in (given.x, given.w, given.dy))
     top, bottom, left, right = problem.pad
     padding = (top, left) if (top, left) == (bottom, right) else (0, 0)

@@ -24,7 +24,7 @@ def print_summary(found: list[Result], missing: dict[str, str], path: pathlib.Pa
     pretended = path is not None and path.stem == STUB
     if found:
         console.print(speedups(found, pretended))
-        console.print(correlations(found))
+        console.print(correlations(found, pretended))
     for line in faults(found, missing):
         console.print(line, style="red", markup=False, highlight=False)
     late = sum(why == OUT_OF_TIME for why in missing.values())
@@ -59,9 +59,10 @@ def _mean(ratios: list[float]) -> str:
     return f"{statistics.geometric_mean(ratios):.2f}" if ratios else "-"
 
 
-def correlations(found: list[Result]) -> Table:
+def correlations(found: list[Result], pretended: bool) -> Table:
     """How the model's order of times agrees with the measured one."""
-    table = Table(title="Rank correlation of modelled and measured times")
+    title = f"Rank correlation of modelled and {'pretended' if pretended else 'measured'} times"
+    table = Table(title=title)
     table.add_column("algorithm")
     for name in ("across problems", "within a problem, mean"):
         table.add_column(name, justify="right")
