@@ -114,8 +114,7 @@ def planned(targets: list[str], problems: list[ConvProblem], only_pass: str | No
 
 def _problem(default: configs.ModelledDefault, dtype: str, layout: str) -> ConvProblem:
     """A 3x3 layer whose GEMM N is the largest that the default is for."""
-    width = default.most_n // 9 if default.pass_ == "wgrad" else default.most_n
-    width = max(1, width // 8 * 8 if width >= 8 else width)
+    width = max(1, default.most_n // 8 * 8 if default.most_n >= 8 else default.most_n)
     pad = (1, 1, 1, 1)
     return ConvProblem(
         32, 4 * width, 28, 28, 4 * width, 3, 3, (1, 1), pad, (1, 1), 4, dtype, layout, layout, bias=False

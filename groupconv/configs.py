@@ -222,10 +222,11 @@ def _check_config(algorithm: str, config, path: str, where: str) -> None:
     _require(named, path, f"{where}: config of {algorithm} must have exactly {', '.join(fields)}")
     for field, value in config.items():
         _require(_positive_int(value), path, f"{where}: {field} must be a positive integer")
-        if field != "num_stages":
+        if field != "num_stages" and len(blocks.get(field, ())) < 3:
             _require(value & (value - 1) == 0, path, f"{where}: {field} must be a power of two")
-    for field, (least, most) in blocks.items():
+    for field, (least, most, *step) in blocks.items():
         _require(least <= config[field] <= most, path, f"{where}: {field} must be from {least} to {most}")
+        _require(config[field] % (*step, 1)[0] == 0, path, f"{where}: {field} must be a multiple of {(*step, 1)[0]}")
     _require(config["num_warps"] <= 16 and config["num_stages"] <= 8, path, f"{where}: too many warps or stages")
 
 

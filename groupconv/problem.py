@@ -105,14 +105,17 @@ class ConvProblem:
         return self.batch * self.h_out * self.w_out
 
     def gemm(self, pass_: str) -> tuple[int, int, int]:
-        """(M, N, K) of one group's implicit GEMM. Strided dgrad: M is all of dx, K the mean taps of a pixel."""
+        """(M, N, K) of one group's implicit GEMM: N is the channels of the group that the result's pixels or taps have.
+
+        Strided dgrad: M is all of dx, K the mean taps of a pixel.
+        """
         taps = self.kh * self.kw
         if pass_ == "fprop":
             return self.out_pixels, self.cout_g, taps * self.cin_g
         if pass_ == "dgrad":
             mean_taps = max(1, round(taps * self.h_out * self.w_out / max(1, self.h_in * self.w_in)))
             return self.batch * self.h_in * self.w_in, self.cin_g, mean_taps * self.cout_g
-        return self.cout_g, taps * self.cin_g, self.out_pixels
+        return taps * self.cin_g, self.cout_g, self.out_pixels
 
     def flops(self, pass_: str) -> int:
         """Useful floating-point operations of a pass, a multiply-add as two; taps on the padding count.

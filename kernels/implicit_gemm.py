@@ -4,14 +4,16 @@ The three kernels read and write through element strides, so NCHW, NHWC and slic
 held with its contiguous axis last: *_PIXELS_LAST says that a tensor's pixels (NCHW) and not its channels (NHWC)
 are that axis. *_ALIGN is the power of two, up to 16, that divides its strides of pixels, which Triton's own
 specialisation sees only from 16 on: without it, NHWC loads of 360 or 696 channels are 2 bytes wide. Offsets are
-int32 unless INDEX_64 is set.
+int32 unless INDEX_64 is set. BLOCK_N may be any sum of powers of two: a program's columns are then as many products as
+its parts (tiles.part_sizes), so that a group of 112 or 232 channels need not be padded to 128 or 256. BOUNDED: some tap
+reaches past the map; without padding none does.
 Source: own derivation, no code adapted.
 """
 
 import triton
 import triton.language as tl
 
-from .tiles import cols, index, mma, narrow, pixel, rows, turned
+from .tiles import cols, index, mma, narrow, part, part_count, part_zeros, pixel, rows, turned
 
 SIZES = ("batch", "h_in", "w_in", "h_out", "w_out")
 
@@ -26,7 +28,7 @@ def fprop_kernel(
     GROUPS: tl.constexpr, CIN_G: tl.constexpr, COUT_G: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr,
     CONV_STRIDE_H: tl.constexpr, CONV_STRIDE_W: tl.constexpr, PAD_H: tl.constexpr, PAD_W: tl.constexpr,
     DIL_H: tl.constexpr, DIL_W: tl.constexpr,
-    HAS_BIAS: tl.constexpr, CIN_INNERMOST: tl.constexpr, WGT_K_DENSE: tl.constexpr,
+    BOUNDED: tl.constexpr, HAS_BIAS: tl.constexpr, CIN_INNERMOST: tl.constexpr, WGT_K_DENSE: tl.constexpr,
     X_PIXELS_LAST: tl.constexpr, Y_PIXELS_LAST: tl.constexpr,
     X_ALIGN: tl.constexpr, Y_ALIGN: tl.constexpr, INDEX_64: tl.constexpr,
     PRECISION: tl.constexpr, EMULATE_BF16: tl.constexpr,
@@ -45,7 +47,7 @@ def fprop_kernel(
     pid = tl.program_id(0)
     group = index(pid // N_TILES % GROUPS, INDEX_64)
     m = index(pid // (N_TILES * GROUPS), INDEX_64) * BLOCK_M + tl.arange(0, BLOCK_M)
-    n = pid % N_TILES * BLOCK_N + tl.arange(0, BLOCK_N)
+    n_first = pid % N_TILES * BLOCK_N
 
     image, oh, ow = pixel(m, h_out, w_out)
     ih = oh * CONV_STRIDE_H - PAD_H
@@ -56,9 +58,8 @@ def fprop_kernel(
     ih = rows(ih, X_PIXELS_LAST)
     iw = rows(iw, X_PIXELS_LAST)
     x_ptr += group * CIN_G * stride_x_c
-    o = group * COUT_G + n  # [BLOCK_N]
 
-    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    acc = part_zeros(BLOCK_M, BLOCK_N)
     for k0 in tl.range(0, K, BLOCK_K):
         k = k0 + tl.arange(0, BLOCK_K)
         if ONE_TAP:  # the tap is a scalar, and so is most of the masking
@@ -77,26 +78,33 @@ def fprop_kernel(
         x_k = cols(index(c, INDEX_64) * stride_x_c, X_PIXELS_LAST) + cols(x_tap, X_PIXELS_LAST)
         h = ih + cols(r * DIL_H, X_PIXELS_LAST)
         w = iw + cols(s * DIL_W, X_PIXELS_LAST)
-        inside = live_m & (h >= 0) & (h < h_in) & (w >= 0) & (w < w_in)
+        inside = live_m
+        if BOUNDED:
+            inside &= (h >= 0) & (h < h_in) & (w >= 0) & (w < w_in)
         if K % BLOCK_K:
             inside &= cols(k < K, X_PIXELS_LAST)
-        x = tl.load(x_ptr + (x_m + x_k), mask=inside, other=0.0)
-        if WGT_K_DENSE:
-            wgt_k = k[:, None]
-            wgt_n = o[None, :] * K
-        else:
-            wgt_k = (c * stride_wgt_c + r * stride_wgt_h + s * stride_wgt_w)[:, None]
-            wgt_n = o[None, :] * stride_wgt_o
-        wgt = tl.load(wgt_ptr + wgt_n + wgt_k, mask=(k < K)[:, None] & (n < COUT_G)[None, :], other=0.0)
-        acc = mma(turned(x, X_PIXELS_LAST), wgt, acc, PRECISION, EMULATE_BF16)
+        x = turned(tl.load(x_ptr + (x_m + x_k), mask=inside, other=0.0), X_PIXELS_LAST)
+        wgt_k = k if WGT_K_DENSE else c * stride_wgt_c + r * stride_wgt_h + s * stride_wgt_w
+        sums = ()
+        for i in tl.static_range(part_count(BLOCK_N)):
+            n = part(n_first, BLOCK_N, i)
+            wgt_n = (group * COUT_G + n) * (K if WGT_K_DENSE else stride_wgt_o)
+            live = (k < K)[:, None] & (n < COUT_G)[None, :]
+            wgt = tl.load(wgt_ptr + wgt_n[None, :] + wgt_k[:, None], mask=live, other=0.0)
+            sums = sums + (mma(x, wgt, acc[i], PRECISION, EMULATE_BF16),)
+        acc = sums
 
-    if HAS_BIAS:
-        acc += tl.load(bias_ptr + o, mask=n < COUT_G, other=0.0).to(tl.float32)[None, :]
     y_m = tl.multiple_of(image * stride_y_n + oh * stride_y_h + ow * stride_y_w, Y_ALIGN)
-    y_at = rows(y_m, Y_PIXELS_LAST) + cols(o * stride_y_c, Y_PIXELS_LAST)
-    mask = rows(image < batch, Y_PIXELS_LAST) & cols(n < COUT_G, Y_PIXELS_LAST)
-    y = narrow(acc, y_ptr.dtype.element_ty, EMULATE_BF16)
-    tl.store(y_ptr + y_at, turned(y, Y_PIXELS_LAST), mask=mask)
+    for i in tl.static_range(part_count(BLOCK_N)):
+        n = part(n_first, BLOCK_N, i)
+        o = group * COUT_G + n
+        y = acc[i]
+        if HAS_BIAS:
+            y += tl.load(bias_ptr + o, mask=n < COUT_G, other=0.0).to(tl.float32)[None, :]
+        y = narrow(y, y_ptr.dtype.element_ty, EMULATE_BF16)
+        y_at = rows(y_m, Y_PIXELS_LAST) + cols(o * stride_y_c, Y_PIXELS_LAST)
+        mask = rows(image < batch, Y_PIXELS_LAST) & cols(n < COUT_G, Y_PIXELS_LAST)
+        tl.store(y_ptr + y_at, turned(y, Y_PIXELS_LAST), mask=mask)
 
 
 @triton.jit
@@ -126,7 +134,8 @@ def dgrad_kernel(
     DIL_H: tl.constexpr, DIL_W: tl.constexpr,
     COMMON_H: tl.constexpr, COMMON_W: tl.constexpr, INVERSE_H: tl.constexpr, INVERSE_W: tl.constexpr,
     DY_PIXELS_LAST: tl.constexpr, DX_PIXELS_LAST: tl.constexpr,
-    DY_ALIGN: tl.constexpr, WGT_ALIGN: tl.constexpr, DX_ALIGN: tl.constexpr, INDEX_64: tl.constexpr,
+    DY_ALIGN: tl.constexpr, WGT_ALIGN: tl.constexpr, DX_ALIGN: tl.constexpr,
+    BOUNDED: tl.constexpr, INDEX_64: tl.constexpr,
     PRECISION: tl.constexpr, EMULATE_BF16: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
@@ -143,7 +152,7 @@ def dgrad_kernel(
     group = index(pid // N_TILES % GROUPS, INDEX_64)
     phase = pid // (N_TILES * GROUPS) % PHASES
     m = index(pid // (N_TILES * GROUPS * PHASES), INDEX_64) * BLOCK_M + tl.arange(0, BLOCK_M)
-    n = pid % N_TILES * BLOCK_N + tl.arange(0, BLOCK_N)
+    n_first = pid % N_TILES * BLOCK_N
 
     r_first, r_count = phase_taps(phase // CONV_STRIDE_W, KH, CONV_STRIDE_H, PAD_H, COMMON_H, INVERSE_H)
     s_first, s_count = phase_taps(phase % CONV_STRIDE_W, KW, CONV_STRIDE_W, PAD_W, COMMON_W, INVERSE_W)
@@ -164,7 +173,7 @@ def dgrad_kernel(
     dy_ptr += group * COUT_G * stride_dy_c
     wgt_ptr += group * COUT_G * stride_wgt_o
 
-    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    acc = part_zeros(BLOCK_M, BLOCK_N)
     K = r_count * s_count * COUT_G
     for k0 in tl.range(0, K, BLOCK_K):
         k = k0 + tl.arange(0, BLOCK_K)
@@ -180,22 +189,30 @@ def dgrad_kernel(
         dy_k = cols(index(o, INDEX_64) * stride_dy_c, DY_PIXELS_LAST) - cols(dy_tap, DY_PIXELS_LAST)
         h = oh - cols(i * BACK_H, DY_PIXELS_LAST)
         w = ow - cols(j * BACK_W, DY_PIXELS_LAST)
-        inside = live_m & (h >= 0) & (h < h_out) & (w >= 0) & (w < w_out)
+        inside = live_m
+        if BOUNDED:
+            inside &= (h >= 0) & (h < h_out) & (w >= 0) & (w < w_out)
         if not ONE_TAP:
             inside &= cols(k < K, DY_PIXELS_LAST)
-        dy = tl.load(dy_ptr + (dy_m + dy_k), mask=inside, other=0.0)
+        dy = turned(tl.load(dy_ptr + (dy_m + dy_k), mask=inside, other=0.0), DY_PIXELS_LAST)
         r = r_first + i * (CONV_STRIDE_H // COMMON_H)
         s = s_first + j * (CONV_STRIDE_W // COMMON_W)
         wgt_k = tl.multiple_of(o * stride_wgt_o + r * stride_wgt_h + s * stride_wgt_w, WGT_ALIGN)
-        wgt_at = wgt_k[:, None] + (n * stride_wgt_c)[None, :]
-        wgt = tl.load(wgt_ptr + wgt_at, mask=(k < K)[:, None] & (n < CIN_G)[None, :], other=0.0)
-        acc = mma(turned(dy, DY_PIXELS_LAST), wgt, acc, PRECISION, EMULATE_BF16)
+        sums = ()
+        for part_i in tl.static_range(part_count(BLOCK_N)):
+            n = part(n_first, BLOCK_N, part_i)
+            wgt_at = wgt_k[:, None] + (n * stride_wgt_c)[None, :]
+            wgt = tl.load(wgt_ptr + wgt_at, mask=(k < K)[:, None] & (n < CIN_G)[None, :], other=0.0)
+            sums = sums + (mma(dy, wgt, acc[part_i], PRECISION, EMULATE_BF16),)
+        acc = sums
 
     dx_m = tl.multiple_of(image * stride_dx_n + ih * stride_dx_h + iw * stride_dx_w, DX_ALIGN)
-    dx_at = rows(dx_m, DX_PIXELS_LAST) + cols((group * CIN_G + n) * stride_dx_c, DX_PIXELS_LAST)
-    mask = rows(live, DX_PIXELS_LAST) & cols(n < CIN_G, DX_PIXELS_LAST)
-    dx = narrow(acc, dx_ptr.dtype.element_ty, EMULATE_BF16)
-    tl.store(dx_ptr + dx_at, turned(dx, DX_PIXELS_LAST), mask=mask)
+    for part_i in tl.static_range(part_count(BLOCK_N)):
+        n = part(n_first, BLOCK_N, part_i)
+        dx_at = rows(dx_m, DX_PIXELS_LAST) + cols((group * CIN_G + n) * stride_dx_c, DX_PIXELS_LAST)
+        mask = rows(live, DX_PIXELS_LAST) & cols(n < CIN_G, DX_PIXELS_LAST)
+        dx = narrow(acc[part_i], dx_ptr.dtype.element_ty, EMULATE_BF16)
+        tl.store(dx_ptr + dx_at, turned(dx, DX_PIXELS_LAST), mask=mask)
 
 
 @triton.jit(do_not_specialize=SIZES + ("chunk",))
@@ -208,49 +225,57 @@ def wgrad_kernel(
     CONV_STRIDE_H: tl.constexpr, CONV_STRIDE_W: tl.constexpr, PAD_H: tl.constexpr, PAD_W: tl.constexpr,
     DIL_H: tl.constexpr, DIL_W: tl.constexpr,
     DY_PIXELS_LAST: tl.constexpr, X_PIXELS_LAST: tl.constexpr,
-    DY_ALIGN: tl.constexpr, X_ALIGN: tl.constexpr, INDEX_64: tl.constexpr,
+    DY_ALIGN: tl.constexpr, X_ALIGN: tl.constexpr, BOUNDED: tl.constexpr, INDEX_64: tl.constexpr,
     PRECISION: tl.constexpr, EMULATE_BF16: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """One program: the partial sum over one split of the pixels of one (group, output-channel, tap and channel) tile.
+    """One program: the partial sum over one split of the pixels of one (group, tap and channel, output-channel) tile.
 
-    Per group M = COUT_G, N = KH * KW * CIN_G in (kh, kw, cin) order, K = batch * h_out * w_out pixels, of which
-    this program takes `chunk`. part: [splits, c_out, KH * KW * CIN_G] fp32, summed by `reduce.sum_splits_kernel`.
+    Per group M = KH * KW * CIN_G in (kh, kw, cin) order, N = COUT_G, K = batch * h_out * w_out pixels, of which this
+    program takes `chunk`. part: [splits, c_out, KH * KW * CIN_G] fp32, summed by `reduce.sum_splits_kernel`.
     """
-    N: tl.constexpr = KH * KW * CIN_G
-    N_TILES: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
-    M_TILES: tl.constexpr = (COUT_G + BLOCK_M - 1) // BLOCK_M
+    M: tl.constexpr = KH * KW * CIN_G
+    M_TILES: tl.constexpr = (M + BLOCK_M - 1) // BLOCK_M
+    N_TILES: tl.constexpr = (COUT_G + BLOCK_N - 1) // BLOCK_N
     pid = tl.program_id(0)
     group = index(pid // (N_TILES * M_TILES) % GROUPS, INDEX_64)
     split = index(pid // (N_TILES * M_TILES * GROUPS), INDEX_64)
     m = pid // N_TILES % M_TILES * BLOCK_M + tl.arange(0, BLOCK_M)
-    n = pid % N_TILES * BLOCK_N + tl.arange(0, BLOCK_N)
+    n_first = pid % N_TILES * BLOCK_N
 
-    c = cols(n % CIN_G, X_PIXELS_LAST)
-    dh = cols(n // CIN_G // KW * DIL_H - PAD_H, X_PIXELS_LAST)
-    dw = cols(n // CIN_G % KW * DIL_W - PAD_W, X_PIXELS_LAST)
-    n_in = cols(n < N, X_PIXELS_LAST)
-    x_n = index(c, INDEX_64) * stride_x_c + tl.multiple_of(dh * stride_x_h + dw * stride_x_w, (X_ALIGN, X_ALIGN))
+    c = cols(m % CIN_G, X_PIXELS_LAST)
+    dh = cols(m // CIN_G // KW * DIL_H - PAD_H, X_PIXELS_LAST)
+    dw = cols(m // CIN_G % KW * DIL_W - PAD_W, X_PIXELS_LAST)
+    m_in = cols(m < M, X_PIXELS_LAST)
+    x_m = index(c, INDEX_64) * stride_x_c + tl.multiple_of(dh * stride_x_h + dw * stride_x_w, (X_ALIGN, X_ALIGN))
     x_ptr += group * CIN_G * stride_x_c
     dy_ptr += group * COUT_G * stride_dy_c
-    dy_m = cols(index(m, INDEX_64) * stride_dy_c, DY_PIXELS_LAST)
-    m_in = cols(m < COUT_G, DY_PIXELS_LAST)
 
-    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    acc = part_zeros(BLOCK_M, BLOCK_N)
     for p0 in tl.range(0, chunk, BLOCK_K):
         p = split * chunk + p0 + tl.arange(0, BLOCK_K)
         image, oh, ow = pixel(p, h_out, w_out)
-        live = image < batch
-        dy_p = tl.multiple_of(image * stride_dy_n + oh * stride_dy_h + ow * stride_dy_w, DY_ALIGN)
-        dy = tl.load(dy_ptr + (rows(dy_p, DY_PIXELS_LAST) + dy_m), mask=rows(live, DY_PIXELS_LAST) & m_in, other=0.0)
         ih = oh * CONV_STRIDE_H
         iw = ow * CONV_STRIDE_W
         x_p = tl.multiple_of(image * stride_x_n + ih * stride_x_h + iw * stride_x_w, X_ALIGN)
-        h = rows(ih, X_PIXELS_LAST) + dh
-        w = rows(iw, X_PIXELS_LAST) + dw
-        inside = rows(live, X_PIXELS_LAST) & n_in & (h >= 0) & (h < h_in) & (w >= 0) & (w < w_in)
-        x = tl.load(x_ptr + (rows(x_p, X_PIXELS_LAST) + x_n), mask=inside, other=0.0)
-        acc = mma(tl.trans(turned(dy, DY_PIXELS_LAST)), turned(x, X_PIXELS_LAST), acc, PRECISION, EMULATE_BF16)
+        inside = rows(image < batch, X_PIXELS_LAST) & m_in
+        if BOUNDED:
+            h = rows(ih, X_PIXELS_LAST) + dh
+            w = rows(iw, X_PIXELS_LAST) + dw
+            inside &= (h >= 0) & (h < h_in) & (w >= 0) & (w < w_in)
+        x = tl.load(x_ptr + (rows(x_p, X_PIXELS_LAST) + x_m), mask=inside, other=0.0)
+        x = tl.trans(turned(x, X_PIXELS_LAST))
+        dy_p = tl.multiple_of(image * stride_dy_n + oh * stride_dy_h + ow * stride_dy_w, DY_ALIGN)
+        sums = ()
+        for i in tl.static_range(part_count(BLOCK_N)):
+            n = part(n_first, BLOCK_N, i)
+            dy_at = rows(dy_p, DY_PIXELS_LAST) + cols(index(n, INDEX_64) * stride_dy_c, DY_PIXELS_LAST)
+            live = rows(image < batch, DY_PIXELS_LAST) & cols(n < COUT_G, DY_PIXELS_LAST)
+            dy = turned(tl.load(dy_ptr + dy_at, mask=live, other=0.0), DY_PIXELS_LAST)
+            sums = sums + (mma(x, dy, acc[i], PRECISION, EMULATE_BF16),)
+        acc = sums
 
-    at = ((split * GROUPS + group) * COUT_G + m)[:, None] * N + n[None, :]
-    tl.store(part_ptr + at, acc, mask=(m < COUT_G)[:, None] & (n < N)[None, :])
+    for i in tl.static_range(part_count(BLOCK_N)):
+        n = part(n_first, BLOCK_N, i)
+        at = ((split * GROUPS + group) * COUT_G + n)[:, None] * M + m[None, :]
+        tl.store(part_ptr + at, tl.trans(acc[i]), mask=(n < COUT_G)[:, None] & (m < M)[None, :])

@@ -71,3 +71,44 @@ def pointers(ptr, at, row, column, ALIGN: tl.constexpr):
         return ptr + (at + row) + column
     else:
         return ptr + (at + tl.multiple_of(row + column, ALIGN))
+
+
+@triton.constexpr_function
+def part_sizes(size):
+    """The powers of two that add up to `size`, the largest first: a tile is no other width, so 112 is 64 + 32 + 16."""
+    return [1 << bit for bit in range(size.bit_length() - 1, -1, -1) if size >> bit & 1]
+
+
+@triton.constexpr_function
+def part_count(size):
+    """How many parts a width has."""
+    return len(part_sizes(size))
+
+
+@triton.jit
+def part(first, SIZE: tl.constexpr, NUMBER: tl.constexpr):
+    """The numbers from `first` on that a part of a width covers."""
+    START: tl.constexpr = part_start(SIZE, NUMBER)
+    COUNT: tl.constexpr = part_size(SIZE, NUMBER)
+    return first + START + tl.arange(0, COUNT)
+
+
+@triton.constexpr_function
+def part_size(size, i):
+    """The width of part i."""
+    return part_sizes(size)[i]
+
+
+@triton.constexpr_function
+def part_start(size, i):
+    """Where part i begins."""
+    return sum(part_sizes(size)[:i])
+
+
+@triton.jit
+def part_zeros(ROWS: tl.constexpr, SIZE: tl.constexpr):
+    """fp32 zeros, [ROWS, SIZE], as a tuple of tiles, one a part."""
+    found = ()
+    for i in tl.static_range(part_count(SIZE)):
+        found = found + (tl.zeros((ROWS, part_size(SIZE, i)), tl.float32),)
+    return found

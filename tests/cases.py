@@ -214,8 +214,10 @@ def machine(device: str, tiles: str):
 def config(algorithm, problem: ConvProblem, pass_: str, on, tiles: str) -> dict:
     """A configuration of few or of many tiles. The interpreter's time goes by tiles, whatever their size."""
     if algorithm.NAME == "implicit_gemm" and (INTERPRETED or tiles == "many"):
-        m, n, k = (max(16, triton.next_power_of_2(size)) for size in problem.gemm(pass_))
-        blocks = (min(m, 256), min(n, 256), min(k, 256)) if tiles == "few" else (32, 16, 16)
+        m, n, k = problem.gemm(pass_)
+        columns = max(16, -(-n // 8) * 8)  # in one, two or more parts
+        m, k = (max(16, triton.next_power_of_2(size)) for size in (m, k))
+        blocks = (min(m, 256), min(columns, 256), min(k, 256)) if tiles == "few" else (32, 16, 16)
         names = ("BLOCK_M", "BLOCK_N", "BLOCK_K")
         return dict(zip(names, blocks, strict=True)) | {"num_warps": 4, "num_stages": 2}
 
@@ -303,6 +305,10 @@ _ARGUMENTS = [
     (6, 6, 3, {"groups": 3}), (8, 8, 3, {"groups": 45, "batch": 1, "hw": 5}), (5, 7, 3, {}), (7, 13, 3, {}),
     (13, 29, 3, {}), (29, 5, 3, {}), (7, 7, 5, {"pad": 2}), (3, 32, 7, {"groups": 1, "stride": 2, "pad": 3, "hw": 9}),
     (1, 1, 3, {"groups": 7}), (1, 2, 3, {"groups": 4}), (1, 3, 3, {"groups": 3}), (2, 1, 3, {"groups": 3}),
+    # Wide groups that are no power of two, at every stride.
+    (328, 328, 3, {"stride": 2, "batch": 1, "hw": 5}), (112, 232, 3, {"stride": 2, "hw": 5}),
+    (56, 72, 3, {"stride": 4, "hw": (9, 8)}), (264, 168, 1, {"pad": 0, "batch": 1}),
+    (48, 120, 1, {"stride": 2, "pad": 0}),
     # Strides.
     (4, 4, 3, {"stride": 2}), (4, 6, 3, {"stride": 3}), (6, 4, 3, {"stride": 4, "hw": (11, 9)}),
     (4, 8, 3, {"stride": (2, 1)}), (4, 4, 3, {"stride": (1, 3)}), (8, 4, 1, {"stride": 2, "pad": 0}),

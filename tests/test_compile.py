@@ -26,7 +26,7 @@ def python(code, **environment):
 
 @pytest.mark.parametrize(("pass_", "target"), [("fprop", "sm_90"), ("dgrad", "gfx942"), ("wgrad", "sm_80")])
 def test_a_slice_of_the_shipped_configurations(pass_, target):
-    shipped = ("--pass", pass_, "--dtype", "bf16", "--algorithm", "implicit_gemm")
+    shipped = ("--pass", pass_, "--dtype", "tf32", "--algorithm", "implicit_gemm")
     done = groupconv("compile", "--targets", target, *shipped, "--jobs", "1")
     assert done.returncode == 0, done.stdout + done.stderr
     summary = re.search(r"(\d+) configurations compiled, 0 with faults, 0 excluded", done.stdout)
@@ -74,7 +74,7 @@ for width, pass_, target in json.loads(sys.argv[1]):
     p = ConvProblem(64, 3 * width, 28, 28, 3 * width, 3, 3, (1, 1), (1, 1, 1, 1), (1, 1), 3, "bf16", "nhwc", "nhwc")
     name, config, _ = dispatch.modelled(p, pass_, devices.named(target), "implicit_gemm")
     used = check.compile_pass(p, pass_, name, config, target)[0]
-    found.append(dataclasses.asdict(used) | {"triton": triton.__version__})
+    found.append(dataclasses.asdict(used) | {"triton": triton.__version__, "columns": config["BLOCK_N"]})
 print(json.dumps(found))
 """
 
@@ -88,17 +88,25 @@ def resources(cases, **environment):
     return json.loads(done.stdout)
 
 
-WIDE = [[232, "fprop", "sm_90"], [64, "dgrad", "sm_90"], [120, "wgrad", "sm_90"], [40, "fprop", "sm_80"]]
+WIDE = [
+    [232, "fprop", "sm_90"], [64, "dgrad", "sm_90"], [120, "wgrad", "sm_90"], [112, "fprop", "sm_90"],
+    [72, "wgrad", "sm_90"], [168, "dgrad", "sm_90"], [40, "fprop", "sm_80"],
+]  # fmt: skip
 
 
 def check_wide(found):
-    """Channels_last loads and stores are 16 bytes a thread, also where C is a multiple of 8 only (3 x 232, 3 x 120)."""
+    """Channels_last loads and stores are 16 bytes a thread, also where C is a multiple of 8 only (3 x 232, 3 x 120).
+
+    But for the weights of a part of the columns too narrow to give every thread as much.
+    """
     for used in found:
-        assert used["wide_loads"] == used["loads"] > 0
+        assert used["loads"] > 0
+        narrow = used["columns"].bit_count() > 1
+        assert used["wide_loads"] >= (0.7 if narrow else 1) * used["loads"]
         assert used["wide_stores"] == used["stores"] > 0
         assert used["spill_bytes"] == 0
         assert used["matrix_count"] > 0
-    assert {used["matrix"] for used in found[:3]} == {"HGMMA"}
+    assert {used["matrix"] for used in found[:6]} == {"HGMMA"}
 
 
 def test_channels_last_is_vectorised():
@@ -112,7 +120,7 @@ def test_the_oldest_supported_triton_compiles_them_too():
     path = os.pathsep.join(filter(None, [folder, os.environ.get("PYTHONPATH")]))
     found = resources([*WIDE, [4, "fprop", "gfx942"], [16, "wgrad", "sm_86"]], PYTHONPATH=path)
     assert {used["triton"] for used in found} == {"3.6.0"}
-    check_wide(found[:4])
+    check_wide(found[:7])
     assert all(used["spill_bytes"] == 0 for used in found)
     for used in planned("sm_90", "nhwc", ["resnext50_32x4d.s1"], ["fprop", "backward"], PYTHONPATH=path):
         assert (used["algorithm"], used["matrix"]) == ("row_march", "HGMMA")

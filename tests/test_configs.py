@@ -274,18 +274,33 @@ def pointwise(n, dtype):
 
 @pytest.mark.parametrize("target", devices.BY_ARCH)
 @pytest.mark.parametrize("pass_", ["fprop", "dgrad", "wgrad"])
-@pytest.mark.parametrize("element_bytes", [2, 4])
-def test_every_width_has_a_default_that_fits(target, pass_, element_bytes):
+@pytest.mark.parametrize("dtype", ["fp16", "fp32"])
+def test_every_width_has_a_configuration_that_fits(target, pass_, dtype):
     from groupconv.algorithms import implicit_gemm
 
     device = devices.named(target)
-    for n in (1, 16, 17, 64, 100, 128, 300, 5000):
-        dtype = "fp32" if element_bytes == 4 else "fp16"
-        default = configs.modelled("implicit_gemm", pointwise(n, dtype), pass_, target)
-        assert default is not None
-        assert implicit_gemm.fits(default.config, dtype, device) is None
-        larger = [d.most_n for d in configs.modelled_defaults() if d.pass_ == pass_ and d.most_n >= n]
-        assert default.most_n >= n or not larger
+    for n in (1, 16, 17, 64, 100, 128, 300, 373, 5000):
+        problem = pointwise(n, dtype)
+        if implicit_gemm.supports(problem, pass_, device) is None:
+            name, config, _ = dispatch.modelled(problem, pass_, device, "implicit_gemm")
+            assert implicit_gemm.fits(config, dtype, device) is None
+            configs._check_config(name, config, "here", "this")
+
+
+@pytest.mark.parametrize(
+    ("width", "tiles"),
+    [(40, {40}), (56, {56, 64}), (72, {72, 40}), (112, {112, 64}), (168, {168, 56}), (232, {256, 128, 80, 64})],
+)
+def test_columns_are_cut_to_the_group(width, tiles):
+    """The columns that candidates try include those that pad the group by less than a part; matrix units that take 16
+    columns at least get multiples of it."""
+    from groupconv.algorithms import implicit_gemm
+
+    problem = pointwise(width, "bf16")
+    found = implicit_gemm.column_tiles(width, problem, devices.named("sm_90"))
+    assert tiles <= set(found)
+    assert min(-(-width // size) * size for size in found) * 0.85 <= width
+    assert all(size % 16 == 0 for size in implicit_gemm.column_tiles(width, problem, devices.named("gfx942")))
 
 
 def test_defaults_for_one_architecture_replace_the_general_ones():

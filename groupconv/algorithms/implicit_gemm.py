@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import functools
+import itertools
 import math
 
 import triton
 
 from .. import launcher
-from ..cost import Tiling
+from ..cost import Tiling, estimate
 from ..devices import Target
 from ..kernels import implicit_gemm as kernels
-from ..problem import ConvProblem
+from ..kernels.tiles import part_sizes
+from ..problem import ELEMENT_BYTES, ConvProblem
 from .calls import Single, SplitK, align, emulate_bf16, index_64, named_strides, pixels_last, split_config
 
 NAME = "implicit_gemm"
-BLOCKS = {"BLOCK_M": (16, 512), "BLOCK_N": (16, 512), "BLOCK_K": (16, 512)}
+BLOCKS = {"BLOCK_M": (16, 512), "BLOCK_N": (8, 512, 8), "BLOCK_K": (16, 512)}
 INSTRUCTIONS_A_LOAD = 8  # a masked load, its address and predicates
 MOST_SPLITS = 256
+MOST_REGISTERS = 224
+LEAST_STEPS = 8  # of a split, which has to fill the pipeline first
 
 
 def supports(problem: ConvProblem, pass_: str, target: Target) -> str | None:
@@ -31,92 +36,159 @@ def supports(problem: ConvProblem, pass_: str, target: Target) -> str | None:
 
 def fits(config: dict, dtype: str, target: Target) -> str | None:
     """Why a configuration cannot run on a target, or None. Shared memory counted as the pipeline's tiles."""
-    shared = shared_bytes(config, 4 if dtype in ("fp32", "tf32") else 2)
+    shared = shared_bytes(config, ELEMENT_BYTES[dtype], target)
     if shared > target.shared_bytes:
         return f"{shared} bytes of shared memory; {target.arch_name} has {target.shared_bytes}"
     return None
 
 
-def shared_bytes(config: dict, element_bytes: int) -> int:
+def shared_bytes(config: dict, element_bytes: int, target: Target) -> int:
+    """The pipeline's tiles. Matrix units that read operands from shared memory, and later, hold one stage more."""
     tile = (config["BLOCK_M"] + config["BLOCK_N"]) * config["BLOCK_K"] * element_bytes
-    return tile * max(1, config["num_stages"] - 1)
+    return tile * max(1, config["num_stages"] - (not target.has_warpgroups))
 
 
+@functools.lru_cache(256)
 def candidates(problem: ConvProblem, pass_: str, target: Target) -> list[dict]:
     m, n, k = problem.gemm(pass_)
-
-    def tiles(size, most):
-        fitting = max(16, triton.next_power_of_2(min(size, most)))
-        return sorted({max(16, fitting // 2), fitting})
-
-    found = []
-    for block_m in tiles(m, 64 if pass_ == "wgrad" else 256):
-        for block_n in tiles(n, 128):
-            for block_k in tiles(k, 64):
-                warps = 8 if block_m * block_n >= 128 * 128 else 4
-                for stages in (3, 4, 2):
-                    config = {
-                        "BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_K": block_k,
-                        "num_warps": warps, "num_stages": stages,
-                    }  # fmt: skip
-                    if fits(config, problem.dtype, target) is None:
-                        found.append(config)
-    return found
+    found: list[dict] = []
+    for block_m, block_n in itertools.product(_row_tiles(m), column_tiles(n, problem, target)):
+        for block_k, warps, stages in itertools.product(_deep_tiles(k), (4, 8), (3, 4, 2)):
+            config = {
+                "BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_K": block_k, "num_warps": warps, "num_stages": stages,
+            }  # fmt: skip
+            if fits(config, problem.dtype, target) is None:
+                found.append(config)
+    sound = [config for config in found if not _unfit(problem, pass_, config, target)]
+    # Some configuration must serve every problem.
+    return sound or [min(found, key=lambda config: registers(problem, pass_, config, target))]
 
 
-def _resident(config: dict, problem: ConvProblem, target: Target) -> int:
-    """Programs that share a multiprocessor: by shared memory and by registers, accumulators and about 64 more."""
-    registers = config["BLOCK_M"] * config["BLOCK_N"] // (32 * config["num_warps"]) + 64
-    by_registers = 65536 // (32 * config["num_warps"] * min(255, registers))
-    return max(1, min(by_registers, target.shared_bytes // shared_bytes(config, problem.element_bytes), 16))
+def _row_tiles(m: int) -> list[int]:
+    fitting = max(16, triton.next_power_of_2(min(m, 256)))
+    return [fitting] if fitting <= 64 else [size for size in (64, 128, 256) if size <= fitting]
 
 
-def _splits(problem: ConvProblem, config: dict, target: Target) -> tuple[int, int]:
-    """(splits, pixels a split) of wgrad: two waves of programs, at least 8 steps each, partials small beside x."""
+def _deep_tiles(k: int) -> list[int]:
+    fitting = max(16, triton.next_power_of_2(min(k, 64)))
+    return sorted({max(16, fitting // 4), max(16, fitting // 2), fitting})
+
+
+def column_tiles(n: int, problem: ConvProblem, target: Target) -> list[int]:
+    """Columns of a program: for each number of tiles that may share N, the least that are one, two or three parts."""
+    step = 16 if target.matrix_unit in ("tcgen05", "mfma", "wmma") else 8
+    exact = problem.element_bytes == 2
+    most = 256 if exact else 128
+    fewest = math.ceil(n / most)
+    found = set()
+    for tiles, parts in itertools.product(range(fewest, max(fewest, math.ceil(n / 64)) + 1), (1, 2, 3)):
+        size = math.ceil(n / tiles / step) * step
+        while size.bit_count() > (parts if exact else 1):
+            size += size & -size
+        found.add(max(16, size))
+    return sorted(size for size in found if size <= most)
+
+
+def registers(problem: ConvProblem, pass_: str, config: dict, target: Target) -> int:
+    """An estimate of what a thread takes: its sums, and the addresses of what it loads, or in the end of its stores."""
+    threads = target.warp_size * config["num_warps"]
+    sums = config["BLOCK_M"] * config["BLOCK_N"] / threads
+    gathered, other, stored = _runs(problem, pass_)
+    loads = (config["BLOCK_M"] / gathered + config["BLOCK_N"] / other) * config["BLOCK_K"] / threads
+    return math.ceil(40 + max(sums + 4 * loads, sums * (1 + 2 / stored)))
+
+
+def _runs(problem: ConvProblem, pass_: str) -> tuple[int, int, int]:
+    """Elements of one access: of the gathered operand, of the other, and of the result."""
+    wide = 16 // problem.element_bytes
+    cin, cout = (math.gcd(width, wide) for width in (problem.cin_g, problem.cout_g))
+    dense = math.gcd(problem.kh * problem.kw * problem.cin_g, wide)
+    if problem.layout == "nhwc":
+        return {"fprop": (cin, cin, cout), "dgrad": (cout, cin, cin), "wgrad": (cin, cout, dense)}[pass_]
+    return {"fprop": (1, dense, 1), "dgrad": (1, 1, 1), "wgrad": (1, 1, dense)}[pass_]
+
+
+def _unfit(problem: ConvProblem, pass_: str, config: dict, target: Target) -> bool:
+    """Whether the compiler spills, or nearly, or makes little of a configuration."""
+    warps = config["num_warps"]
+    if warps == 8 and config["BLOCK_M"] < 128:
+        return True  # fewer than 16 rows a warp
+    *_, last = part_sizes(config["BLOCK_N"])
+    narrow = last * config["BLOCK_K"] * problem.element_bytes < 4 * target.warp_size * warps
+    if last < config["BLOCK_N"] and narrow:
+        return True  # loads of two bytes are not pipelined
+    # mma.sync has its operands in registers, and short loops of known length are unrolled.
+    short = pass_ == "fprop" and problem.gemm(pass_)[2] <= 8 * config["BLOCK_K"]
+    most = MOST_REGISTERS - 40 * (target.matrix_unit == "mma.sync") - 80 * short
+    return registers(problem, pass_, config, target) > most
+
+
+def resident(problem: ConvProblem, pass_: str, config: dict, target: Target) -> int:
+    """Programs that share a multiprocessor: by shared memory and by registers."""
+    threads = target.warp_size * config["num_warps"]
+    by_registers = 65536 // (threads * min(255, registers(problem, pass_, config, target)))
+    by_shared = target.shared_bytes // shared_bytes(config, problem.element_bytes, target)
+    return max(1, min(by_registers, by_shared, 2048 // threads, 16))
+
+
+@functools.lru_cache(4096)
+def _splits(problem: ConvProblem, options: tuple, target: Target) -> tuple[int, int]:
+    """(splits, pixels a split) of wgrad: the modelled fastest."""
+    config = dict(options)
     m, n, k = problem.gemm("wgrad")
     tiles = math.ceil(m / config["BLOCK_M"]) * math.ceil(n / config["BLOCK_N"]) * problem.groups
-    wanted = math.ceil(2 * target.multiprocessors * _resident(config, problem, target) / tiles)
-    affordable = max(1, problem.min_bytes("wgrad") // (4 * 4 * problem.params))
     steps = max(1, math.ceil(k / config["BLOCK_K"]))
-    splits = max(1, min(wanted, affordable, steps // 8, MOST_SPLITS))
-    chunk = math.ceil(steps / splits) * config["BLOCK_K"]
-    return max(1, math.ceil(k / chunk)), chunk
+    affordable = max(1, problem.min_bytes("wgrad") // (4 * 4 * problem.params))
+    most = max(1, min(affordable, steps // LEAST_STEPS, MOST_SPLITS))
+    places = target.multiprocessors * resident(problem, "wgrad", config, target)
+    # Whole waves of programs, and powers of two.
+    tried = {1, most} | {waves * places // tiles for waves in range(1, 5)} | {2**i for i in range(9)}
+    found = {}
+    for wanted in sorted(count for count in tried if 1 <= count <= most):
+        chunk = math.ceil(steps / wanted) * config["BLOCK_K"]
+        splits = max(1, math.ceil(k / chunk))
+        found[splits, chunk] = estimate(problem, _tiling(problem, "wgrad", config, target, splits), target).score
+    return min(found, key=found.__getitem__)
 
 
 def tiling(problem: ConvProblem, pass_: str, config: dict, target: Target) -> Tiling:
+    splits = _splits(problem, tuple(config.items()), target)[0] if pass_ == "wgrad" else 1
+    return _tiling(problem, pass_, config, target, splits)
+
+
+def _tiling(problem: ConvProblem, pass_: str, config: dict, target: Target, splits: int) -> Tiling:
     m, n, k = problem.gemm(pass_)
     bm, bn, bk = config["BLOCK_M"], config["BLOCK_N"], config["BLOCK_K"]
-    size = problem.element_bytes
-    splits, partials = 1, 0
-    if pass_ == "wgrad":
-        splits, _ = _splits(problem, config, target)
-        partials = 2 * splits * problem.params * 4
+    size, nhwc = problem.element_bytes, problem.layout == "nhwc"
+    partials = 2 * splits * problem.params * 4 * (pass_ == "wgrad")
+    columns = math.ceil(n / bn)
     steps = math.ceil(k / bk)
-    tiles = math.ceil(m / bm) * math.ceil(n / bn) * problem.groups
-    # A run of channels shorter than a 32-byte sector still moves the sector; loads are as wide as the run, to 16 bytes.
-    widths = {"fprop": (problem.cin_g,), "dgrad": (problem.cout_g,), "wgrad": (problem.cout_g, problem.cin_g)}[pass_]
-    nhwc = problem.layout == "nhwc"
+    tiles = math.ceil(m / bm) * columns * problem.groups
 
     def load(elements, width):
+        """(bytes, instructions). Runs of channels move whole sectors of 32 bytes, in loads of up to 16."""
         run = math.gcd(width, 16 // size) if nhwc else 1
         return elements * size * (max(1.0, 32 / (width * size)) if nhwc else 1.0), elements / run
 
-    gathered = {"fprop": (bm,), "dgrad": (bm,), "wgrad": (bm, bn)}[pass_]
-    l2, loads = 0.0, 0.0
-    for rows, width in zip(gathered, widths, strict=True):
-        moved, instructions = load(tiles * steps * rows * bk, width)
-        l2, loads = l2 + moved, loads + instructions
-    if pass_ != "wgrad":  # the weight tile
-        l2 += tiles * steps * bn * bk * size
-        loads += tiles * steps * bn * bk / (math.gcd(widths[0], 16 // size) if pass_ == "fprop" else 1)
+    width = problem.cout_g if pass_ == "dgrad" else problem.cin_g
+    l2, loads = load(tiles * bm * k, width)  # the operand that is gathered
+    if pass_ == "wgrad":
+        moved, issued = load(tiles * k * bn, problem.cout_g)
+    else:  # the weight
+        moved, issued = tiles * k * bn * size, tiles * k * bn / (math.gcd(width, 16 // size) if pass_ == "fprop" else 1)
+    warpgroups = target.has_warpgroups and bm >= 64
+    # Operands go through shared memory. There a warp group's product reads its rows once for each part of the columns,
+    # and these once for every 64 rows; without one, a warp has 16 or 32 rows.
+    read = bm * bin(bn).count("1") + bn * max(1, bm // 64) if warpgroups else bm + bn * config["num_warps"]
     return Tiling(
         programs=tiles * splits,
-        matrix_flops=2.0 * tiles * bm * bn * steps * bk,
-        l2_bytes=l2 + partials,
-        instructions=loads * INSTRUCTIONS_A_LOAD,
+        matrix_flops=2.0 * tiles * bm * bn * steps * bk * (2 if target.has_warpgroups and not warpgroups else 1),
+        l2_bytes=l2 + moved + partials,
+        instructions=(loads + issued) * INSTRUCTIONS_A_LOAD + tiles * splits * bm * bn * 4,
         dram_bytes=problem.min_bytes(pass_) + partials,
-        resident=_resident(config, problem, target),
+        resident=resident(problem, pass_, config, target),
         launches=2 if pass_ == "wgrad" else 1,
+        shared_bytes=tiles * steps * bk * size * (bm + bn + read),
     )
 
 
@@ -126,7 +198,7 @@ def prepare(problem: ConvProblem, pass_: str, config: dict, target: Target, stri
     dil_h, dil_w = problem.dilation
     x, w, y, dx = (strides[name] for name in ("x", "w", "y", "dx"))
     dy = strides.get("dy")
-    splits, chunk = _splits(problem, config, target) if pass_ == "wgrad" else (1, 0)
+    splits, chunk = _splits(problem, tuple(config.items()), target) if pass_ == "wgrad" else (1, 0)
     blocks, options = split_config(config)
     kernel = {"fprop": kernels.fprop_kernel, "dgrad": kernels.dgrad_kernel, "wgrad": kernels.wgrad_kernel}[pass_]
     scalars = {
@@ -135,6 +207,7 @@ def prepare(problem: ConvProblem, pass_: str, config: dict, target: Target, stri
         "GROUPS": problem.groups, "CIN_G": problem.cin_g, "COUT_G": problem.cout_g,
         "KH": problem.kh, "KW": problem.kw, "CONV_STRIDE_H": stride_h, "CONV_STRIDE_W": stride_w,
         "PAD_H": top, "PAD_W": left, "DIL_H": dil_h, "DIL_W": dil_w,
+        "BOUNDED": _bounded(problem, pass_),
         "INDEX_64": index_64(problem, strides, splits * problem.params),
         "PRECISION": target.precision(problem.dtype),
         "EMULATE_BF16": emulate_bf16(kernel, problem),
@@ -190,6 +263,13 @@ def prepare(problem: ConvProblem, pass_: str, config: dict, target: Target, stri
     grid = (math.ceil(m / config["BLOCK_M"]) * tiles * splits,)
     partial = launcher.Launch(kernel, grid, scalars, **options)
     return SplitK(partial, problem, splits, strides["dw"])
+
+
+def _bounded(problem: ConvProblem, pass_: str) -> bool:
+    """Whether some tap of some pixel lies off the map."""
+    if pass_ == "dgrad":
+        return (problem.kh, problem.kw, *problem.stride) != (1, 1, 1, 1) or any(problem.pad)
+    return any(problem.pad)
 
 
 def _k_dense(problem: ConvProblem, w, cin_innermost: bool) -> bool:
