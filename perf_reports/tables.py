@@ -1,7 +1,7 @@
-"""Tables of depthwise layers and of narrow groups, modelled and compiled: python -m groupconv.perf_reports.tables
+"""Tables of depthwise layers and of narrow and wide groups: python -m groupconv.perf_reports.tables
 
-Writes DEPTHWISE.md and NARROW.md: what dispatch plans for such layers of the suite, and what the main loop of each
-algorithm asks of the machine by output element.
+Writes DEPTHWISE.md, NARROW.md and WIDE.md, modelled and compiled: what dispatch plans for such layers of the suite,
+and what the main loop of each algorithm asks of the machine by output element.
 """
 
 from __future__ import annotations
@@ -34,6 +34,11 @@ NARROW = 32  # input channels a group, at most
 NARROW_EXAMPLES = (
     "resnext50_32x4d.s1", "resnext50_32x4d.s2d", "resnext50_32x4d.s2", "resnext50_32x4d.s3", "resnext50_32x4d.s4",
     "dpn92.s1", "senet154.s3", "efficientnet_b0_g8_gn.s5",
+)  # fmt: skip
+WIDE_EXAMPLES = ("regnetx_040.s3", "regnety_160.s1d", "regnety_160.s3", "repvgg_b1g4.s2", "regnety_320.s3")
+WORK_HEADER = (
+    "layer", "shape", "layout", "pass", "algorithm", "configuration", "matrix waste", "programs",
+    "a multiprocessor at once (modelled)", "waves (modelled)",
 )  # fmt: skip
 PLAN_HEADER = (
     "layer", "shape", "layout", "pass", "algorithm", "configuration", "us (modelled)", "floor us (modelled)",
@@ -82,12 +87,19 @@ def narrow_examples() -> list[Layer]:
     return [layer for layer in SUBJECTS["narrow"].suite() if layer.name in NARROW_EXAMPLES]
 
 
+def wide_examples() -> list[Layer]:
+    return [layer for layer in SUBJECTS["wide"].suite() if layer.name in WIDE_EXAMPLES]
+
+
 SUBJECTS = {
     "depthwise": Subject(
         "Depthwise layers", "DEPTHWISE.md", lambda p: p.cin_g == 1, {0: 1.3, 7: 1.4, 9: 1.4}, depthwise_examples
     ),
     "narrow": Subject(
         f"Groups of 2 to {NARROW} channels", "NARROW.md", lambda p: 2 <= p.cin_g <= NARROW, {0: 1.5}, narrow_examples
+    ),
+    "wide": Subject(
+        f"Groups of more than {NARROW} channels", "WIDE.md", lambda p: p.cin_g > NARROW, {0: 1.6}, wide_examples
     ),
 }
 
@@ -106,14 +118,17 @@ class Planned:
     floor_us: float
 
     @property
+    def tiling(self) -> cost.Tiling:
+        return REGISTRY[self.algorithm].tiling(self.layer.problem, self.pass_, self.config, self.target)
+
+    @property
     def ratio(self) -> float:
         return self.estimate.time_us / self.floor_us
 
     @property
     def net(self) -> float:
         """`ratio` without the modelled time of launching."""
-        tiling = REGISTRY[self.algorithm].tiling(self.layer.problem, self.pass_, self.config, self.target)
-        return (self.estimate.time_us - cost.LAUNCH_US * tiling.launches) / self.floor_us
+        return (self.estimate.time_us - cost.LAUNCH_US * self.tiling.launches) / self.floor_us
 
 
 def plans(subject: Subject, chosen: Iterable[Layer], target: Target) -> Iterator[Planned]:
@@ -146,6 +161,17 @@ def plan_cells(row: Planned) -> list[str]:
         _config(row.config), number(str(row.estimate.time_us)), number(str(row.floor_us)),
         f"**{ratio}**" if row.ratio > row.goal else ratio, f"**{net}**" if row.net > row.goal else net,
         row.estimate.bound,
+    ]  # fmt: skip
+
+
+def work_cells(row: Planned) -> list[str]:
+    """A line of the table of matrix work: the share that no useful FLOP fills, and how programs fill the device."""
+    tiling = row.tiling
+    useful = row.layer.problem.flops(row.pass_)
+    waste = f"{100 * (1 - useful / tiling.matrix_flops):.1f}%" if tiling.matrix_flops else "-"
+    waves = tiling.programs / (tiling.resident * row.target.multiprocessors)
+    return [
+        *plan_cells(row)[:6], waste, str(tiling.programs), str(tiling.resident), f"{waves:.2f}",
     ]  # fmt: skip
 
 
@@ -267,6 +293,14 @@ that is most of what small layers are over. Bold: over {subject.goals[0]} times 
 
 {table(PLAN_HEADER, [plan_cells(row) for row in planned], 6)}
 
+## Matrix work, occupancy, waves
+
+The matrix multiply-adds that a plan's tiles do and no useful FLOP fills, as a share of all that they do; those of an
+instruction at half the rate count twice. Useful are also taps on the padding, which strided dgrad does not do: its
+share may be negative. A wave is as many programs as the device holds at once.
+
+{table(WORK_HEADER, [work_cells(row) for row in planned if row.tiling.matrix_flops], 6)}
+
 ## Compiled main loops
 
 By output element (of y; of dx in dgrad and backward; of dy in wgrad), what the innermost loop of a pass's main kernel
@@ -281,7 +315,9 @@ without a loop counts as a whole. In fprop all but the weights of implicit_gemm 
 
 def main(argv: list[str] | None = None) -> int:
     """Write the tables; the return value is the exit status."""
-    parser = argparse.ArgumentParser(prog="tables", description="Writes DEPTHWISE.md, NARROW.md; needs no GPU.")
+    parser = argparse.ArgumentParser(
+        prog="tables", description="Writes DEPTHWISE.md, NARROW.md, WIDE.md; needs no GPU."
+    )
     parser.add_argument("subjects", nargs="*", metavar="SUBJECT", help=f"{', '.join(SUBJECTS)}; default: all")
     parser.add_argument("--target", default=devices.DEFAULT.slug, metavar="DEVICE", help="default: %(default)s")
     parser.add_argument("--out", type=pathlib.Path, metavar="DIR", help="default: perf_reports/modelled_<device>")

@@ -19,6 +19,7 @@ from .calls import Single, SplitK, align, emulate_bf16, index_64, named_strides,
 NAME = "implicit_gemm"
 BLOCKS = {"BLOCK_M": (16, 512), "BLOCK_N": (8, 512, 8), "BLOCK_K": (16, 512)}
 INSTRUCTIONS_A_LOAD = 8  # a masked load, its address and predicates
+INSTRUCTIONS_A_STEP = 60  # of each thread, to wait and to go on
 MOST_SPLITS = 256
 MOST_REGISTERS = 224
 LEAST_STEPS = 8  # of a split, which has to fill the pipeline first
@@ -51,9 +52,10 @@ def shared_bytes(config: dict, element_bytes: int, target: Target) -> int:
 @functools.lru_cache(256)
 def candidates(problem: ConvProblem, pass_: str, target: Target) -> list[dict]:
     m, n, k = problem.gemm(pass_)
+    narrow = min(_runs(problem, pass_)[:2]) < 4
     found: list[dict] = []
     for block_m, block_n in itertools.product(_row_tiles(m), column_tiles(n, problem, target)):
-        for block_k, warps, stages in itertools.product(_deep_tiles(k), (4, 8), (3, 4, 2)):
+        for block_k, warps, stages in itertools.product(_deep_tiles(k, narrow), (4, 8), (3, 4, 2)):
             config = {
                 "BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_K": block_k, "num_warps": warps, "num_stages": stages,
             }  # fmt: skip
@@ -69,9 +71,10 @@ def _row_tiles(m: int) -> list[int]:
     return [fitting] if fitting <= 64 else [size for size in (64, 128, 256) if size <= fitting]
 
 
-def _deep_tiles(k: int) -> list[int]:
+def _deep_tiles(k: int, narrow: bool) -> list[int]:
+    """Shallow ones only where each element of a tile is a load of its own."""
     fitting = max(16, triton.next_power_of_2(min(k, 64)))
-    return sorted({max(16, fitting // 4), max(16, fitting // 2), fitting})
+    return sorted({max(16, fitting // each) for each in ((1, 2, 4) if narrow else (1, 2))})
 
 
 def column_tiles(n: int, problem: ConvProblem, target: Target) -> list[int]:
@@ -180,11 +183,13 @@ def _tiling(problem: ConvProblem, pass_: str, config: dict, target: Target, spli
     # Operands go through shared memory. There a warp group's product reads its rows once for each part of the columns,
     # and these once for every 64 rows; without one, a warp has 16 or 32 rows.
     read = bm * bin(bn).count("1") + bn * max(1, bm // 64) if warpgroups else bm + bn * config["num_warps"]
+    threads = target.warp_size * config["num_warps"]
+    stepping = tiles * (steps * threads * INSTRUCTIONS_A_STEP + splits * bm * bn * 4)
     return Tiling(
         programs=tiles * splits,
         matrix_flops=2.0 * tiles * bm * bn * steps * bk * (2 if target.has_warpgroups and not warpgroups else 1),
         l2_bytes=l2 + moved + partials,
-        instructions=(loads + issued) * INSTRUCTIONS_A_LOAD + tiles * splits * bm * bn * 4,
+        instructions=(loads + issued) * INSTRUCTIONS_A_LOAD + stepping,
         dram_bytes=problem.min_bytes(pass_) + partials,
         resident=resident(problem, pass_, config, target),
         launches=2 if pass_ == "wgrad" else 1,
