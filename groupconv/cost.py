@@ -45,7 +45,8 @@ class Tiling:
     programs: of the grid. matrix_flops: done on the matrix unit, padding included; those of an instruction that
     reaches half the rate count twice. l2_bytes: asked of L2, whole 32-byte sectors. instructions: of one thread each.
     dram_bytes: what must move, workspaces too. resident: programs that fit a multiprocessor at once. launches: kernels.
-    shared_bytes: written to and read from shared memory.
+    shared_bytes: written to and read from shared memory. waits: clocks of one multiprocessor in which its matrix unit
+    has nothing to do, because a product waits for the one before it.
     """
 
     programs: int
@@ -56,6 +57,7 @@ class Tiling:
     resident: int
     launches: int = 1
     shared_bytes: float = 0.0
+    waits: float = 0.0
 
 
 ISSUE_SLOTS = 4 * 32  # thread instructions a clock and multiprocessor
@@ -71,7 +73,7 @@ def estimate(problem: ConvProblem, tiling: Tiling, target: Target) -> Estimate:
     parts = {
         "memory": tiling.dram_bytes / (target.copy_gbps * 1e3),
         "l2": tiling.l2_bytes / (target.l2_gbps * 1e3),
-        "matrix": tiling.matrix_flops / (rate * MATRIX_EFFICIENCY * 1e6),
+        "matrix": tiling.matrix_flops / (rate * MATRIX_EFFICIENCY * 1e6) + tiling.waits / clocks,
         "issue": tiling.instructions / (ISSUE_SLOTS * clocks),
         "shared": tiling.shared_bytes / (SHARED_BYTES * clocks),
     }

@@ -50,6 +50,11 @@ class Target:
         """Whether there are matrix instructions of a group of four warps."""
         return self.matrix_unit in ("wgmma", "tcgen05")
 
+    @property
+    def has_descriptors(self) -> bool:
+        """Whether a load may bring a whole tile by a tensor descriptor (NVIDIA's TMA)."""
+        return self.backend == "cuda" and int(self.arch) >= 90
+
     def matrix_rate(self, dtype: str) -> float:
         """TFLOP/s for a ConvProblem dtype."""
         return dict(self.matrix_tflops)[dtype]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 import triton
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 
 def interpreting(kernel) -> bool:
@@ -16,6 +17,29 @@ def allocate(shape, strides, like: torch.Tensor, dtype: torch.dtype | None = Non
     if dtype is None:
         return like.new_empty_strided(shape, strides)
     return like.new_empty_strided(shape, strides, dtype=dtype)
+
+
+class View:
+    """How kernels see tensors of one layout through a descriptor: axes, strides in elements, and the box of a load.
+
+    The innermost axis has stride 1, the strides of the others and the tensor's own address are multiples of 16 bytes.
+    """
+
+    __slots__ = ("_fields",)
+
+    def __init__(self, shape, strides, box, element_bytes: int):
+        assert strides[-1] == 1, strides
+        assert all(stride * element_bytes % 16 == 0 for stride in strides[:-1]), strides
+        self._fields = {
+            "shape": list(shape), "strides": list(strides), "block_shape": list(box),
+            "padding": "zero", "round_f32_to_tf32": False,
+        }  # fmt: skip
+
+    def of(self, tensor: torch.Tensor) -> TensorDescriptor:
+        """The descriptor of a tensor: without the checks of its class, which cost more than a launch."""
+        found = TensorDescriptor.__new__(TensorDescriptor)
+        vars(found).update(self._fields, base=tensor)
+        return found
 
 
 class Launch:

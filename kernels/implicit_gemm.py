@@ -13,7 +13,7 @@ Source: own derivation, no code adapted.
 import triton
 import triton.language as tl
 
-from .tiles import cols, index, mma, narrow, part, part_count, part_zeros, pixel, rows, turned
+from .tiles import cols, index, mma, narrow, part, part_count, part_zeros, phase_taps, pixel, rows, turned
 
 SIZES = ("batch", "h_in", "w_in", "h_out", "w_out")
 
@@ -105,21 +105,6 @@ def fprop_kernel(
         y_at = rows(y_m, Y_PIXELS_LAST) + cols(o * stride_y_c, Y_PIXELS_LAST)
         mask = rows(image < batch, Y_PIXELS_LAST) & cols(n < COUT_G, Y_PIXELS_LAST)
         tl.store(y_ptr + y_at, turned(y, Y_PIXELS_LAST), mask=mask)
-
-
-@triton.jit
-def phase_taps(phase, KERNEL: tl.constexpr, CONV_STRIDE: tl.constexpr, PAD: tl.constexpr, COMMON: tl.constexpr,
-               INVERSE: tl.constexpr):  # fmt: skip
-    """The taps r with (phase + PAD - r * dilation) % CONV_STRIDE == 0: the first, and how many.
-
-    COMMON = gcd(stride, dilation); the taps are CONV_STRIDE // COMMON apart, and INVERSE is the inverse of
-    dilation // COMMON modulo that step.
-    """
-    STEP: tl.constexpr = CONV_STRIDE // COMMON
-    reach = phase + PAD
-    first = reach // COMMON * INVERSE % STEP
-    count = tl.where(reach % COMMON == 0, (KERNEL - first + STEP - 1) // STEP, 0)
-    return first, count
 
 
 @triton.jit(do_not_specialize=SIZES + ("h_phase", "w_phase"))

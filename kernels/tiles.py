@@ -65,6 +65,21 @@ def below(i, size):
 
 
 @triton.jit
+def phase_taps(phase, KERNEL: tl.constexpr, CONV_STRIDE: tl.constexpr, PAD: tl.constexpr, COMMON: tl.constexpr,
+               INVERSE: tl.constexpr):  # fmt: skip
+    """The taps r with (phase + PAD - r * dilation) % CONV_STRIDE == 0: the first, and how many.
+
+    COMMON = gcd(stride, dilation); the taps are CONV_STRIDE // COMMON apart, and INVERSE is the inverse of
+    dilation // COMMON modulo that step.
+    """
+    STEP: tl.constexpr = CONV_STRIDE // COMMON
+    reach = phase + PAD
+    first = reach // COMMON * INVERSE % STEP
+    count = tl.where(reach % COMMON == 0, (KERNEL - first + STEP - 1) // STEP, 0)
+    return first, count
+
+
+@triton.jit
 def pointers(ptr, at, row, column, ALIGN: tl.constexpr):
     """A tile's pointers, moved by `row` and `column` elements, multiples of ALIGN; the caller has said so of row."""
     if ALIGN == 1:  # the column becomes an immediate of the load

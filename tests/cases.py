@@ -221,6 +221,32 @@ def config(algorithm, problem: ConvProblem, pass_: str, on, tiles: str) -> dict:
         names = ("BLOCK_M", "BLOCK_N", "BLOCK_K")
         return dict(zip(names, blocks, strict=True)) | {"num_warps": 4, "num_stages": 2}
 
+    if algorithm.NAME == "row_block" and (INTERPRETED or tiles == "many"):
+        m, n, k = algorithm.axes(problem, pass_)
+        step = problem.stride[0] if pass_ == "dgrad" else 1
+        high = step * max(1, min(4, problem.h_out) // step)
+        columns, m, k = max(16, -(-n // 8) * 8), triton.next_power_of_2(m), triton.next_power_of_2(round(k))
+        most = 256 if tiles == "few" else 16
+        blocks = (high if tiles == "few" else 2 * step, *(min(max(16, size), most) for size in (m, columns, k)))
+        return dict(zip(algorithm.BLOCKS, blocks, strict=True)) | {"num_warps": 4, "num_stages": 2}
+
+    if algorithm.NAME == "row_block_tma" and (INTERPRETED or tiles == "many"):
+        step = problem.stride[0] if pass_ == "dgrad" else 1
+        one_row = tiles == "many" and pass_ != "wgrad" and step == 1
+        high = step * max(1, min(4, problem.h_out) // step) if tiles == "few" else 2 * step
+        # Lanes of images, of columns, or of both.
+        odd = pass_ != "dgrad" and problem.w_in % problem.stride[1]
+        images = 16 if tiles == "many" or odd else (1, triton.next_power_of_2(problem.batch))[problem.h_in % 2]
+        lanes = max(16, images * (1 if odd or tiles == "many" else triton.next_power_of_2(problem.w_in)))
+        if tiles == "few":
+            channels = max(16, *(triton.next_power_of_2(width) for width in (problem.cin_g, problem.cout_g)))
+        else:
+            channels = 16
+        blocks = (high, 1 if one_row else problem.kh, lanes, images, min(channels, 256), min(channels, 256))
+        if pass_ == "wgrad":  # whose lanes are its K
+            blocks = (*blocks[:2], min(channels, 256), images, min(channels, 256), lanes)
+        return dict(zip(algorithm.BLOCKS, blocks, strict=True)) | {"num_warps": 4, "num_stages": 2}
+
     if algorithm.NAME == "depthwise_direct" and INTERPRETED and tiles == "few":
         columns, channels = problem.batch * max(problem.w_in, problem.w_out), max(problem.c_in, problem.c_out)
         blocks = {"BLOCK_P": min(512, triton.next_power_of_2(columns)), "BLOCK_C": triton.next_power_of_2(channels)}

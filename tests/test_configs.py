@@ -294,13 +294,13 @@ def test_every_width_has_a_configuration_that_fits(target, pass_, dtype):
 def test_columns_are_cut_to_the_group(width, tiles):
     """The columns that candidates try include those that pad the group by less than a part; matrix units that take 16
     columns at least get multiples of it."""
-    from groupconv.algorithms import implicit_gemm
+    from groupconv.algorithms import gemm
 
     problem = pointwise(width, "bf16")
-    found = implicit_gemm.column_tiles(width, problem, devices.named("sm_90"))
+    found = gemm.column_tiles(width, problem, devices.named("sm_90"))
     assert tiles <= set(found)
     assert min(-(-width // size) * size for size in found) * 0.85 <= width
-    assert all(size % 16 == 0 for size in implicit_gemm.column_tiles(width, problem, devices.named("gfx942")))
+    assert all(size % 16 == 0 for size in gemm.column_tiles(width, problem, devices.named("gfx942")))
 
 
 def test_defaults_for_one_architecture_replace_the_general_ones():

@@ -22,9 +22,9 @@ from types import ModuleType
 
 from ..devices import Target
 from ..problem import ConvProblem
-from . import depthwise_direct, depthwise_plane, depthwise_toeplitz, implicit_gemm, row_march
+from . import depthwise_direct, depthwise_plane, depthwise_toeplitz, implicit_gemm, row_block, row_block_tma, row_march
 
-ALGORITHMS = (implicit_gemm, row_march, depthwise_direct, depthwise_toeplitz, depthwise_plane)
+ALGORITHMS = (implicit_gemm, row_block, row_block_tma, row_march, depthwise_direct, depthwise_toeplitz, depthwise_plane)
 REGISTRY: dict[str, ModuleType] = {algorithm.NAME: algorithm for algorithm in ALGORITHMS}
 
 

@@ -9,20 +9,19 @@ import math
 import triton
 
 from .. import launcher
-from ..cost import Tiling, estimate
+from ..cost import Tiling
 from ..devices import Target
 from ..kernels import implicit_gemm as kernels
 from ..kernels.tiles import part_sizes
 from ..problem import ELEMENT_BYTES, ConvProblem
 from .calls import Single, SplitK, align, emulate_bf16, index_64, named_strides, pixels_last, split_config
+from .gemm import best_splits, column_tiles, product, waits
 
 NAME = "implicit_gemm"
 BLOCKS = {"BLOCK_M": (16, 512), "BLOCK_N": (8, 512, 8), "BLOCK_K": (16, 512)}
 INSTRUCTIONS_A_LOAD = 8  # a masked load, its address and predicates
 INSTRUCTIONS_A_STEP = 60  # of each thread, to wait and to go on
-MOST_SPLITS = 256
 MOST_REGISTERS = 224
-LEAST_STEPS = 8  # of a split, which has to fill the pipeline first
 
 
 def supports(problem: ConvProblem, pass_: str, target: Target) -> str | None:
@@ -77,21 +76,6 @@ def _deep_tiles(k: int, narrow: bool) -> list[int]:
     return sorted({max(16, fitting // each) for each in ((1, 2, 4) if narrow else (1, 2))})
 
 
-def column_tiles(n: int, problem: ConvProblem, target: Target) -> list[int]:
-    """Columns of a program: for each number of tiles that may share N, the least that are one, two or three parts."""
-    step = 16 if target.matrix_unit in ("tcgen05", "mfma", "wmma") else 8
-    exact = problem.element_bytes == 2
-    most = 256 if exact else 128
-    fewest = math.ceil(n / most)
-    found = set()
-    for tiles, parts in itertools.product(range(fewest, max(fewest, math.ceil(n / 64)) + 1), (1, 2, 3)):
-        size = math.ceil(n / tiles / step) * step
-        while size.bit_count() > (parts if exact else 1):
-            size += size & -size
-        found.add(max(16, size))
-    return sorted(size for size in found if size <= most)
-
-
 def registers(problem: ConvProblem, pass_: str, config: dict, target: Target) -> int:
     """An estimate of what a thread takes: its sums, and the addresses of what it loads, or in the end of its stores."""
     threads = target.warp_size * config["num_warps"]
@@ -140,18 +124,12 @@ def _splits(problem: ConvProblem, options: tuple, target: Target) -> tuple[int, 
     config = dict(options)
     m, n, k = problem.gemm("wgrad")
     tiles = math.ceil(m / config["BLOCK_M"]) * math.ceil(n / config["BLOCK_N"]) * problem.groups
-    steps = max(1, math.ceil(k / config["BLOCK_K"]))
-    affordable = max(1, problem.min_bytes("wgrad") // (4 * 4 * problem.params))
-    most = max(1, min(affordable, steps // LEAST_STEPS, MOST_SPLITS))
     places = target.multiprocessors * resident(problem, "wgrad", config, target)
-    # Whole waves of programs, and powers of two.
-    tried = {1, most} | {waves * places // tiles for waves in range(1, 5)} | {2**i for i in range(9)}
-    found = {}
-    for wanted in sorted(count for count in tried if 1 <= count <= most):
-        chunk = math.ceil(steps / wanted) * config["BLOCK_K"]
-        splits = max(1, math.ceil(k / chunk))
-        found[splits, chunk] = estimate(problem, _tiling(problem, "wgrad", config, target, splits), target).score
-    return min(found, key=found.__getitem__)
+    splits, steps = best_splits(
+        problem, max(1, math.ceil(k / config["BLOCK_K"])), tiles, places, target,
+        lambda splits: _tiling(problem, "wgrad", config, target, splits),
+    )  # fmt: skip
+    return splits, steps * config["BLOCK_K"]
 
 
 def tiling(problem: ConvProblem, pass_: str, config: dict, target: Target) -> Tiling:
@@ -179,21 +157,20 @@ def _tiling(problem: ConvProblem, pass_: str, config: dict, target: Target, spli
         moved, issued = load(tiles * k * bn, problem.cout_g)
     else:  # the weight
         moved, issued = tiles * k * bn * size, tiles * k * bn / (math.gcd(width, 16 // size) if pass_ == "fprop" else 1)
-    warpgroups = target.has_warpgroups and bm >= 64
-    # Operands go through shared memory. There a warp group's product reads its rows once for each part of the columns,
-    # and these once for every 64 rows; without one, a warp has 16 or 32 rows.
-    read = bm * bin(bn).count("1") + bn * max(1, bm // 64) if warpgroups else bm + bn * config["num_warps"]
+    each = product(bm, bn, bk, config["num_warps"], size, target)
     threads = target.warp_size * config["num_warps"]
-    stepping = tiles * (steps * threads * INSTRUCTIONS_A_STEP + splits * bm * bn * 4)
+    stepping = tiles * (steps * (threads * INSTRUCTIONS_A_STEP + each.instructions) + splits * bm * bn * 4)
+    fit = resident(problem, pass_, config, target)
     return Tiling(
         programs=tiles * splits,
-        matrix_flops=2.0 * tiles * bm * bn * steps * bk * (2 if target.has_warpgroups and not warpgroups else 1),
+        matrix_flops=tiles * steps * each.flops,
         l2_bytes=l2 + moved + partials,
         instructions=(loads + issued) * INSTRUCTIONS_A_LOAD + stepping,
         dram_bytes=problem.min_bytes(pass_) + partials,
-        resident=resident(problem, pass_, config, target),
+        resident=fit,
         launches=2 if pass_ == "wgrad" else 1,
-        shared_bytes=tiles * steps * bk * size * (bm + bn + read),
+        shared_bytes=tiles * steps * (bk * size * (bm + bn) + each.shared_bytes),
+        waits=waits(each, tiles * splits, tiles * steps, 0, config["num_warps"], fit, problem.dtype, target),
     )
 
 

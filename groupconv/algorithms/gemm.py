@@ -1,0 +1,99 @@
+"""What the implicit GEMMs share: the widths of their tiles, what a product costs, and how many ways wgrad is split."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+from collections.abc import Callable
+
+from ..cost import Tiling, estimate
+from ..devices import Target
+from ..kernels.tiles import part_sizes
+from ..problem import ConvProblem
+
+MOST_SPLITS = 256
+LEAST_STEPS = 8  # of a split, which has to fill the pipeline first
+# Guesses, in the modelled times only.
+DRAIN_CLOCKS = 40  # from a warp group's product to the next that adds to it, where Triton waits in between
+STEP_CLOCKS = 50  # to wait for a step's tiles
+START_CLOCKS = 1200  # to load the first tiles and to store the last
+
+
+def column_tiles(n: int, problem: ConvProblem, target: Target) -> list[int]:
+    """Columns of a program: for each number of tiles that may share N, the least that are one, two or three parts."""
+    step = 16 if target.matrix_unit in ("tcgen05", "mfma", "wmma") else 8
+    exact = problem.element_bytes == 2
+    most = 256 if exact else 128
+    fewest = math.ceil(n / most)
+    found = set()
+    for tiles, parts in itertools.product(range(fewest, max(fewest, math.ceil(n / 64)) + 1), (1, 2, 3)):
+        size = math.ceil(n / tiles / step) * step
+        while size.bit_count() > (parts if exact else 1):
+            size += size & -size
+        found.add(max(16, size))
+    return sorted(size for size in found if size <= most)
+
+
+@dataclasses.dataclass(frozen=True)
+class Product:
+    """What a program's product of a tile asks of the machine; fields as in cost.Tiling."""
+
+    flops: float
+    shared_bytes: float  # read
+    instructions: float
+
+
+def product(m: int, n: int, k: int, warps: int, element_bytes: int, target: Target) -> Product:
+    """An [m, k] tile times [k, n], whose columns are as many products as they have parts.
+
+    A warp group reads its rows from shared memory for each part, and the columns for each 64 rows; where there are
+    fewer rows than 64 for each group, the groups share the columns instead. Without warp groups a warp reads what it
+    multiplies into registers: 16 rows or more, and all columns.
+    """
+    parts = part_sizes(n)
+    groups = warps // 4
+    if not target.has_warpgroups or m < 64 or not groups:
+        half_rate = 2 if target.has_warpgroups else 1
+        read = k * (m * len(parts) + n * min(warps, max(1, m // 16))) * element_bytes
+        return Product(2.0 * m * n * k * half_rate, read, m * n * k / 32)
+    own = max(1, groups * 64 // m)  # groups that share rows
+    slow = 8 * (parts[-1] == 8)  # columns without an instruction of a warp group, at half the rate
+    read = k * (m * own * len(parts) + n * max(1, m // 64)) * element_bytes
+    return Product(2.0 * m * (n + slow) * k, read, 5 * 128 * groups * len(parts) * math.ceil(m / (64 * groups)) * k / 16)
+
+
+def best_splits(
+    problem: ConvProblem, steps: int, tiles: int, places: int, target: Target, tiling: Callable[[int], Tiling]
+) -> tuple[int, int]:
+    """(splits, steps a split) of a wgrad of so many steps, for the modelled fastest.
+
+    tiles: programs of a split; places: programs that the device holds. tiling: of a number of splits.
+    """
+    affordable = max(1, problem.min_bytes("wgrad") // (4 * 4 * problem.params))
+    most = max(1, min(affordable, steps // LEAST_STEPS, MOST_SPLITS))
+    # Whole waves of programs, and powers of two.
+    tried = {1, most} | {waves * places // tiles for waves in range(1, 5)} | {2**i for i in range(9)}
+    found = {}
+    for wanted in sorted(count for count in tried if 1 <= count <= most):
+        each = math.ceil(steps / wanted)
+        splits = max(1, math.ceil(steps / each))
+        found[splits, each] = estimate(problem, tiling(splits), target).score
+    return min(found, key=found.__getitem__)
+
+
+def waits(
+    each: Product, programs: float, steps: float, chained: float, warps: int, resident: int, dtype: str, target: Target
+) -> float:
+    """Clocks of a multiprocessor that its matrix unit loses, as cost.Tiling has them.
+
+    programs: those that begin with empty pipelines and end with stores that nothing hides. steps: of all programs'
+    loops, each of which waits for its tiles. chained: products that wait for another one of the same step, because they
+    add to its sum; a warp group that waits leaves the unit to the others.
+    """
+    lost = (steps * STEP_CLOCKS + programs * START_CLOCKS) / resident
+    if target.matrix_unit == "wgmma":
+        groups = max(1, resident * warps // 4)
+        busy = each.flops * 1e-3 * target.multiprocessors * target.clock_ghz / target.matrix_rate(dtype)
+        lost += chained * max(0.0, (busy + DRAIN_CLOCKS) / groups - busy)
+    return lost

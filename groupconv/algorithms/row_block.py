@@ -1,0 +1,305 @@
+"""Wide groups as implicit GEMMs over blocks of rows that share their source rows (kernels/row_block.py)."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import itertools
+import math
+
+from .. import launcher
+from ..cost import Tiling
+from ..devices import Target
+from ..kernels import row_block as kernels
+from ..problem import ConvProblem
+from .calls import Single, SplitK, align, emulate_bf16, index_64, named_strides, pixels_last, split_config
+from .gemm import best_splits, column_tiles, product, waits
+
+NAME = "row_block"
+BLOCKS = {"BLOCK_R": (1, 16, 1), "BLOCK_M": (16, 512), "BLOCK_N": (8, 512, 8), "BLOCK_K": (16, 512)}
+MOST_ROWS = 8
+MOST_TAPS = 7  # kernel rows: each has its tiles in every step
+MOST_REGISTERS = {"wgmma": 240, "tcgen05": 200, "mma.sync": 180, "mfma": 210, "wmma": 100}  # as estimated
+MOST_PADDING = 1.2  # of rows, by blocks that reach past the map
+INSTRUCTIONS_A_LOAD = 5  # with its address and mask, which the rows of a block share
+INSTRUCTIONS_A_STEP = 60  # of each thread, to wait and to go on
+
+
+def supports(problem: ConvProblem, pass_: str, target: Target) -> str | None:
+    if pass_ == "backward":
+        return "no kernel for both gradients"
+    if not target.matrix_rate(problem.dtype):
+        return f"Triton has no {problem.dtype} matrix instructions on {target.arch_name}"
+    if min(problem.x_shape[1:] + problem.w_shape) < 1:
+        return "a channel or pixel count is zero"
+    if problem.cin_g == 1:
+        return "depthwise convolution has algorithms of its own"
+    if problem.kh > MOST_TAPS:
+        return f"{problem.kh} kernel rows, more than {MOST_TAPS}"
+    if not candidates(problem, pass_, target):
+        return "its sums do not fit the registers"
+    return None
+
+
+@dataclasses.dataclass(frozen=True)
+class Work:
+    """What a pass does, whatever its tiles: per group, the axes of its products, and the rows that it walks over.
+
+    m: of all programs of a row block, lanes or, in wgrad, column taps and channels. k: of all steps, without wgrad's.
+    rows: of what blocks are made of; classes of them, which share no source rows. phases: of columns, in grid.
+    """
+
+    m: int
+    n: int
+    k: float
+    rows: int
+    classes: int
+    phases: int
+
+
+def work_of(problem: ConvProblem, pass_: str) -> Work:
+    stride_h, stride_w = problem.stride
+    classes = kernels.row_step(pass_ == "dgrad", stride_h, problem.dilation[0])
+    if pass_ == "dgrad":
+        lanes = problem.batch * math.ceil(problem.w_in / stride_w)
+        return Work(lanes, problem.cin_g, problem.kw * problem.cout_g / stride_w, problem.h_in, classes, stride_w)
+    lanes = problem.batch * problem.w_out
+    if pass_ == "fprop":
+        return Work(lanes, problem.cout_g, problem.kw * problem.cin_g, problem.h_out, classes, 1)
+    return Work(problem.kw * problem.cin_g, problem.cout_g, lanes, problem.h_out, classes, 1)
+
+
+def axes(problem: ConvProblem, pass_: str) -> tuple[int, int, float]:
+    """(M, N, K) of one group's products in a row of the result."""
+    work = work_of(problem, pass_)
+    return work.m, work.n, work.k
+
+
+def met_rows(problem: ConvProblem, pass_: str, block_r: int) -> list[tuple[int, int, int]]:
+    """The (row, kernel row, source row) that meet in a block."""
+    return kernels.meetings(
+        pass_ == "dgrad", block_r, problem.kh, problem.stride[0], problem.pad[0], problem.dilation[0]
+    )
+
+
+def row_blocks(work: Work, block_r: int) -> int:
+    """Blocks that cover the rows, those of every class alike."""
+    return math.ceil(math.ceil(work.rows / work.classes) / block_r) * work.classes
+
+
+@dataclasses.dataclass(frozen=True)
+class _Step:
+    """What one step of a program's loop handles, in elements of tiles, and how many products."""
+
+    source: int  # of the source that has rows: x, or dy in dgrad
+    other: int  # weights, or dy in wgrad
+    products: int
+    sums: int  # accumulators in all
+
+
+def _step(problem: ConvProblem, pass_: str, config: dict) -> _Step:
+    block_r, bm, bn, bk = (config[name] for name in BLOCKS)
+    met = met_rows(problem, pass_, block_r)
+    source = len({row for _, _, row in met}) * bm * bk
+    if pass_ == "wgrad":
+        return _Step(source, block_r * bk * bn, len(met), problem.kh * bm * bn)
+    taps = len({r for _, r, _ in met})
+    return _Step(source, taps * bk * bn, len(met), block_r * bm * bn)
+
+
+@functools.lru_cache(256)
+def candidates(problem: ConvProblem, pass_: str, target: Target) -> list[dict]:
+    work = work_of(problem, pass_)
+    found = []
+    for block_r, bm, bn in itertools.product(
+        heights(problem, pass_, work), (64, 128), column_tiles(work.n, problem, target)):
+        for bk, warps in itertools.product((32, 64, 16), (4, 8)):
+            config = {"BLOCK_R": block_r, "BLOCK_M": bm, "BLOCK_N": bn, "BLOCK_K": bk, "num_warps": warps}
+            if bk > 16 and work.k <= bk // 2:
+                continue
+            # As many stages as there is room for.
+            for stages in (3, 2):
+                if _fits(problem, pass_, config | {"num_stages": stages}, target):
+                    found.append(config | {"num_stages": stages})
+                    break
+    return found
+
+
+def heights(problem: ConvProblem, pass_: str, work: Work) -> list[int]:
+    """The rows that a block may have: of dgrad, a multiple of the stride, so that it has whole phases."""
+    step = problem.stride[0] if pass_ == "dgrad" else 1
+    least = row_blocks(work, step) * step
+    most = max(MOST_ROWS, step)
+    return [r for r in range(step, most + 1, step) if row_blocks(work, r) * r <= MOST_PADDING * least or r == step]
+
+
+def registers(problem: ConvProblem, pass_: str, config: dict, target: Target) -> int:
+    """An estimate of what a thread takes, fitted to what compilers took for some 400 configurations of suite layers.
+
+    Its sums, the addresses of what it loads, and, without warp groups, the operands of its products.
+    """
+    step, threads = _step(problem, pass_, config), target.warp_size * config["num_warps"]
+    sums, source, other = step.sums / threads, step.source / threads, step.other / threads
+    extra = 10 * (config["BLOCK_N"].bit_count() - 1)
+    if target.has_warpgroups:
+        return math.ceil(40 + extra + sums + 0.05 * (source + other))
+    if target.backend == "hip":
+        return math.ceil(47 + extra + 1.1 * sums + 1.1 * source + 0.8 * other)
+    return math.ceil(46 + extra + (1.6 if pass_ == "wgrad" else 1.0) * sums + 0.4 * source + 0.8 * other)
+
+
+def _runs(problem: ConvProblem, pass_: str) -> tuple[int, int]:
+    """Elements of one access of the source and of the other operand."""
+    wide = 16 // problem.element_bytes
+    cin, cout = math.gcd(problem.cin_g, wide), math.gcd(problem.cout_g, wide)
+    if problem.layout == "nhwc":
+        return {"fprop": (cin, cin), "dgrad": (cout, cin), "wgrad": (cin, cout)}[pass_]
+    return 1, 1
+
+
+def shared_bytes(problem: ConvProblem, pass_: str, config: dict, target: Target) -> int:
+    """The pipeline's tiles. Matrix units that read operands from shared memory hold one stage more."""
+    step = _step(problem, pass_, config)
+    stages = max(1, config["num_stages"] - (not target.has_warpgroups))
+    held = (step.source + step.other) * problem.element_bytes * stages
+    return held * 3 // 2 if target.matrix_unit == "tcgen05" else held
+
+
+def _fits(problem: ConvProblem, pass_: str, config: dict, target: Target) -> bool:
+    bm, bn, bk, warps = config["BLOCK_M"], config["BLOCK_N"], config["BLOCK_K"], config["num_warps"]
+    if bm < 16 * warps or shared_bytes(problem, pass_, config, target) > target.shared_bytes:
+        return False
+    # A product takes columns of tensor memory, about 1.5 for each of N, and there are 512.
+    products = len(met_rows(problem, pass_, config["BLOCK_R"]))
+    if target.matrix_unit == "tcgen05" and products * bn * 3 // 2 > 512:
+        return False
+    most = MOST_REGISTERS[target.matrix_unit]
+    if target.backend == "hip" and warps == 8:  # half as many for each
+        most //= 2
+    if min(_runs(problem, pass_)) < 4:  # as many addresses as elements
+        most -= 70
+    in_registers = not target.has_warpgroups or bn % 16  # of operands; no instruction of a warp group has 8 columns
+    if bn % 16:
+        most -= 60
+    return bk <= (32 if in_registers else 64) and registers(problem, pass_, config, target) <= most
+
+
+def resident(problem: ConvProblem, pass_: str, config: dict, target: Target) -> int:
+    """Programs that share a multiprocessor: by shared memory and by registers."""
+    threads = target.warp_size * config["num_warps"]
+    by_registers = 65536 // (threads * min(255, registers(problem, pass_, config, target)))
+    by_shared = target.shared_bytes // shared_bytes(problem, pass_, config, target)
+    return max(1, min(by_registers, by_shared, 2048 // threads, 16))
+
+
+@functools.lru_cache(4096)
+def _splits(problem: ConvProblem, options: tuple, target: Target) -> tuple[int, int]:
+    """(splits, blocks a split) of wgrad: the modelled fastest."""
+    config = dict(options)
+    work = work_of(problem, "wgrad")
+    tiles = math.ceil(work.m / config["BLOCK_M"]) * math.ceil(work.n / config["BLOCK_N"]) * problem.groups
+    steps = math.ceil(work.k / config["BLOCK_K"]) * row_blocks(work, config["BLOCK_R"])
+    places = target.multiprocessors * resident(problem, "wgrad", config, target)
+    return best_splits(
+        problem, steps, tiles, places, target, lambda splits: _tiling(problem, "wgrad", config, target, splits)
+    )
+
+
+def tiling(problem: ConvProblem, pass_: str, config: dict, target: Target) -> Tiling:
+    splits = _splits(problem, tuple(config.items()), target)[0] if pass_ == "wgrad" else 1
+    return _tiling(problem, pass_, config, target, splits)
+
+
+def _tiling(problem: ConvProblem, pass_: str, config: dict, target: Target, splits: int) -> Tiling:
+    work, step = work_of(problem, pass_), _step(problem, pass_, config)
+    block_r, bm, bn, bk = (config[name] for name in BLOCKS)
+    size, nhwc, threads = problem.element_bytes, problem.layout == "nhwc", target.warp_size * config["num_warps"]
+    blocks = row_blocks(work, block_r)
+    tiles = math.ceil(work.m / bm) * math.ceil(work.n / bn) * problem.groups * work.phases
+    programs = tiles * (splits if pass_ == "wgrad" else blocks)
+    steps = math.ceil(work.k / bk) * tiles * blocks  # of all programs
+    partials = 2 * splits * problem.params * 4 * (pass_ == "wgrad")
+    source_width = problem.cout_g if pass_ == "dgrad" else problem.cin_g
+    other_width = problem.cout_g if pass_ == "wgrad" else problem.cin_g
+
+    def sectors(width):  # whole ones of 32 bytes
+        return max(1.0, 32 / (width * size)) if nhwc else 1.0
+
+    each = product(bm, bn, bk, config["num_warps"], size, target)
+    source, other = _runs(problem, pass_)
+    fit = resident(problem, pass_, config, target)
+    # Products that add to one sum in a step wait for each other.
+    chained = steps * max(0, step.products - (problem.kh if pass_ == "wgrad" else block_r))
+    stored = programs * step.sums
+    loads = (step.source / source + step.other / other) * INSTRUCTIONS_A_LOAD
+    return Tiling(
+        programs=programs,
+        matrix_flops=steps * step.products * each.flops,
+        l2_bytes=steps * (step.source * sectors(source_width) + step.other * sectors(other_width)) * size + partials,
+        instructions=steps * (loads + threads * INSTRUCTIONS_A_STEP + step.products * each.instructions) + 4 * stored,
+        dram_bytes=problem.min_bytes(pass_) + partials,
+        resident=fit,
+        launches=2 if pass_ == "wgrad" else 1,
+        shared_bytes=steps * ((step.source + step.other) * size + step.products * each.shared_bytes),
+        waits=waits(each, programs, steps, chained, config["num_warps"], fit, problem.dtype, target),
+    )
+
+
+def prepare(problem: ConvProblem, pass_: str, config: dict, target: Target, strides: dict):
+    work = work_of(problem, pass_)
+    x, w, y, dx, dy = (strides.get(name) for name in ("x", "w", "y", "dx", "dy"))
+    splits, chunk = _splits(problem, tuple(config.items()), target) if pass_ == "wgrad" else (1, 0)
+    blocks, options = split_config(config)
+    kernel = {"fprop": kernels.fprop_kernel, "dgrad": kernels.dgrad_kernel, "wgrad": kernels.wgrad_kernel}[pass_]
+    blocks_of_rows = row_blocks(work, config["BLOCK_R"])
+    scalars = {
+        "batch": problem.batch, "h_in": problem.h_in, "w_in": problem.w_in,
+        "h_out": problem.h_out, "w_out": problem.w_out, "row_blocks": blocks_of_rows,
+        "GROUPS": problem.groups, "CIN_G": problem.cin_g, "COUT_G": problem.cout_g,
+        "KH": problem.kh, "KW": problem.kw,
+        "CONV_STRIDE_H": problem.stride[0], "CONV_STRIDE_W": problem.stride[1],
+        "PAD_H": problem.pad[0], "PAD_W": problem.pad[2], "DIL_H": problem.dilation[0], "DIL_W": problem.dilation[1],
+        "INDEX_64": index_64(problem, strides, splits * problem.params),
+        "PRECISION": target.precision(problem.dtype),
+        "EMULATE_BF16": emulate_bf16(kernel, problem),
+        **blocks,
+    }  # fmt: skip
+    tiles = math.ceil(work.m / config["BLOCK_M"]) * math.ceil(work.n / config["BLOCK_N"]) * problem.groups
+    grid = (tiles * work.phases * (splits if pass_ == "wgrad" else blocks_of_rows),)
+    if pass_ == "fprop":
+        scalars |= named_strides("x", x) | named_strides("wgt", w) | named_strides("y", y)
+        adjacent = problem.kw == 1 or w[3] == problem.cin_g
+        scalars |= {
+            "HAS_BIAS": problem.bias,
+            "WGT_ROW_DENSE": adjacent and (w[1] == 1 or problem.cin_g == 1),
+            "X_PIXELS_LAST": pixels_last(x),
+            "Y_PIXELS_LAST": pixels_last(y),
+            "X_ALIGN": align(x),
+            "Y_ALIGN": align(y),
+            "WGT_ALIGN": align(w, (0, 2)),
+        }
+        return Single(launcher.Launch(kernel, grid, scalars, **options), problem.y_shape, y)
+    if pass_ == "dgrad":
+        common = math.gcd(problem.stride[1], problem.dilation[1])
+        scalars |= named_strides("dy", dy) | named_strides("wgt", w) | named_strides("dx", dx)
+        scalars |= {
+            "w_phase": math.ceil(problem.w_in / problem.stride[1]),
+            "COMMON_W": common,
+            "INVERSE_W": pow(problem.dilation[1] // common, -1, problem.stride[1] // common),
+            "DY_PIXELS_LAST": pixels_last(dy),
+            "DX_PIXELS_LAST": pixels_last(dx),
+            "DY_ALIGN": align(dy),
+            "DX_ALIGN": align(dx),
+            "WGT_ALIGN": align(w),
+        }
+        return Single(launcher.Launch(kernel, grid, scalars, **options), problem.x_shape, dx)
+    scalars |= named_strides("dy", dy) | named_strides("x", x)
+    scalars |= {
+        "chunk": chunk,
+        "DY_PIXELS_LAST": pixels_last(dy),
+        "X_PIXELS_LAST": pixels_last(x),
+        "DY_ALIGN": align(dy),
+        "X_ALIGN": align(x),
+    }
+    partial = launcher.Launch(kernel, grid, scalars, **options)
+    return SplitK(partial, problem, splits, strides["dw"])

@@ -1,0 +1,353 @@
+"""The blocks of rows of row_block with tensor descriptors, for sm_90 and later (kernels/row_block_tma.py)."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import itertools
+import math
+
+import torch
+
+from .. import launcher
+from ..cost import Tiling
+from ..devices import Target
+from ..kernels import row_block_tma as kernels
+from ..problem import ConvProblem, dense_strides
+from .calls import Single, SplitK, align, emulate_bf16, index_64, named_strides, split_config
+from .gemm import best_splits, product, waits
+from .row_block import heights, met_rows, row_blocks, work_of
+
+NAME = "row_block_tma"
+BLOCKS = {
+    "BLOCK_R": (1, 16, 1), "BLOCK_T": (1, 16, 1), "BLOCK_M": (16, 256), "BLOCK_I": (1, 256),
+    "BLOCK_N": (16, 256, 16), "BLOCK_K": (16, 256),
+}  # fmt: skip
+MOST_TAPS = 7  # kernel rows
+MOST_REGISTERS = {"wgmma": 235, "tcgen05": 235, "mma.sync": 110}  # as estimated
+TENSOR_MEMORY = 512  # columns of tcgen05's, half of them for the tile that comes next
+INSTRUCTIONS_A_LOAD = 40  # of the one warp that asks for a tile
+INSTRUCTIONS_A_STEP = 120  # of each thread, to wait and to go on
+MOST_PADDING = 1.25  # of lanes
+
+
+def supports(problem: ConvProblem, pass_: str, target: Target) -> str | None:
+    if pass_ == "backward":
+        return "no kernel for both gradients"
+    if not target.has_descriptors:
+        return f"{target.arch_name} has no tensor descriptors"
+    if problem.element_bytes != 2:
+        return f"{problem.dtype}: descriptors are for fp16 and bf16"
+    if problem.layout != "nhwc":
+        return "descriptors need channels_last"
+    if min(problem.x_shape[1:] + problem.w_shape) < 1:
+        return "a channel or pixel count is zero"
+    if problem.cin_g % 8 or problem.cout_g % 8:
+        return f"groups of {problem.cin_g} and {problem.cout_g} channels do not begin at multiples of 16 bytes"
+    if problem.kh > MOST_TAPS:
+        return f"{problem.kh} kernel rows, more than {MOST_TAPS}"
+    if pass_ == "dgrad":
+        for size, stride, dilation in zip((problem.kh, problem.kw), problem.stride, problem.dilation, strict=True):
+            if size < stride or (stride > 1 and dilation > 1):
+                return "some phase of the stride meets no tap"
+    if not candidates(problem, pass_, target):
+        return "no tile fits"
+    return None
+
+
+@dataclasses.dataclass(frozen=True)
+class _Lanes:
+    """The pixels of a row as lanes of tiles: their columns and images, and how many tiles of each."""
+
+    columns: int
+    column_tiles: int
+    image_tiles: int
+
+
+def _lanes(problem: ConvProblem, pass_: str, config: dict) -> _Lanes:
+    width = math.ceil(problem.w_in / problem.stride[1]) if pass_ == "dgrad" else problem.w_out
+    images = config["BLOCK_I"]
+    columns = config["BLOCK_K" if pass_ == "wgrad" else "BLOCK_M"] // images
+    return _Lanes(columns, math.ceil(width / columns), math.ceil(problem.batch / images))
+
+
+def _images(problem: ConvProblem, pass_: str, lanes: int) -> list[int]:
+    """The images that a tile of so many lanes may have: fewest tiles, and, of about as few, one axis of lanes."""
+    found = []
+    for images in (2**i for i in range(lanes.bit_length())):
+        made = _lanes(problem, pass_, {"BLOCK_I": images, "BLOCK_M": lanes, "BLOCK_K": lanes})
+        strided = pass_ != "dgrad" and problem.stride[1] > 1
+        if strided and made.columns > 1 and problem.w_in % problem.stride[1]:
+            continue  # in a view of every second column the last one would be followed by the next row's first
+        found.append((made.column_tiles * made.image_tiles, images))
+    fewest, images = min(found)
+    one_axis = [(tiles, n) for tiles, n in found if n in (1, lanes) and tiles <= MOST_PADDING * fewest]
+    return sorted({images} | ({min(one_axis)[1]} if one_axis else set()))
+
+
+def _part(block_n: int) -> int:
+    """The largest power of two that divides a width: its parts are alike, and one descriptor brings them."""
+    return block_n & -block_n
+
+
+@dataclasses.dataclass(frozen=True)
+class _Step:
+    """What one step of a program's loop handles, in elements of tiles; how many loads, products, and sums."""
+
+    source: int
+    other: int
+    loads: int
+    products: int
+    sums: int
+
+
+def _step(problem: ConvProblem, pass_: str, config: dict) -> _Step:
+    block_r, taps, bm, _, bn, bk = (config[name] for name in BLOCKS)
+    parts = bn // _part(bn)
+    met = met_rows(problem, pass_, block_r)
+    if taps == 1 and problem.kh > 1:  # one kernel row in a step
+        sources, products, weights = block_r, block_r, 1
+    else:
+        sources, products, weights = len({row for _, _, row in met}), len(met), problem.kh
+    if pass_ == "wgrad":
+        other = block_r * bn * bk
+        return _Step(sources * bm * bk, other, sources + block_r * parts, products, problem.kh * bm * bn)
+    return _Step(sources * bm * bk, weights * bn * bk, sources + weights * parts, products, block_r * bm * bn)
+
+
+def _steps(problem: ConvProblem, pass_: str, config: dict) -> float:
+    """Steps of a tile, but in wgrad of one split of all; the mean over the phases of a stride."""
+    chunked, taps = (problem.cout_g if pass_ == "dgrad" else problem.cin_g), problem.kw
+    if pass_ == "dgrad":
+        taps /= problem.stride[1]
+    return math.ceil(chunked / config["BLOCK_K"]) * taps * (problem.kh // config["BLOCK_T"])
+
+
+@functools.lru_cache(256)
+def candidates(problem: ConvProblem, pass_: str, target: Target) -> list[dict]:
+    work = work_of(problem, pass_)
+    kernel_rows = {problem.kh} if pass_ == "wgrad" or (pass_ == "dgrad" and problem.stride[0] > 1) else {problem.kh, 1}
+    found = []
+    for block_r, taps, bn in itertools.product(heights(problem, pass_, work), sorted(kernel_rows), _columns(work.n)):
+        for bm, bk in itertools.product((128, 64), (64, 32)):
+            for images in _images(problem, pass_, bk if pass_ == "wgrad" else bm):
+                config = {
+                    "BLOCK_R": block_r, "BLOCK_T": taps, "BLOCK_M": bm, "BLOCK_I": images, "BLOCK_N": bn, "BLOCK_K": bk,
+                    "num_warps": 4 if target.matrix_unit == "tcgen05" else bm // 16,
+                }  # fmt: skip
+                for stages in (4, 3, 2):
+                    if _fits(problem, pass_, config | {"num_stages": stages}, target):
+                        found.append(config | {"num_stages": stages})
+                        break
+    return found
+
+
+def _columns(n: int) -> list[int]:
+    """Columns of a tile, in parts of at least 32: for each number of tiles that may share N, the least."""
+    found = set()
+    for tiles in range(math.ceil(n / 256), math.ceil(n / 64) + 1):
+        for part in (32, 64, 128, 256):
+            size = math.ceil(n / tiles / part) * part
+            if size <= 256 and size // _part(size) <= 4:
+                found.add(size)
+    return sorted(found)
+
+
+def registers(problem: ConvProblem, pass_: str, config: dict, target: Target) -> int:
+    """An estimate of what a thread takes: its sums, and where lanes have two axes the rows that a product reads."""
+    step, threads = _step(problem, pass_, config), target.warp_size * config["num_warps"]
+    lanes = config["BLOCK_K" if pass_ == "wgrad" else "BLOCK_M"]
+    two_axes = config["BLOCK_I"] not in (1, lanes)
+    parts = config["BLOCK_N"] // _part(config["BLOCK_N"])
+    return math.ceil(38 + 5 * parts + step.sums / threads + two_axes * 0.5 * step.source / threads)
+
+
+def shared_bytes(problem: ConvProblem, pass_: str, config: dict, target: Target) -> int:
+    """The pipeline's tiles, and in the passes that store while they load, a tile of the result."""
+    step = _step(problem, pass_, config)
+    stored = 0 if pass_ == "wgrad" else config["BLOCK_M"] * _part(config["BLOCK_N"])
+    held = ((step.source + step.other) * config["num_stages"] + stored) * problem.element_bytes
+    return 1024 + (held * 3 // 2 if target.matrix_unit == "tcgen05" else held)
+
+
+def _fits(problem: ConvProblem, pass_: str, config: dict, target: Target) -> bool:
+    if shared_bytes(problem, pass_, config, target) > target.shared_bytes:
+        return False
+    bn = config["BLOCK_N"]
+    if target.matrix_unit == "tcgen05":
+        # The sums of two tiles; and a product takes about 1.5 columns of tensor memory for each of N.
+        step = _step(problem, pass_, config)
+        if max(2 * step.sums // config["BLOCK_M"], step.products * bn * 3 // 2) > TENSOR_MEMORY:
+            return False
+    if target.matrix_unit == "mma.sync" and config["BLOCK_K"] > 32:  # operands are in registers
+        return False
+    return registers(problem, pass_, config, target) <= MOST_REGISTERS[target.matrix_unit]
+
+
+def resident(problem: ConvProblem, pass_: str, config: dict, target: Target) -> int:
+    """Programs that share a multiprocessor: by shared memory and by registers."""
+    threads = target.warp_size * config["num_warps"]
+    by_registers = 65536 // (threads * min(255, registers(problem, pass_, config, target)))
+    by_shared = target.shared_bytes // shared_bytes(problem, pass_, config, target)
+    return max(1, min(by_registers, by_shared, 2048 // threads, 16))
+
+
+def _tiles(problem: ConvProblem, pass_: str, config: dict) -> int:
+    """Tiles of the result; in wgrad, of one split."""
+    work, lanes = work_of(problem, pass_), _lanes(problem, pass_, config)
+    columns = math.ceil(work.n / config["BLOCK_N"]) * problem.groups
+    if pass_ == "wgrad":
+        return columns * math.ceil(problem.cin_g / config["BLOCK_M"]) * problem.kw
+    return columns * work.phases * row_blocks(work, config["BLOCK_R"]) * lanes.column_tiles * lanes.image_tiles
+
+
+def _blocks(problem: ConvProblem, config: dict) -> int:
+    """Blocks of pixels that wgrad reduces over."""
+    lanes = _lanes(problem, "wgrad", config)
+    return row_blocks(work_of(problem, "wgrad"), config["BLOCK_R"]) * lanes.column_tiles * lanes.image_tiles
+
+
+@functools.lru_cache(4096)
+def _splits(problem: ConvProblem, options: tuple, target: Target) -> tuple[int, int]:
+    """(splits, blocks a split) of wgrad: the modelled fastest."""
+    config = dict(options)
+    places = target.multiprocessors * resident(problem, "wgrad", config, target)
+    return best_splits(
+        problem, _blocks(problem, config), _tiles(problem, "wgrad", config), places, target,
+        lambda splits: _tiling(problem, "wgrad", config, target, splits),
+    )  # fmt: skip
+
+
+def tiling(problem: ConvProblem, pass_: str, config: dict, target: Target) -> Tiling:
+    splits = _splits(problem, tuple(config.items()), target)[0] if pass_ == "wgrad" else 1
+    return _tiling(problem, pass_, config, target, splits)
+
+
+def _tiling(problem: ConvProblem, pass_: str, config: dict, target: Target, splits: int) -> Tiling:
+    step, tiles = _step(problem, pass_, config), _tiles(problem, pass_, config)
+    size, threads = problem.element_bytes, target.warp_size * config["num_warps"]
+    steps = tiles * (_blocks(problem, config) if pass_ == "wgrad" else _steps(problem, pass_, config))
+    partials = 2 * splits * problem.params * 4 * (pass_ == "wgrad")
+    each = product(config["BLOCK_M"], _part(config["BLOCK_N"]), config["BLOCK_K"], config["num_warps"], size, target)
+    parts, fit = config["BLOCK_N"] // _part(config["BLOCK_N"]), resident(problem, pass_, config, target)
+    chained = steps * parts * max(0, step.products - (problem.kh if pass_ == "wgrad" else config["BLOCK_R"]))
+    return Tiling(
+        programs=tiles * splits,
+        matrix_flops=steps * step.products * parts * each.flops,
+        l2_bytes=steps * (step.source + step.other) * size * _inside(problem, pass_, config) + partials,
+        instructions=steps * (32 * step.loads * INSTRUCTIONS_A_LOAD + threads * INSTRUCTIONS_A_STEP)
+        + steps * step.products * parts * each.instructions
+        + 4.0 * tiles * splits * step.sums,
+        dram_bytes=problem.min_bytes(pass_) + partials,
+        resident=fit,
+        launches=2 if pass_ == "wgrad" else 1,
+        shared_bytes=steps * ((step.source + step.other) * size + step.products * parts * each.shared_bytes),
+        waits=waits(each, tiles * splits if pass_ == "wgrad" else 0, steps, chained, config["num_warps"], fit, problem.dtype, target),
+    )
+
+
+def _inside(problem: ConvProblem, pass_: str, config: dict) -> float:
+    """The share of what loads ask for that lies in the group: L2 is not asked for the rest."""
+    chunk = config["BLOCK_M" if pass_ == "wgrad" else "BLOCK_K"]
+    width = problem.cout_g if pass_ == "dgrad" else problem.cin_g
+    return width / (math.ceil(width / chunk) * chunk)
+
+
+class _Operand:
+    """A tensor as kernels see it: through a view, and copied first where its strides or address do not allow one."""
+
+    __slots__ = ("copy", "dense", "shape", "view")
+
+    def __init__(self, shape, strides, view, packed: bool = False):
+        """view: made of strides. packed: pixels must lie next to each other, too."""
+        self.shape, self.dense = shape, dense_strides(shape, True)
+        # What an axis of one element has for a stride means nothing.
+        strides = tuple(d if n == 1 else s for n, s, d in zip(shape, strides, self.dense, strict=True))
+        good = strides[1] == 1 and all(s > 0 and s % 8 == 0 for s in (strides[0], *strides[2:]))
+        self.copy = not good or (packed and strides != self.dense)
+        self.view = view(self.dense if self.copy else strides)
+
+    def of(self, tensor: torch.Tensor):
+        if self.copy or tensor.data_ptr() % 16:
+            tensor = launcher.allocate(self.shape, self.dense, tensor).copy_(tensor)
+        return self.view.of(tensor)
+
+
+def _pixels(problem: ConvProblem, shape, strides, lanes: int, images: int, channels: int, view_w: int = 1) -> _Operand:
+    """An activation; see kernels/row_block_tma.py. channels: of a load."""
+    n, c, h, w = shape
+    width = c // problem.groups
+
+    def view(strides):
+        axes = [(problem.groups * view_w, width, 1), (h, strides[2], 1), (w // view_w, strides[3] * view_w, lanes // images)]
+        axes.insert(1 if images == 1 else 3, (n, strides[0], images))
+        sizes, steps, box = zip(*axes, (width, 1, channels), strict=True)
+        return launcher.View(sizes, steps, box, problem.element_bytes)
+
+    return _Operand(shape, strides, view, packed=view_w > 1)
+
+
+def _weights(problem: ConvProblem, strides, outs: int, ins: int) -> _Operand:
+    """The weight as [groups, COUT_G, taps, CIN_G]; a load brings outs x ins of a tap."""
+
+    def view(strides):
+        sizes = (problem.groups, problem.cout_g, problem.kh * problem.kw, problem.cin_g)
+        steps = (problem.cout_g * strides[0], strides[0], strides[3], 1)
+        return launcher.View(sizes, steps, (1, outs, 1, ins), problem.element_bytes)
+
+    return _Operand(problem.w_shape, strides, view, packed=True)
+
+
+def prepare(problem: ConvProblem, pass_: str, config: dict, target: Target, strides: dict):
+    splits, chunk = _splits(problem, tuple(config.items()), target) if pass_ == "wgrad" else (1, 0)
+    lanes, part = _lanes(problem, pass_, config), _part(config["BLOCK_N"])
+    blocks, options = split_config(config)
+    kernel = {"fprop": kernels.fprop_kernel, "dgrad": kernels.dgrad_kernel, "wgrad": kernels.wgrad_kernel}[pass_]
+    images, bm, bk = config["BLOCK_I"], config["BLOCK_M"], config["BLOCK_K"]
+    scalars = {
+        "batch": problem.batch, "h_in": problem.h_in, "w_in": problem.w_in,
+        "h_out": problem.h_out, "w_out": problem.w_out,
+        "row_blocks": row_blocks(work_of(problem, pass_), config["BLOCK_R"]),
+        "column_tiles": lanes.column_tiles, "image_tiles": lanes.image_tiles,
+        "GROUPS": problem.groups, "CIN_G": problem.cin_g, "COUT_G": problem.cout_g,
+        "KH": problem.kh, "KW": problem.kw,
+        "CONV_STRIDE_H": problem.stride[0], "CONV_STRIDE_W": problem.stride[1],
+        "PAD_H": problem.pad[0], "PAD_W": problem.pad[2], "DIL_H": problem.dilation[0], "DIL_W": problem.dilation[1],
+        "INDEX_64": index_64(problem, strides, splits * problem.params),
+        "PRECISION": target.precision(problem.dtype),
+        "EMULATE_BF16": emulate_bf16(kernel, problem),
+        "PART_N": part, **blocks,
+    }  # fmt: skip
+    tiles = _tiles(problem, pass_, config)
+    places = target.multiprocessors * resident(problem, pass_, config, target)
+    view_w = problem.stride[1] if lanes.columns > 1 else 1
+    if pass_ == "fprop":
+        x = _pixels(problem, problem.x_shape, strides["x"], bm, images, bk, view_w)
+        w = _weights(problem, strides["w"], part, bk)
+        scalars |= named_strides("y", strides["y"])
+        scalars |= {
+            "programs": min(tiles, places), "HAS_BIAS": problem.bias, "VIEW_W": view_w, "Y_ALIGN": align(strides["y"])
+        }  # fmt: skip
+        launch = launcher.Launch(kernel, (min(tiles, places),), scalars, **options)
+        return Single(
+            launch, problem.y_shape, strides["y"], lambda a, b, bias, y: launch(x.of(a), w.of(b), bias, y)
+        )  # fmt: skip
+    dy = _pixels(
+        problem, problem.y_shape, strides["dy"], bk if pass_ == "wgrad" else bm, images, part if pass_ == "wgrad" else bk
+    )  # fmt: skip
+    if pass_ == "dgrad":
+        w = _weights(problem, strides["w"], bk, part)
+        common = math.gcd(problem.stride[1], problem.dilation[1])
+        scalars |= named_strides("dx", strides["dx"])
+        scalars |= {
+            "programs": min(tiles, places),
+            "COMMON_W": common,
+            "INVERSE_W": pow(problem.dilation[1] // common, -1, problem.stride[1] // common),
+            "DX_ALIGN": align(strides["dx"]),
+        }
+        launch = launcher.Launch(kernel, (min(tiles, places),), scalars, **options)
+        return Single(launch, problem.x_shape, strides["dx"], lambda a, b, dx: launch(dy.of(a), w.of(b), dx))
+    x = _pixels(problem, problem.x_shape, strides["x"], bk, images, bm, view_w)
+    scalars |= {"chunk": chunk, "VIEW_W": view_w}
+    partial = launcher.Launch(kernel, (tiles * splits,), scalars, **options)
+    return SplitK(partial, problem, splits, strides["dw"], lambda a, b, part_: partial(dy.of(a), x.of(b), part_))
