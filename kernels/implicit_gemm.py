@@ -6,14 +6,15 @@ are that axis. *_ALIGN is the power of two, up to 16, that divides its strides o
 specialisation sees only from 16 on: without it, NHWC loads of 360 or 696 channels are 2 bytes wide. Offsets are
 int32 unless INDEX_64 is set. BLOCK_N may be any sum of powers of two: a program's columns are then as many products as
 its parts (tiles.part_sizes), so that a group of 112 or 232 channels need not be padded to 128 or 256. BOUNDED: some tap
-reaches past the map; without padding none does.
+reaches past the map; without padding none does. FLAT: a 1x1 layer whose pixels lie evenly apart, images too: a batched
+GEMM, without the arithmetic of pixels.
 Source: own derivation, no code adapted.
 """
 
 import triton
 import triton.language as tl
 
-from .tiles import cols, index, mma, narrow, part, part_count, part_zeros, phase_taps, pixel, rows, turned
+from .tiles import cols, index, mma, narrow, part, part_count, part_zeros, phase_taps, pixel, pixel_offset, rows, turned
 
 SIZES = ("batch", "h_in", "w_in", "h_out", "w_out")
 
@@ -28,7 +29,8 @@ def fprop_kernel(
     GROUPS: tl.constexpr, CIN_G: tl.constexpr, COUT_G: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr,
     CONV_STRIDE_H: tl.constexpr, CONV_STRIDE_W: tl.constexpr, PAD_H: tl.constexpr, PAD_W: tl.constexpr,
     DIL_H: tl.constexpr, DIL_W: tl.constexpr,
-    BOUNDED: tl.constexpr, HAS_BIAS: tl.constexpr, CIN_INNERMOST: tl.constexpr, WGT_K_DENSE: tl.constexpr,
+    FLAT: tl.constexpr, BOUNDED: tl.constexpr, HAS_BIAS: tl.constexpr,
+    CIN_INNERMOST: tl.constexpr, WGT_K_DENSE: tl.constexpr,
     X_PIXELS_LAST: tl.constexpr, Y_PIXELS_LAST: tl.constexpr,
     X_ALIGN: tl.constexpr, Y_ALIGN: tl.constexpr, INDEX_64: tl.constexpr,
     PRECISION: tl.constexpr, EMULATE_BF16: tl.constexpr,
@@ -49,12 +51,12 @@ def fprop_kernel(
     m = index(pid // (N_TILES * GROUPS), INDEX_64) * BLOCK_M + tl.arange(0, BLOCK_M)
     n_first = pid % N_TILES * BLOCK_N
 
-    image, oh, ow = pixel(m, h_out, w_out)
+    image, oh, ow, live = pixel(m, batch, h_out, w_out, FLAT)
     ih = oh * CONV_STRIDE_H - PAD_H
     iw = ow * CONV_STRIDE_W - PAD_W
-    x_m = tl.multiple_of(image * stride_x_n + ih * stride_x_h + iw * stride_x_w, X_ALIGN)
+    x_m = pixel_offset(image, ih, iw, stride_x_n, stride_x_h, stride_x_w, FLAT, X_ALIGN)
     x_m = rows(x_m, X_PIXELS_LAST)
-    live_m = rows(image < batch, X_PIXELS_LAST)
+    live_m = rows(live, X_PIXELS_LAST)
     ih = rows(ih, X_PIXELS_LAST)
     iw = rows(iw, X_PIXELS_LAST)
     x_ptr += group * CIN_G * stride_x_c
@@ -89,12 +91,12 @@ def fprop_kernel(
         for i in tl.static_range(part_count(BLOCK_N)):
             n = part(n_first, BLOCK_N, i)
             wgt_n = (group * COUT_G + n) * (K if WGT_K_DENSE else stride_wgt_o)
-            live = (k < K)[:, None] & (n < COUT_G)[None, :]
-            wgt = tl.load(wgt_ptr + wgt_n[None, :] + wgt_k[:, None], mask=live, other=0.0)
+            in_wgt = (k < K)[:, None] & (n < COUT_G)[None, :]
+            wgt = tl.load(wgt_ptr + wgt_n[None, :] + wgt_k[:, None], mask=in_wgt, other=0.0)
             sums = sums + (mma(x, wgt, acc[i], PRECISION, EMULATE_BF16),)
         acc = sums
 
-    y_m = tl.multiple_of(image * stride_y_n + oh * stride_y_h + ow * stride_y_w, Y_ALIGN)
+    y_m = pixel_offset(image, oh, ow, stride_y_n, stride_y_h, stride_y_w, FLAT, Y_ALIGN)
     for i in tl.static_range(part_count(BLOCK_N)):
         n = part(n_first, BLOCK_N, i)
         o = group * COUT_G + n
@@ -103,7 +105,7 @@ def fprop_kernel(
             y += tl.load(bias_ptr + o, mask=n < COUT_G, other=0.0).to(tl.float32)[None, :]
         y = narrow(y, y_ptr.dtype.element_ty, EMULATE_BF16)
         y_at = rows(y_m, Y_PIXELS_LAST) + cols(o * stride_y_c, Y_PIXELS_LAST)
-        mask = rows(image < batch, Y_PIXELS_LAST) & cols(n < COUT_G, Y_PIXELS_LAST)
+        mask = rows(live, Y_PIXELS_LAST) & cols(n < COUT_G, Y_PIXELS_LAST)
         tl.store(y_ptr + y_at, turned(y, Y_PIXELS_LAST), mask=mask)
 
 
@@ -120,7 +122,7 @@ def dgrad_kernel(
     COMMON_H: tl.constexpr, COMMON_W: tl.constexpr, INVERSE_H: tl.constexpr, INVERSE_W: tl.constexpr,
     DY_PIXELS_LAST: tl.constexpr, DX_PIXELS_LAST: tl.constexpr,
     DY_ALIGN: tl.constexpr, WGT_ALIGN: tl.constexpr, DX_ALIGN: tl.constexpr,
-    BOUNDED: tl.constexpr, INDEX_64: tl.constexpr,
+    FLAT: tl.constexpr, BOUNDED: tl.constexpr, INDEX_64: tl.constexpr,
     PRECISION: tl.constexpr, EMULATE_BF16: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
@@ -141,16 +143,17 @@ def dgrad_kernel(
 
     r_first, r_count = phase_taps(phase // CONV_STRIDE_W, KH, CONV_STRIDE_H, PAD_H, COMMON_H, INVERSE_H)
     s_first, s_count = phase_taps(phase % CONV_STRIDE_W, KW, CONV_STRIDE_W, PAD_W, COMMON_W, INVERSE_W)
-    image, th, tw = pixel(m, h_phase, w_phase)
+    image, th, tw, live = pixel(m, batch, h_phase, w_phase, FLAT)
     ih = th * CONV_STRIDE_H + phase // CONV_STRIDE_W
     iw = tw * CONV_STRIDE_W + phase % CONV_STRIDE_W
-    live = (image < batch) & (ih < h_in) & (iw < w_in)
+    if not FLAT:
+        live &= (ih < h_in) & (iw < w_in)
     # The output pixel that the first tap reaches; each further tap reaches one DIL / COMMON before.
     oh = (ih + PAD_H - r_first * DIL_H) // CONV_STRIDE_H
     ow = (iw + PAD_W - s_first * DIL_W) // CONV_STRIDE_W
     BACK_H: tl.constexpr = DIL_H // COMMON_H
     BACK_W: tl.constexpr = DIL_W // COMMON_W
-    dy_m = tl.multiple_of(image * stride_dy_n + oh * stride_dy_h + ow * stride_dy_w, DY_ALIGN)
+    dy_m = pixel_offset(image, oh, ow, stride_dy_n, stride_dy_h, stride_dy_w, FLAT, DY_ALIGN)
     dy_m = rows(dy_m, DY_PIXELS_LAST)
     live_m = rows(live, DY_PIXELS_LAST)
     oh = rows(oh, DY_PIXELS_LAST)
@@ -191,7 +194,7 @@ def dgrad_kernel(
             sums = sums + (mma(dy, wgt, acc[part_i], PRECISION, EMULATE_BF16),)
         acc = sums
 
-    dx_m = tl.multiple_of(image * stride_dx_n + ih * stride_dx_h + iw * stride_dx_w, DX_ALIGN)
+    dx_m = pixel_offset(image, ih, iw, stride_dx_n, stride_dx_h, stride_dx_w, FLAT, DX_ALIGN)
     for part_i in tl.static_range(part_count(BLOCK_N)):
         n = part(n_first, BLOCK_N, part_i)
         dx_at = rows(dx_m, DX_PIXELS_LAST) + cols((group * CIN_G + n) * stride_dx_c, DX_PIXELS_LAST)
@@ -210,7 +213,7 @@ def wgrad_kernel(
     CONV_STRIDE_H: tl.constexpr, CONV_STRIDE_W: tl.constexpr, PAD_H: tl.constexpr, PAD_W: tl.constexpr,
     DIL_H: tl.constexpr, DIL_W: tl.constexpr,
     DY_PIXELS_LAST: tl.constexpr, X_PIXELS_LAST: tl.constexpr,
-    DY_ALIGN: tl.constexpr, X_ALIGN: tl.constexpr, BOUNDED: tl.constexpr, INDEX_64: tl.constexpr,
+    DY_ALIGN: tl.constexpr, X_ALIGN: tl.constexpr, FLAT: tl.constexpr, BOUNDED: tl.constexpr, INDEX_64: tl.constexpr,
     PRECISION: tl.constexpr, EMULATE_BF16: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
@@ -239,23 +242,23 @@ def wgrad_kernel(
     acc = part_zeros(BLOCK_M, BLOCK_N)
     for p0 in tl.range(0, chunk, BLOCK_K):
         p = split * chunk + p0 + tl.arange(0, BLOCK_K)
-        image, oh, ow = pixel(p, h_out, w_out)
+        image, oh, ow, live_p = pixel(p, batch, h_out, w_out, FLAT)
         ih = oh * CONV_STRIDE_H
         iw = ow * CONV_STRIDE_W
-        x_p = tl.multiple_of(image * stride_x_n + ih * stride_x_h + iw * stride_x_w, X_ALIGN)
-        inside = rows(image < batch, X_PIXELS_LAST) & m_in
+        x_p = pixel_offset(image, ih, iw, stride_x_n, stride_x_h, stride_x_w, FLAT, X_ALIGN)
+        inside = rows(live_p, X_PIXELS_LAST) & m_in
         if BOUNDED:
             h = rows(ih, X_PIXELS_LAST) + dh
             w = rows(iw, X_PIXELS_LAST) + dw
             inside &= (h >= 0) & (h < h_in) & (w >= 0) & (w < w_in)
         x = tl.load(x_ptr + (rows(x_p, X_PIXELS_LAST) + x_m), mask=inside, other=0.0)
         x = tl.trans(turned(x, X_PIXELS_LAST))
-        dy_p = tl.multiple_of(image * stride_dy_n + oh * stride_dy_h + ow * stride_dy_w, DY_ALIGN)
+        dy_p = pixel_offset(image, oh, ow, stride_dy_n, stride_dy_h, stride_dy_w, FLAT, DY_ALIGN)
         sums = ()
         for i in tl.static_range(part_count(BLOCK_N)):
             n = part(n_first, BLOCK_N, i)
             dy_at = rows(dy_p, DY_PIXELS_LAST) + cols(index(n, INDEX_64) * stride_dy_c, DY_PIXELS_LAST)
-            live = rows(image < batch, DY_PIXELS_LAST) & cols(n < COUT_G, DY_PIXELS_LAST)
+            live = rows(live_p, DY_PIXELS_LAST) & cols(n < COUT_G, DY_PIXELS_LAST)
             dy = turned(tl.load(dy_ptr + dy_at, mask=live, other=0.0), DY_PIXELS_LAST)
             sums = sums + (mma(x, dy, acc[i], PRECISION, EMULATE_BF16),)
         acc = sums

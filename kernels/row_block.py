@@ -14,7 +14,7 @@ Source: own derivation, no code adapted.
 import triton
 import triton.language as tl
 
-from .tiles import (
+from .tiles import (  # isort: skip
     NOWHERE, below, cols, index, mma, narrow, part, part_count, part_zeros, phase_taps, rows, turned,
 )  # fmt: skip
 
@@ -89,7 +89,7 @@ def load_rows(
     ptr, at, live, first, height, stride_h,
     MET: tl.constexpr, PIXELS_LAST: tl.constexpr, ALIGN: tl.constexpr, INDEX_64: tl.constexpr,
 ):  # fmt: skip
-    """Tiles, lanes first, of the source's rows that a block meets; `at` and `live`: of row 0. Rows off the map are 0."""
+    """Tiles, lanes first, of the source's rows that a block meets; `at` and `live` are those of row 0."""
     tiles = ()
     for j in tl.static_range(source_count(MET)):
         row = first + source_row(MET, j)
@@ -173,12 +173,11 @@ def fprop_kernel(
         wgt_k = k if WGT_ROW_DENSE else c * stride_wgt_c + s * stride_wgt_w
         weights = ()
         for r in tl.static_range(KH):
-            row_ptr = wgt_ptr + tl.multiple_of(r * stride_wgt_h, WGT_ALIGN)
             for i in tl.static_range(PARTS):
                 n = part(n_first, BLOCK_N, i)
-                wgt_at = tl.multiple_of(n * stride_wgt_o, WGT_ALIGN)[None, :] + wgt_k[:, None]
+                wgt_n = tl.multiple_of(tl.multiple_of(n * stride_wgt_o, WGT_ALIGN) + r * stride_wgt_h, WGT_ALIGN)
                 inside = (n < COUT_G)[None, :] & (k < K)[:, None]
-                weights = weights + (tl.load(row_ptr + wgt_at, mask=inside, other=0.0),)
+                weights = weights + (tl.load(wgt_ptr + (wgt_n[None, :] + wgt_k[:, None]), mask=inside, other=0.0),)
         tiles = load_rows(
             x_ptr, x_p + x_k, live, oh * CONV_STRIDE_H, h_in, stride_x_h, MET, X_PIXELS_LAST, X_ALIGN, INDEX_64
         )
@@ -260,15 +259,15 @@ def dgrad_kernel(
         live = below(ow - cols(t * BACK, DY_PIXELS_LAST), w_out)
         if COUT_G % BLOCK_K:
             live &= cols(k < K, DY_PIXELS_LAST)
-        wgt_k = o * stride_wgt_o + (s_first + t * (CONV_STRIDE_W // COMMON_W)) * stride_wgt_w
-        wgt_k = tl.multiple_of(wgt_k, WGT_ALIGN)[:, None]
+        wgt_o = o * stride_wgt_o + (s_first + t * (CONV_STRIDE_W // COMMON_W)) * stride_wgt_w
+        wgt_o = tl.multiple_of(wgt_o, WGT_ALIGN)
         weights = ()
         for r in tl.static_range(KH):
-            row_ptr = wgt_ptr + tl.multiple_of(r * stride_wgt_h, WGT_ALIGN)
+            wgt_k = tl.multiple_of(wgt_o + r * stride_wgt_h, WGT_ALIGN)[:, None]
             for i in tl.static_range(PARTS):
                 n = part(n_first, BLOCK_N, i)
                 inside = (n < CIN_G)[None, :] & (k < K)[:, None]
-                weights = weights + (tl.load(row_ptr + (wgt_k + (n * stride_wgt_c)[None, :]), mask=inside, other=0.0),)
+                weights = weights + (tl.load(wgt_ptr + (wgt_k + (n * stride_wgt_c)[None, :]), mask=inside, other=0.0),)
         tiles = load_rows(
             dy_ptr, dy_p + dy_k, live, ih // CONV_STRIDE_H, h_out, stride_dy_h, MET, DY_PIXELS_LAST, DY_ALIGN, INDEX_64
         )

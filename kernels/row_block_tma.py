@@ -1,7 +1,7 @@
 """The blocks of rows of row_block.py with tensor descriptors: the loads of sm_90 and later that a whole program shares.
 
 One instruction of one thread brings a tile, and what lies outside the map, the group or the batch comes as zeros, so
-there are no masks and no addresses. A tile of lanes is BLOCK_I images by BLOCK_M // BLOCK_I neighbouring columns, at one
+there are no masks and no addresses. A tile of lanes is BLOCK_I images by BLOCK_M // BLOCK_I neighbouring columns of a
 row. A descriptor's axes are (phase and group, row, column, image, channel), or with the image before the row where a
 tile has one image: a tile with one axis of lanes is read by the matrix unit where it lies. At a stride, VIEW_W = stride
 and a descriptor's columns are every stride-th of the map; the phase counts further groups, since in NHWC a pixel's
@@ -181,7 +181,8 @@ def dgrad_kernel(
             for j in tl.static_range(source_count(MET)):
                 row = ih // CONV_STRIDE_H - r * DIL_H + source_row(MET, j)
                 column = ow - t * (DIL_W // COMMON_W)
-                sources = sources + (load_lanes(dy_desc, group, row, column, image_first, o, BLOCK_I, BLOCK_M, BLOCK_K),)
+                dy = load_lanes(dy_desc, group, row, column, image_first, o, BLOCK_I, BLOCK_M, BLOCK_K)
+                sources = sources + (dy,)
             acc = products(acc, sources, weights, MET, BLOCK_R, PARTS, PRECISION, EMULATE_BF16)
 
         tw, image = lanes_of(t_first, image_first, BLOCK_I, BLOCK_M, INDEX_64)
@@ -204,7 +205,7 @@ def wgrad_kernel(
     BLOCK_R: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_I: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """One program: the partial sum over `chunk` blocks of pixels of a (group, column tap, channel, output-channel) tile.
+    """One program: the partial sum over `chunk` blocks of pixels of one (group, column tap, channels) tile.
 
     A block is BLOCK_R rows by BLOCK_K lanes of dy, BLOCK_I images by BLOCK_K // BLOCK_I columns. For each kernel row,
     M = BLOCK_M input channels of one column tap, N = COUT_G, K = lanes, for each pair of rows that meets. All kernel

@@ -53,9 +53,25 @@ def turned(tile, SWAP: tl.constexpr):
 
 
 @triton.jit
-def pixel(m, height, width):
-    """(image, row, column) of a flat pixel number of a [batch, height, width] map."""
-    return m // (height * width), (m // width) % height, m % width
+def pixel(m, batch, height, width, FLAT: tl.constexpr):
+    """(image, row, column, whether there is one) of a flat pixel number of a [batch, height, width] map.
+
+    FLAT: all pixels lie evenly apart in memory, so that the number itself does for a column.
+    """
+    if FLAT:
+        return 0, 0, m, m < batch * height * width
+    else:
+        image = m // (height * width)
+        return image, (m // width) % height, m % width, image < batch
+
+
+@triton.jit
+def pixel_offset(image, row, column, stride_n, stride_h, stride_w, FLAT: tl.constexpr, ALIGN: tl.constexpr):
+    """The offset of a pixel, a multiple of ALIGN; FLAT: as in `pixel`."""
+    if FLAT:  # a sum with zeros would be folded, and the hint lost with it
+        return tl.multiple_of(column * stride_w, ALIGN)
+    else:
+        return tl.multiple_of(image * stride_n + row * stride_h + column * stride_w, ALIGN)
 
 
 @triton.jit

@@ -60,7 +60,8 @@ def product(m: int, n: int, k: int, warps: int, element_bytes: int, target: Targ
     own = max(1, groups * 64 // m)  # groups that share rows
     slow = 8 * (parts[-1] == 8)  # columns without an instruction of a warp group, at half the rate
     read = k * (m * own * len(parts) + n * max(1, m // 64)) * element_bytes
-    return Product(2.0 * m * (n + slow) * k, read, 5 * 128 * groups * len(parts) * math.ceil(m / (64 * groups)) * k / 16)
+    issued = groups * len(parts) * math.ceil(m / (64 * groups)) * math.ceil(k / 16)  # by warp groups
+    return Product(2.0 * m * (n + slow) * k, read, 5 * 128 * issued)
 
 
 def best_splits(

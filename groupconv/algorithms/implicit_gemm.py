@@ -189,6 +189,7 @@ def prepare(problem: ConvProblem, pass_: str, config: dict, target: Target, stri
         "GROUPS": problem.groups, "CIN_G": problem.cin_g, "COUT_G": problem.cout_g,
         "KH": problem.kh, "KW": problem.kw, "CONV_STRIDE_H": stride_h, "CONV_STRIDE_W": stride_w,
         "PAD_H": top, "PAD_W": left, "DIL_H": dil_h, "DIL_W": dil_w,
+        "FLAT": _flat(problem, pass_, strides),
         "BOUNDED": _bounded(problem, pass_),
         "INDEX_64": index_64(problem, strides, splits * problem.params),
         "PRECISION": target.precision(problem.dtype),
@@ -245,6 +246,17 @@ def prepare(problem: ConvProblem, pass_: str, config: dict, target: Target, stri
     grid = (math.ceil(m / config["BLOCK_M"]) * tiles * splits,)
     partial = launcher.Launch(kernel, grid, scalars, **options)
     return SplitK(partial, problem, splits, strides["dw"])
+
+
+def _flat(problem: ConvProblem, pass_: str, strides: dict) -> bool:
+    """Whether a pass is a matrix product of pixels that lie evenly apart: of a 1x1 layer, channels_last and dense."""
+    if (problem.kh, problem.kw, *problem.stride) != (1, 1, 1, 1) or any(problem.pad):
+        return False
+    touched = {"fprop": ("x", "y"), "dgrad": ("dy", "dx"), "wgrad": ("dy", "x")}[pass_]
+    return all(
+        (n == problem.h_in * h or problem.batch == 1) and (h == problem.w_in * w or problem.h_in == 1)
+        for n, _, h, w in (strides[name] for name in touched)
+    )
 
 
 def _bounded(problem: ConvProblem, pass_: str) -> bool:

@@ -34,6 +34,8 @@ def supports(problem: ConvProblem, pass_: str, target: Target) -> str | None:
         return "a channel or pixel count is zero"
     if problem.cin_g == 1:
         return "depthwise convolution has algorithms of its own"
+    if problem.element_bytes == 4 and target.backend == "cuda" and target.precision(problem.dtype) == "ieee":
+        return "IEEE products of fp32 are multiply-adds, whose operands do not fit the registers"
     if problem.kh > MOST_TAPS:
         return f"{problem.kh} kernel rows, more than {MOST_TAPS}"
     if not candidates(problem, pass_, target):
@@ -112,7 +114,8 @@ def candidates(problem: ConvProblem, pass_: str, target: Target) -> list[dict]:
     work = work_of(problem, pass_)
     found = []
     for block_r, bm, bn in itertools.product(
-        heights(problem, pass_, work), (64, 128), column_tiles(work.n, problem, target)):
+        heights(problem, pass_, work), (64, 128), column_tiles(work.n, problem, target)
+    ):
         for bk, warps in itertools.product((32, 64, 16), (4, 8)):
             config = {"BLOCK_R": block_r, "BLOCK_M": bm, "BLOCK_N": bn, "BLOCK_K": bk, "num_warps": warps}
             if bk > 16 and work.k <= bk // 2:
@@ -177,7 +180,9 @@ def _fits(problem: ConvProblem, pass_: str, config: dict, target: Target) -> boo
     if target.backend == "hip" and warps == 8:  # half as many for each
         most //= 2
     if min(_runs(problem, pass_)) < 4:  # as many addresses as elements
-        most -= 70
+        most -= 105
+    if problem.element_bytes == 4 and not target.has_warpgroups:  # the estimate was made for 2-byte types
+        most -= 50
     in_registers = not target.has_warpgroups or bn % 16  # of operands; no instruction of a warp group has 8 columns
     if bn % 16:
         most -= 60
@@ -247,7 +252,8 @@ def _tiling(problem: ConvProblem, pass_: str, config: dict, target: Target, spli
 
 def prepare(problem: ConvProblem, pass_: str, config: dict, target: Target, strides: dict):
     work = work_of(problem, pass_)
-    x, w, y, dx, dy = (strides.get(name) for name in ("x", "w", "y", "dx", "dy"))
+    x, w, y, dx = (strides[name] for name in ("x", "w", "y", "dx"))
+    dy = strides.get("dy")
     splits, chunk = _splits(problem, tuple(config.items()), target) if pass_ == "wgrad" else (1, 0)
     blocks, options = split_config(config)
     kernel = {"fprop": kernels.fprop_kernel, "dgrad": kernels.dgrad_kernel, "wgrad": kernels.wgrad_kernel}[pass_]

@@ -117,9 +117,8 @@ def _step(problem: ConvProblem, pass_: str, config: dict) -> _Step:
 
 def _steps(problem: ConvProblem, pass_: str, config: dict) -> float:
     """Steps of a tile, but in wgrad of one split of all; the mean over the phases of a stride."""
-    chunked, taps = (problem.cout_g if pass_ == "dgrad" else problem.cin_g), problem.kw
-    if pass_ == "dgrad":
-        taps /= problem.stride[1]
+    chunked, phases = (problem.cout_g, problem.stride[1]) if pass_ == "dgrad" else (problem.cin_g, 1)
+    taps = problem.kw / phases
     return math.ceil(chunked / config["BLOCK_K"]) * taps * (problem.kh // config["BLOCK_T"])
 
 
@@ -231,6 +230,7 @@ def _tiling(problem: ConvProblem, pass_: str, config: dict, target: Target, spli
     each = product(config["BLOCK_M"], _part(config["BLOCK_N"]), config["BLOCK_K"], config["num_warps"], size, target)
     parts, fit = config["BLOCK_N"] // _part(config["BLOCK_N"]), resident(problem, pass_, config, target)
     chained = steps * parts * max(0, step.products - (problem.kh if pass_ == "wgrad" else config["BLOCK_R"]))
+    starts = tiles * splits if pass_ == "wgrad" else 0  # the other kernels are persistent
     return Tiling(
         programs=tiles * splits,
         matrix_flops=steps * step.products * parts * each.flops,
@@ -242,7 +242,7 @@ def _tiling(problem: ConvProblem, pass_: str, config: dict, target: Target, spli
         resident=fit,
         launches=2 if pass_ == "wgrad" else 1,
         shared_bytes=steps * ((step.source + step.other) * size + step.products * parts * each.shared_bytes),
-        waits=waits(each, tiles * splits if pass_ == "wgrad" else 0, steps, chained, config["num_warps"], fit, problem.dtype, target),
+        waits=waits(each, starts, steps, chained, config["num_warps"], fit, problem.dtype, target),
     )
 
 
@@ -279,7 +279,8 @@ def _pixels(problem: ConvProblem, shape, strides, lanes: int, images: int, chann
     width = c // problem.groups
 
     def view(strides):
-        axes = [(problem.groups * view_w, width, 1), (h, strides[2], 1), (w // view_w, strides[3] * view_w, lanes // images)]
+        columns = (w // view_w, strides[3] * view_w, lanes // images)
+        axes = [(problem.groups * view_w, width, 1), (h, strides[2], 1), columns]
         axes.insert(1 if images == 1 else 3, (n, strides[0], images))
         sizes, steps, box = zip(*axes, (width, 1, channels), strict=True)
         return launcher.View(sizes, steps, box, problem.element_bytes)
@@ -303,6 +304,8 @@ def prepare(problem: ConvProblem, pass_: str, config: dict, target: Target, stri
     lanes, part = _lanes(problem, pass_, config), _part(config["BLOCK_N"])
     blocks, options = split_config(config)
     kernel = {"fprop": kernels.fprop_kernel, "dgrad": kernels.dgrad_kernel, "wgrad": kernels.wgrad_kernel}[pass_]
+    if target.matrix_unit == "tcgen05":
+        options["maxnreg"] = 255  # ptxas would have more programs share a multiprocessor than shared memory allows
     images, bm, bk = config["BLOCK_I"], config["BLOCK_M"], config["BLOCK_K"]
     scalars = {
         "batch": problem.batch, "h_in": problem.h_in, "w_in": problem.w_in,
@@ -332,9 +335,8 @@ def prepare(problem: ConvProblem, pass_: str, config: dict, target: Target, stri
         return Single(
             launch, problem.y_shape, strides["y"], lambda a, b, bias, y: launch(x.of(a), w.of(b), bias, y)
         )  # fmt: skip
-    dy = _pixels(
-        problem, problem.y_shape, strides["dy"], bk if pass_ == "wgrad" else bm, images, part if pass_ == "wgrad" else bk
-    )  # fmt: skip
+    of_lanes, of_channels = (bk, part) if pass_ == "wgrad" else (bm, bk)
+    dy = _pixels(problem, problem.y_shape, strides["dy"], of_lanes, images, of_channels)
     if pass_ == "dgrad":
         w = _weights(problem, strides["w"], bk, part)
         common = math.gcd(problem.stride[1], problem.dilation[1])
