@@ -54,6 +54,9 @@ def compile_pass(
     return [resources.of(launch.compiled) for launch in launched(problem, pass_, algorithm, config, target)]
 
 
+GENERAL = "implicit_gemm"  # which serves every problem that any algorithm does
+
+
 @dataclasses.dataclass(frozen=True)
 class Job:
     """A configuration to compile for a problem on a target."""
@@ -105,7 +108,9 @@ def planned(targets: list[str], problems: list[ConvProblem], only_pass: str | No
         for problem in problems:
             for pass_ in configs.PLANNED if only_pass is None else (only_pass,):
                 names = able(problem, pass_, on)
-                if names:
+                if not names and pass_ != "backward":  # run() says why
+                    found.append(Job(GENERAL, pass_, {}, problem, target))
+                elif names:
                     name, config, _ = dispatch.best(problem, pass_, on, names)
                     if configs.modelled(name, problem, pass_, on.arch_name) is None:
                         found.append(Job(name, pass_, config, problem, target))

@@ -10,6 +10,7 @@ import json
 import math
 import os
 import pathlib
+import re
 import warnings
 from collections.abc import Mapping
 
@@ -96,7 +97,19 @@ def kernels_sha256() -> dict[str, str]:
     return {name: hashlib.sha256(text).hexdigest() for name, text in sources if name != "__init__.py"}
 
 
-SHARED_KERNELS = ("reduce.py", "tiles.py")  # what every algorithm's kernels are made of, beside their own file
+@functools.cache
+def kernel_files(algorithm: str) -> frozenset[str]:
+    """The files of kernels/ that make an algorithm: its own, what that imports, and the sum of split-K's partials."""
+    folder = importlib.resources.files("groupconv.kernels")
+    found: set[str] = set()
+    left = [f"{algorithm}.py", "reduce.py"]
+    while left:
+        name = left.pop()
+        if name not in found and folder.joinpath(name).is_file():
+            text = folder.joinpath(name).read_text(encoding="utf-8")
+            left += [f"{imported}.py" for imported in re.findall(r"^from \.(\w+) import", text, re.M)]
+        found.add(name)
+    return frozenset(found)
 
 
 def parse_device(text: str, path: str) -> DeviceFile:
@@ -112,7 +125,7 @@ def parse_device(text: str, path: str) -> DeviceFile:
     changed = {name for name in {*now, *measured_with} if measured_with.get(name) != now.get(name)}
 
     def outdated(algorithm: str) -> bool:
-        return bool(changed.intersection((f"{algorithm}.py", *SHARED_KERNELS)))
+        return bool(changed & kernel_files(algorithm))
 
     _require(isinstance(data.get("entries"), list), path, "entries must be a list")
     entries, stale = [], 0

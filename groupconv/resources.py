@@ -40,7 +40,8 @@ class Work:
 class Resources:
     """Of one compiled kernel. Instructions are counted in the code, not as executed.
 
-    matrix: on the matrix unit. loads, stores: of global memory; wide_*: those of 16 bytes a thread.
+    matrix: on the matrix unit. matrix_n: the most columns of one of them, 0 where the opcode does not say.
+    loads, stores: of global memory; wide_*: those of 16 bytes a thread.
     code, loops: the work of all instructions, and of one iteration of each innermost loop; None and empty for AMD.
     """
 
@@ -49,6 +50,7 @@ class Resources:
     shared_bytes: int
     matrix: str  # the opcode, "" where there is none
     matrix_count: int
+    matrix_n: int
     loads: int
     wide_loads: int
     stores: int
@@ -87,6 +89,7 @@ def of(compiled) -> Resources:
         shared_bytes=compiled.metadata.shared,
         matrix=names.most_common(1)[0][0] if names else "",
         matrix_count=len(matrix),
+        matrix_n=max(map(_columns, matrix), default=0),
         loads=len(loads),
         wide_loads=sum(map(wide, loads)),
         stores=len(stores),
@@ -160,6 +163,12 @@ def _products(op: str) -> int:
     if found := re.match(r"HMMA\.168(\d+)\b", op):
         return 16 * 8 * int(found[1])
     return 0
+
+
+def _columns(op: str) -> int:
+    """The columns of a matrix instruction: of HGMMA.64x128x16, or HMMA.16816, which has 8; else 0."""
+    found = re.match(r"HGMMA\.64x(\d+)x", op)
+    return int(found[1]) if found else 8 * op.startswith("HMMA.168")
 
 
 def innermost_loops(sass: str) -> list[list[str]]:

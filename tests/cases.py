@@ -445,22 +445,54 @@ def _depthwise() -> list[Case]:
     return found
 
 
+# What tensor descriptors can serve: (cin_g, cout_g, kernel) and what differs, as above; channels_last, 16-bit types.
+_DESCRIPTORS = [
+    # Strides: an even number of columns is seen by phases, an odd one column by column.
+    (16, 16, 3, {"stride": 2, "hw": (8, 10)}), (24, 40, 3, {"stride": 2, "hw": (9, 7)}),
+    (8, 16, 3, {"stride": (1, 2)}), (16, 24, 3, {"stride": (2, 1)}),
+    (8, 8, 5, {"stride": 4, "pad": 2, "hw": (9, 8)}), (8, 8, 3, {"stride": 3, "hw": 9}),
+    # Dilations, kernels, padding.
+    (16, 8, 3, {"dilation": 2, "pad": 2, "hw": 8}), (8, 24, (3, 2), {"dilation": (1, 3), "pad": (1, 3), "hw": 8}),
+    (8, 8, 3, {"stride": 2, "dilation": 2, "hw": 8}), (16, 16, 1, {"pad": 0}), (24, 8, (1, 5), {"pad": (0, 2)}),
+    (8, 16, (5, 1), {"pad": (2, 0)}), (8, 8, 4, {"pad": (1, 2, 1, 2)}), (16, 16, 3, {"pad": (2, 0, 0, 3)}),
+    (8, 8, 3, {"pad": 5, "hw": 4}), (8, 8, 2, {"stride": 2, "pad": 0}), (40, 112, 3, {"groups": 1, "hw": (7, 5)}),
+]  # fmt: skip
+_DESCRIPTORS_MANY_TILES = [
+    (8, 24, 3, {"hw": (3, 4)}), (8, 8, 3, {"stride": 2, "hw": 6}), (24, 8, (3, 2), {"dilation": (2, 1), "hw": 4}),
+    (40, 8, 1, {"pad": 0, "hw": 4}), (8, 8, 3, {"batch": 17, "hw": 3}), (8, 16, 3, {"batch": 1, "hw": (3, 21)}),
+]  # fmt: skip
+
+
+def _descriptors() -> list[Case]:
+    """Operands lie as a descriptor sees them, or have to be copied first."""
+    found = []
+    for i, case in enumerate(_named(_DESCRIPTORS, "few", 0) + _named(_DESCRIPTORS_MANY_TILES, "many", 0)):
+        layouts = {"dtype": ("fp16", "bf16")[i % 2], "layout": "nhwc", "out_layout": "nhwc", "bias": i % 3 == 0}
+        x, w = ("nhwc-slice" if i % 7 == 1 else "nhwc"), ("nhwc", "nchw")[i % 5 == 2]
+        dy = ("nchw", "expanded")[i // 6 % 2] if i % 6 == 4 else "nhwc"
+        problem = dataclasses.replace(case.problem, **layouts)
+        found.append(dataclasses.replace(case, problem=problem, x=x, w=w, dy=dy))
+    return found
+
+
 # Two of the suite's layers are one layer when their maps shrink.
 CASES = list(dict.fromkeys(_suite() + _named(_ARGUMENTS, "few", 0) + _named(_MANY_TILES, "many", 1) + _views()))
 DEPTHWISE = dict.fromkeys(case for case in _depthwise() if case not in CASES)
+DESCRIPTORS = dict.fromkeys(case for case in _descriptors() if case not in CASES)
 
 
 def runs(on, cases=None) -> list[tuple[Case, str, str]]:
     """(case, pass, algorithm) for every algorithm that can serve it on a target; by default of all named cases.
 
-    The cases for depthwise algorithms are not run by the general one, which has its own. Those that have both gradients
-    by one kernel run half of the cases so, and dgrad and wgrad, by the same code, in the rest.
+    The cases for depthwise algorithms are not run by the general one, which has its own, nor are those for descriptors
+    by any without. Those that have both gradients by one kernel run half of the cases so, and dgrad and wgrad, by the
+    same code, in the rest.
     """
     found = []
-    for i, case in enumerate((*CASES, *DEPTHWISE) if cases is None else cases):
+    for i, case in enumerate((*CASES, *DEPTHWISE, *DESCRIPTORS) if cases is None else cases):
         problem = actual(case)
         for name, algorithm in REGISTRY.items():
-            if name == "implicit_gemm" and case in DEPTHWISE:
+            if (name == "implicit_gemm" and case in DEPTHWISE) or (name != "row_block_tma" and case in DESCRIPTORS):
                 continue
             able = [pass_ for pass_ in (*PASSES, *PRODUCES) if algorithm.supports(problem, pass_, on) is None]
             if name.startswith("depthwise") and "backward" in able:

@@ -94,6 +94,13 @@ DEPTHWISE = ConvProblem(32, 64, 28, 28, 64, 3, 3, (1, 1), (1, 1, 1, 1), (1, 1), 
 DIRECT = {"BLOCK_P": 32, "BLOCK_C": 32, "num_warps": 4, "num_stages": 1}
 
 
+WIDE = ConvProblem(128, 480, 14, 14, 480, 3, 3, (1, 1), (1, 1, 1, 1), (1, 1), 4, "bf16")
+
+
+def configs_of(problem, algorithm):
+    return dispatch.contenders(problem, "fprop", devices.DEFAULT, algorithm)[0]
+
+
 def direct(pass_, **times):
     return entry(DEPTHWISE, pass_, algorithm="depthwise_direct", config=DIRECT, **times)
 
@@ -178,7 +185,7 @@ def test_undecodable_file_is_skipped(user_file):
 
 
 def test_entries_of_other_kernels_are_left_out(user_file):
-    """Those of an algorithm whose file has changed, or of all where a shared file has; the others hold."""
+    """Those of an algorithm whose file has changed, or one that it is made of; the others hold."""
     hashes = configs.kernels_sha256()
     mine = [entry(), direct("fprop")]
     path = user_file(file_text(*mine, kernels_sha256=hashes | {"implicit_gemm.py": "0" * 64}))
@@ -189,6 +196,12 @@ def test_entries_of_other_kernels_are_left_out(user_file):
     user_file(file_text(*mine, kernels_sha256=hashes | {"tiles.py": "0" * 64}))
     with pytest.warns(UserWarning, match="skipping 2 entries"):
         assert plan(DEPTHWISE).source == "modelled"
+    wide = entry(WIDE, algorithm="row_block_tma", config=configs_of(WIDE, "row_block_tma"))
+    user_file(file_text(wide, kernels_sha256=hashes | {"row_march.py": "0" * 64}))
+    assert plan(WIDE).source == "exact"
+    user_file(file_text(wide, kernels_sha256=hashes | {"row_block.py": "0" * 64}))
+    with pytest.warns(UserWarning, match="skipping 1 entries"):
+        assert plan(WIDE).source == "modelled"
     user_file(file_text(*mine, kernels_sha256={name: sha for name, sha in hashes.items() if name != "reduce.py"}))
     with pytest.warns(UserWarning, match="skipping 2 entries"):
         assert plan(DEPTHWISE).source == "modelled"
@@ -227,7 +240,8 @@ def test_calibration_corrects_the_model(user_file):
     assert after.time_us == pytest.approx(3.0 * before.time_us)
     assert after.torch_time_us == pytest.approx(50.0 * after.floor_us)
     assert "as calibrated on nvidia_h200" in after.reason
-    user_file(file_text(calibration={"ours": {"row_march fprop": 1e3}}))
+    others = ("row_march", "row_block", "row_block_tma")
+    user_file(file_text(calibration={"ours": {f"{name} fprop": 1e3 for name in others}}))
     assert plan(backend="triton").algorithm == "implicit_gemm"
     user_file(file_text(calibration={"torch": {"narrow fprop": 1.01}}))
     assert plan().algorithm == "torch"

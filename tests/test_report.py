@@ -106,7 +106,7 @@ def test_quick_report(tmp_path):
     assert {row["gpu"] for row in found} == {"nvidia_h200"}
     own = [row for row in found if row["provider"] in REGISTRY]
     assert {(row["groups"], row["pass"]) for row in own} == {(g, p) for g in ("4", "32") for p in PLANNED}
-    assert {row["provider"] for row in own} == {"implicit_gemm", "row_march"}
+    assert {row["provider"] for row in own} == {"implicit_gemm", "row_block", "row_block_tma", "row_march"}
     for row in own:
         assert 1e-4 < float(row["max_rel_err"]) <= float(row["err_bound"]) == 4e-3
         assert float(row["us_p50"]) >= float(row["floor_us"]) > 0

@@ -66,7 +66,10 @@ def test_pruning_gives_its_reasons():
     assert contenders.pruned(1, 0, 900.0, 900.0, 10.0) == "its algorithm is modelled 90.0 times slower than another"
     assert contenders.pruned(1, 0, 25.0, 10.0, 10.0) == "modelled 2.5 times slower than another configuration"
     assert contenders.pruned(3, 2, 10.0, 10.0, 10.0) == "its tile is tried in 2 others"
-    assert contenders.pruned(contenders.MOST_EACH, 1, 10.0, 10.0, 10.0) == "modelled slower than 8 others"
+    assert (
+        contenders.pruned(contenders.MOST_EACH, 1, 10.0, 10.0, 10.0)
+        == f"modelled slower than {contenders.MOST_EACH} others"
+    )
     assert contenders.pruned(contenders.MOST_EACH - 1, 1, 10.0, 10.0, 10.0) is None
 
 
@@ -99,6 +102,7 @@ def test_survivors_keep_the_faster_half_and_what_auto_falls_back_on():
     assert kept == [own[1], own[2], *torchs]
     medians["torch_contiguous"] = 4.0
     assert search.survivors(SMALL, [*own, *torchs], medians) == [own[1], own[2], torchs[0]]
+    assert search.survivors(SMALL, [*own, *torchs], medians, 1) == [own[1], torchs[0]]
 
 
 # --- The search ------------------------------------------------------------------------------------------------------

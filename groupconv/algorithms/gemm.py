@@ -24,7 +24,7 @@ def column_tiles(n: int, problem: ConvProblem, target: Target) -> list[int]:
     """Columns of a program: for each number of tiles that may share N, the least that are one, two or three parts."""
     step = 16 if target.matrix_unit in ("tcgen05", "mfma", "wmma") else 8
     exact = problem.element_bytes == 2
-    most = 256 if exact else 128
+    most = 256 if exact and target.backend == "cuda" else 128
     fewest = math.ceil(n / most)
     found = set()
     for tiles, parts in itertools.product(range(fewest, max(fewest, math.ceil(n / 64)) + 1), (1, 2, 3)):
@@ -33,6 +33,14 @@ def column_tiles(n: int, problem: ConvProblem, target: Target) -> list[int]:
             size += size & -size
         found.add(max(16, size))
     return sorted(size for size in found if size <= most)
+
+
+def registers_for_all(options: dict, target: Target) -> dict:
+    """Compile options that let a thread have all registers there are.
+
+    For tcgen05, whose sums lie elsewhere, ptxas aims at more programs than shared memory holds, and spills.
+    """
+    return options | {"maxnreg": 255} if target.matrix_unit == "tcgen05" else options
 
 
 @dataclasses.dataclass(frozen=True)

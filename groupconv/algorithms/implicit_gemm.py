@@ -58,7 +58,8 @@ def candidates(problem: ConvProblem, pass_: str, target: Target) -> list[dict]:
             config = {
                 "BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_K": block_k, "num_warps": warps, "num_stages": stages,
             }  # fmt: skip
-            if fits(config, problem.dtype, target) is None:
+            # No more stages than a loop has steps; two serve them all.
+            if fits(config, problem.dtype, target) is None and stages <= max(2, math.ceil(k / block_k)):
                 found.append(config)
     sound = [config for config in found if not _unfit(problem, pass_, config, target)]
     # Some configuration must serve every problem.
@@ -101,6 +102,8 @@ def _unfit(problem: ConvProblem, pass_: str, config: dict, target: Target) -> bo
     if warps == 8 and config["BLOCK_M"] < 128:
         return True  # fewer than 16 rows a warp
     *_, last = part_sizes(config["BLOCK_N"])
+    if last < config["BLOCK_N"] and config["BLOCK_K"] > 32 and not target.has_warpgroups:
+        return True  # operands of several products in registers
     narrow = last * config["BLOCK_K"] * problem.element_bytes < 4 * target.warp_size * warps
     if last < config["BLOCK_N"] and narrow:
         return True  # loads of two bytes are not pipelined

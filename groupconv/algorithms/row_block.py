@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import itertools
 import math
+from collections.abc import Iterator
 
 from .. import launcher
 from ..cost import Tiling
@@ -13,13 +14,12 @@ from ..devices import Target
 from ..kernels import row_block as kernels
 from ..problem import ConvProblem
 from .calls import Single, SplitK, align, emulate_bf16, index_64, named_strides, pixels_last, split_config
-from .gemm import best_splits, column_tiles, product, waits
+from .gemm import best_splits, column_tiles, product, registers_for_all, waits
 
 NAME = "row_block"
 BLOCKS = {"BLOCK_R": (1, 16, 1), "BLOCK_M": (16, 512), "BLOCK_N": (8, 512, 8), "BLOCK_K": (16, 512)}
 MOST_ROWS = 8
 MOST_TAPS = 7  # kernel rows: each has its tiles in every step
-MOST_REGISTERS = {"wgmma": 240, "tcgen05": 200, "mma.sync": 180, "mfma": 210, "wmma": 100}  # as estimated
 MOST_PADDING = 1.2  # of rows, by blocks that reach past the map
 INSTRUCTIONS_A_LOAD = 5  # with its address and mask, which the rows of a block share
 INSTRUCTIONS_A_STEP = 60  # of each thread, to wait and to go on
@@ -38,7 +38,7 @@ def supports(problem: ConvProblem, pass_: str, target: Target) -> str | None:
         return "IEEE products of fp32 are multiply-adds, whose operands do not fit the registers"
     if problem.kh > MOST_TAPS:
         return f"{problem.kh} kernel rows, more than {MOST_TAPS}"
-    if not candidates(problem, pass_, target):
+    if next(_candidates(problem, pass_, target), None) is None:
         return "its sums do not fit the registers"
     return None
 
@@ -77,6 +77,7 @@ def axes(problem: ConvProblem, pass_: str) -> tuple[int, int, float]:
     return work.m, work.n, work.k
 
 
+@functools.lru_cache(4096)
 def met_rows(problem: ConvProblem, pass_: str, block_r: int) -> list[tuple[int, int, int]]:
     """The (row, kernel row, source row) that meet in a block."""
     return kernels.meetings(
@@ -111,8 +112,11 @@ def _step(problem: ConvProblem, pass_: str, config: dict) -> _Step:
 
 @functools.lru_cache(256)
 def candidates(problem: ConvProblem, pass_: str, target: Target) -> list[dict]:
+    return list(_candidates(problem, pass_, target))
+
+
+def _candidates(problem: ConvProblem, pass_: str, target: Target) -> Iterator[dict]:
     work = work_of(problem, pass_)
-    found = []
     for block_r, bm, bn in itertools.product(
         heights(problem, pass_, work), (64, 128), column_tiles(work.n, problem, target)
     ):
@@ -123,9 +127,8 @@ def candidates(problem: ConvProblem, pass_: str, target: Target) -> list[dict]:
             # As many stages as there is room for.
             for stages in (3, 2):
                 if _fits(problem, pass_, config | {"num_stages": stages}, target):
-                    found.append(config | {"num_stages": stages})
+                    yield config | {"num_stages": stages}
                     break
-    return found
 
 
 def heights(problem: ConvProblem, pass_: str, work: Work) -> list[int]:
@@ -169,24 +172,35 @@ def shared_bytes(problem: ConvProblem, pass_: str, config: dict, target: Target)
 
 
 def _fits(problem: ConvProblem, pass_: str, config: dict, target: Target) -> bool:
-    bm, bn, bk, warps = config["BLOCK_M"], config["BLOCK_N"], config["BLOCK_K"], config["num_warps"]
-    if bm < 16 * warps or shared_bytes(problem, pass_, config, target) > target.shared_bytes:
+    bm, bn, bk = config["BLOCK_M"], config["BLOCK_N"], config["BLOCK_K"]
+    if bm < 16 * config["num_warps"] or shared_bytes(problem, pass_, config, target) > target.shared_bytes:
         return False
     # A product takes columns of tensor memory, about 1.5 for each of N, and there are 512.
     products = len(met_rows(problem, pass_, config["BLOCK_R"]))
     if target.matrix_unit == "tcgen05" and products * bn * 3 // 2 > 512:
         return False
-    most = MOST_REGISTERS[target.matrix_unit]
-    if target.backend == "hip" and warps == 8:  # half as many for each
+    # What passes through registers: elements that are loaded one by one, and the operands of all products but those of
+    # warp groups, which have 16 columns at least.
+    through = min(_runs(problem, pass_)) < 4 or not target.has_warpgroups or bn % 16
+    if bk > (32 if through else 64):
+        return False
+    return registers(problem, pass_, config, target) <= _most_registers(problem, pass_, config, target)
+
+
+def _most_registers(problem: ConvProblem, pass_: str, config: dict, target: Target) -> int:
+    """The most that `registers` may estimate: found by compiling the suite's layers, which spill from there on."""
+    most = {"wgmma": 240, "tcgen05": 200, "mma.sync": 180, "mfma": 210, "wmma": 100}[target.matrix_unit]
+    if target.backend == "hip" and config["num_warps"] == 8:  # half as many for each
         most //= 2
     if min(_runs(problem, pass_)) < 4:  # as many addresses as elements
         most -= 105
+    if config["BLOCK_N"] % 16:
+        most -= 60
+    if target.matrix_unit == "mma.sync" and pass_ == "fprop" and problem.kw * problem.cin_g <= 8 * config["BLOCK_K"]:
+        most -= 40  # a short loop is unrolled
     if problem.element_bytes == 4 and not target.has_warpgroups:  # the estimate was made for 2-byte types
         most -= 50
-    in_registers = not target.has_warpgroups or bn % 16  # of operands; no instruction of a warp group has 8 columns
-    if bn % 16:
-        most -= 60
-    return bk <= (32 if in_registers else 64) and registers(problem, pass_, config, target) <= most
+    return most
 
 
 def resident(problem: ConvProblem, pass_: str, config: dict, target: Target) -> int:
@@ -256,6 +270,7 @@ def prepare(problem: ConvProblem, pass_: str, config: dict, target: Target, stri
     dy = strides.get("dy")
     splits, chunk = _splits(problem, tuple(config.items()), target) if pass_ == "wgrad" else (1, 0)
     blocks, options = split_config(config)
+    options = registers_for_all(options, target)
     kernel = {"fprop": kernels.fprop_kernel, "dgrad": kernels.dgrad_kernel, "wgrad": kernels.wgrad_kernel}[pass_]
     blocks_of_rows = row_blocks(work, config["BLOCK_R"])
     scalars = {

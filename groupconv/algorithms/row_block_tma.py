@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import itertools
 import math
+from collections.abc import Iterator
 
 import torch
 
@@ -15,7 +16,7 @@ from ..devices import Target
 from ..kernels import row_block_tma as kernels
 from ..problem import ConvProblem, dense_strides
 from .calls import Single, SplitK, align, emulate_bf16, index_64, named_strides, split_config
-from .gemm import best_splits, product, waits
+from .gemm import best_splits, product, registers_for_all, waits
 from .row_block import heights, met_rows, row_blocks, work_of
 
 NAME = "row_block_tma"
@@ -50,7 +51,7 @@ def supports(problem: ConvProblem, pass_: str, target: Target) -> str | None:
         for size, stride, dilation in zip((problem.kh, problem.kw), problem.stride, problem.dilation, strict=True):
             if size < stride or (stride > 1 and dilation > 1):
                 return "some phase of the stride meets no tap"
-    if not candidates(problem, pass_, target):
+    if next(_candidates(problem, pass_, target), None) is None:
         return "no tile fits"
     return None
 
@@ -124,9 +125,12 @@ def _steps(problem: ConvProblem, pass_: str, config: dict) -> float:
 
 @functools.lru_cache(256)
 def candidates(problem: ConvProblem, pass_: str, target: Target) -> list[dict]:
+    return list(_candidates(problem, pass_, target))
+
+
+def _candidates(problem: ConvProblem, pass_: str, target: Target) -> Iterator[dict]:
     work = work_of(problem, pass_)
     kernel_rows = {problem.kh} if pass_ == "wgrad" or (pass_ == "dgrad" and problem.stride[0] > 1) else {problem.kh, 1}
-    found = []
     for block_r, taps, bn in itertools.product(heights(problem, pass_, work), sorted(kernel_rows), _columns(work.n)):
         for bm, bk in itertools.product((128, 64), (64, 32)):
             for images in _images(problem, pass_, bk if pass_ == "wgrad" else bm):
@@ -136,9 +140,8 @@ def candidates(problem: ConvProblem, pass_: str, target: Target) -> list[dict]:
                 }  # fmt: skip
                 for stages in (4, 3, 2):
                     if _fits(problem, pass_, config | {"num_stages": stages}, target):
-                        found.append(config | {"num_stages": stages})
+                        yield config | {"num_stages": stages}
                         break
-    return found
 
 
 def _columns(n: int) -> list[int]:
@@ -304,8 +307,7 @@ def prepare(problem: ConvProblem, pass_: str, config: dict, target: Target, stri
     lanes, part = _lanes(problem, pass_, config), _part(config["BLOCK_N"])
     blocks, options = split_config(config)
     kernel = {"fprop": kernels.fprop_kernel, "dgrad": kernels.dgrad_kernel, "wgrad": kernels.wgrad_kernel}[pass_]
-    if target.matrix_unit == "tcgen05":
-        options["maxnreg"] = 255  # ptxas would have more programs share a multiprocessor than shared memory allows
+    options = registers_for_all(options, target)
     images, bm, bk = config["BLOCK_I"], config["BLOCK_M"], config["BLOCK_K"]
     scalars = {
         "batch": problem.batch, "h_in": problem.h_in, "w_in": problem.w_in,

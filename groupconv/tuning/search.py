@@ -191,7 +191,8 @@ class Search:
         first = medians = self._race(task, admitted, FIRST_ROUNDS, subject)
         finalists, rounds = admitted, FIRST_ROUNDS
         while rounds < LAST_ROUNDS:
-            finalists = survivors(task.problem, finalists, medians)
+            most = FINALISTS if 2 * rounds >= LAST_ROUNDS else None
+            finalists = survivors(task.problem, finalists, medians, most)
             last = sum(each.ours for each in finalists) <= FINALISTS
             rounds = LAST_ROUNDS if last else 2 * rounds
             medians = self._race(task, finalists, rounds, subject)
@@ -236,12 +237,15 @@ class Search:
             raise TimeoutError
 
 
-def survivors(problem: ConvProblem, admitted: list[Contender], medians: dict[str, float]) -> list[Contender]:
-    """The faster half of ours, the fastest of PyTorch's, and the one that "auto" would fall back on."""
+def survivors(
+    problem: ConvProblem, admitted: list[Contender], medians: dict[str, float], most: int | None = None
+) -> list[Contender]:
+    """The faster half of ours, `most` at most; the fastest of PyTorch's, and the one that "auto" would fall back on."""
     ranked = sorted(admitted, key=lambda each: medians[each.name])
     own = [each for each in ranked if each.ours]
     torchs = [each for each in ranked if not each.ours]
-    kept = {each.name for each in (*own[: math.ceil(len(own) / 2)], *torchs[:1])}
+    half = math.ceil(len(own) / 2)
+    kept = {each.name for each in (*own[: half if most is None else min(half, most)], *torchs[:1])}
     kept.add(contenders_.same_layout(problem).name)
     return [each for each in admitted if each.name in kept]
 
