@@ -3,7 +3,10 @@
 from .api import explain, triton_conv
 from .dispatch import PassPlan, Plan
 from .modules import Conv2d, convert
+from .ops import set_fp32_precision
 from .problem import ConvProblem
 
-__all__ = ["Conv2d", "ConvProblem", "PassPlan", "Plan", "convert", "explain", "triton_conv"]
+__all__ = [
+    "Conv2d", "ConvProblem", "PassPlan", "Plan", "convert", "explain", "set_fp32_precision", "triton_conv",
+]  # fmt: skip
 __version__ = "0.1.0"

@@ -47,8 +47,9 @@ def triton_conv(
 
     Accuracy:
         fp32 accumulation, one rounding to the result's dtype. fp32 inputs follow
-        torch.backends.cudnn.conv.fp32_precision (TF32 or IEEE). Results and gradients are bitwise repeatable on a
-        device. ||error|| / ||result|| against float64: fp16 5e-4, bf16 4e-3, tf32 1e-3, fp32 2^-23 * sqrt(terms).
+        torch.backends.cudnn.conv.fp32_precision (TF32 or IEEE), or `set_fp32_precision`. Results and gradients are
+        bitwise repeatable on a device. ||error|| / ||result|| against float64: fp16 5e-4, bf16 4e-3, tf32 1e-3, fp32
+        2^-23 * sqrt(terms), bf16x3 1e-5 more.
 
     Autocast and torch.compile are followed. Source: own derivation, no code adapted.
     """

@@ -26,7 +26,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     compile_.add_argument("--targets", nargs="+", metavar="TARGET", help="sm_90, gfx942, ... (default: all known)")
     compile_.add_argument("--pass", dest="pass_", choices=PLANNED, help="only this pass")
-    compile_.add_argument("--dtype", choices=("fp16", "bf16", "tf32", "fp32"), help="only this dtype")
+    compile_.add_argument("--dtype", choices=("fp16", "bf16", "tf32", "bf16x3", "fp32"), help="only this dtype")
     compile_.add_argument("--algorithm", choices=list(REGISTRY), help="only this algorithm")
     compile_.add_argument("--jobs", type=int, metavar="N", help="worker processes (default: one a core)")
     compile_.set_defaults(run=_compile)

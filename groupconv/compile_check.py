@@ -12,7 +12,9 @@ from . import configs, devices, dispatch, launcher, resources, stub_driver
 from .algorithms import REGISTRY, able
 from .problem import ConvProblem, dense_strides
 
-TORCH_DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+TORCH_DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16} | dict.fromkeys(
+    ("fp32", "tf32", "bf16x3"), torch.float32
+)
 OPERANDS = {"fprop": ("x", "w", None), "dgrad": ("dy", "w"), "wgrad": ("dy", "x"), "backward": ("dy", "x", "w")}
 
 
@@ -90,7 +92,7 @@ def shipped(targets: list[str], only_pass: str | None = None, only_dtype: str | 
         for default in configs.modelled_defaults():
             if only_pass not in (None, default.pass_):
                 continue
-            for dtype in ("fp16", "bf16") if default.element_bytes == 2 else ("fp32", "tf32"):
+            for dtype in ("fp16", "bf16") if default.element_bytes == 2 else ("fp32", "tf32", "bf16x3"):
                 if only_dtype not in (None, dtype):
                     continue
                 for layout in ("nhwc", "nchw"):

@@ -57,10 +57,14 @@ class Target:
 
     def matrix_rate(self, dtype: str) -> float:
         """TFLOP/s for a ConvProblem dtype."""
+        if dtype == "bf16x3":
+            return self.matrix_rate("bf16") / 3
         return dict(self.matrix_tflops)[dtype]
 
     def precision(self, dtype: str) -> str:
         """Triton's input_precision for a ConvProblem dtype."""
+        if dtype == "bf16x3" and self.matrix_rate(dtype):
+            return "bf16x3"
         tf32 = (self.backend == "cuda" and int(self.arch) >= 80) or self.arch == "gfx942"
         return "tf32" if dtype == "tf32" and tf32 else "ieee"
 

@@ -121,13 +121,39 @@ def target_of(device: torch.device) -> devices.Target:
     return driver.target if isinstance(driver, stub_driver.StubDriver) else devices.DEFAULT
 
 
+_fp32_precision: str | None = None  # the user's wish for our kernels, or torch's setting
+
+
+def set_fp32_precision(precision: str | None) -> None:
+    """Choose how our kernels multiply fp32 operands, from the next call on, in all threads.
+
+    Args:
+        precision: None, the default, follows torch.backends.cudnn.conv.fp32_precision (TF32 or IEEE). "bf16x3" splits
+            each operand into two bf16 numbers and makes three bf16 products of one: several times the rate of IEEE
+            arithmetic, where there are matrix units. Depthwise kernels keep to IEEE arithmetic, which costs them less.
+            F.conv2d, where a plan takes it, follows torch's setting.
+
+    Raises: ValueError for anything else.
+    Accuracy: of bf16x3, ||error|| / ||result|| against float64 at most 1e-5 + 2^-23 * sqrt(terms).
+    Source: Triton's input_precision="bf16x3".
+    """
+    global _fp32_precision
+    if precision not in (None, "bf16x3"):
+        raise ValueError(f'set_fp32_precision: precision is {precision!r}, but must be None or "bf16x3"')
+    _fp32_precision = precision
+
+
+def _precision_of_fp32() -> str:
+    return _fp32_precision or torch._C._get_fp32_precision_getter("cuda", "conv")
+
+
 def make_problem(x: Tensor, w: Tensor, has_bias: bool, args: ConvArgs) -> ConvProblem:
     """The problem of 4-D tensors and normalised arguments."""
     nhwc = suggests_channels_last(x.shape, x.stride())
     out_nhwc = nhwc or suggests_channels_last(w.shape, w.stride())
     dtype = DTYPES.get(x.dtype, "fp32")
-    if dtype == "fp32" and torch._C._get_fp32_precision_getter("cuda", "conv") == "tf32":
-        dtype = "tf32"
+    if dtype == "fp32" and (precision := _precision_of_fp32()) in ("tf32", "bf16x3"):
+        dtype = precision
     return ConvProblem(
         x.shape[0], x.shape[1], x.shape[2], x.shape[3], w.shape[0], w.shape[2], w.shape[3],
         args.stride, args.padding, args.dilation, args.groups, dtype,
@@ -233,7 +259,7 @@ def reset() -> None:
 def _key(x: Tensor, w: Tensor, bias: Tensor | None, stride, padding, dilation, groups, backend: str) -> tuple:
     """Everything that a plan or a compiled kernel depends on."""
     dtype = x.dtype
-    precision = torch._C._get_fp32_precision_getter("cuda", "conv") if dtype is torch.float32 else None
+    precision = _precision_of_fp32() if dtype is torch.float32 else None
     return (
         x.shape, x.stride(), dtype, x.device, w.shape, w.stride(), w.dtype, w.device,
         None if bias is None else (bias.shape, bias.stride(), bias.dtype, bias.device),

@@ -6,7 +6,7 @@ import dataclasses
 from functools import cached_property
 
 PASSES = ("fprop", "dgrad", "wgrad")
-ELEMENT_BYTES = {"fp32": 4, "tf32": 4, "fp16": 2, "bf16": 2}
+ELEMENT_BYTES = {"fp32": 4, "tf32": 4, "bf16x3": 4, "fp16": 2, "bf16": 2}
 
 
 def output_size(size: int, kernel: int, stride: int, pad: int, dilation: int) -> int:
@@ -48,7 +48,8 @@ def bucket(value: int) -> int:
 class ConvProblem:
     """A grouped 2-D convolution. Sizes in pixels and channels; padding before and after each axis.
 
-    dtype: "fp32" (IEEE arithmetic), "tf32" (fp32 data, TF32 arithmetic), "fp16" or "bf16".
+    dtype: "fp32" (IEEE arithmetic), "tf32" (fp32 data, TF32 arithmetic), "bf16x3" (fp32 data, three bf16 products for
+    one), "fp16" or "bf16".
     layout: memory order of x, "nhwc" (channels_last) or "nchw". out_layout: that of y and dx.
     """
 

@@ -16,7 +16,7 @@ QUICK_GROUPS = (4, 32)
 KERNELS = (1, 3, 5, 7, 9, 11, 13, 17, 21, 27, 31)
 QUICK_KERNELS = (3, 7)
 QUICK_STEP = 16  # of a list of layers, every 16th
-DTYPES = ("bf16", "fp16", "fp32", "tf32")
+DTYPES = ("bf16", "fp16", "fp32", "tf32", "bf16x3")
 LAYOUTS = ("nhwc", "nchw")
 COLUMNS = (
     "name", "N", "C_in", "H", "W", "C_out", "KH", "KW", "stride_h", "stride_w", "pad_h", "pad_w", "dil_h", "dil_w",

@@ -282,3 +282,26 @@ def test_operands_come_by_descriptors():
         assert activations > 0
         assert (weights > 0) == (pass_ != "wgrad")
         assert pointers == 0
+
+
+def test_three_bf16_products_take_the_place_of_one():
+    """bf16x3 compiles to bf16 matrix instructions on every target that has them, without spills."""
+    code = """
+import json
+from groupconv import compile_check as check, devices, dispatch
+from groupconv.problem import ConvProblem
+found = []
+for target, pass_ in (("sm_90", "fprop"), ("sm_80", "dgrad"), ("gfx942", "wgrad")):
+    p = ConvProblem(32, 480, 14, 14, 480, 3, 3, (1, 1), (1, 1, 1, 1), (1, 1), 4, "bf16x3")
+    name, config, _ = dispatch.best(p, pass_, devices.named(target), ["implicit_gemm"])
+    made = check.launched(p, pass_, name, config, target)[0].compiled
+    text = made.asm.get("ptx") or made.asm["amdgcn"]
+    (used, *_) = check.compile_pass(p, pass_, name, config, target)
+    found.append([used.spill_bytes, used.matrix_count, ".f32.bf16.bf16" in text or "_bf16 " in text, "tf32" in text])
+print(json.dumps(found))
+"""
+    for spills, matrix, bf16, tf32 in json.loads(python(code)):
+        assert spills == 0
+        assert matrix > 0
+        assert bf16
+        assert not tf32

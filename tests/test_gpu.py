@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from groupconv import configs, dispatch, ops, triton_conv
+from groupconv import configs, dispatch, ops, set_fp32_precision, triton_conv
 from groupconv.algorithms import REGISTRY, able
 from groupconv.perf_reports import layers
 from groupconv.problem import PASSES, ConvProblem
@@ -42,6 +42,22 @@ def check_layer(y, grads, tensors, kwargs, dy):
     y64 = F.conv2d(*leaves, **kwargs)
     for out, ref in zip((y, *grads), (y64, *torch.autograd.grad(y64, leaves, dy.double())), strict=True):
         assert cases.error(out, ref) <= cases.bound("bf16", 1)
+
+
+def test_three_bf16_products_are_nearly_fp32():
+    """bf16x3, which the interpreter does not have: far nearer than TF32, in every pass."""
+    problem = ConvProblem(8, 96, 14, 14, 96, 3, 3, pad=(1, 1, 1, 1), groups=2, dtype="fp32")
+    given = cases.operands(cases.Case(problem), "cuda")
+    x, w = given.x.requires_grad_(), given.w.requires_grad_()
+    set_fp32_precision("bf16x3")
+    try:
+        y = triton_conv(x, w, padding=1, groups=2, backend="triton")
+        found = (y, *torch.autograd.grad(y, (x, w), given.dy))
+    finally:
+        set_fp32_precision(None)
+    for pass_, out in zip(PASSES, found, strict=True):
+        expected = cases.references(problem, given)[pass_]
+        assert cases.error(out, expected) <= cases.bound("bf16x3", cases.terms(problem, pass_)), pass_
 
 
 # --- Named cases, as triton_conv plans them --------------------------------------------------------------------------

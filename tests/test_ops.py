@@ -373,6 +373,49 @@ def test_reserved_arguments(extra):
         triton_conv(x, w, groups=2, **extra)
 
 
+@pytest.fixture
+def bf16x3():
+    groupconv.set_fp32_precision("bf16x3")
+    yield
+    groupconv.set_fp32_precision(None)
+
+
+def test_bf16x3_is_taken_only_where_it_is_wished_for(device, bf16x3):
+    """Calls before and after are none of it; 16-bit operands and F.conv2d never are; gradients are as their call."""
+    x, w, bias = operands(device)
+    wished = explain(x, w, bias, groups=2, backend="triton", target="sm_90")
+    assert wished.problem.dtype == "bf16x3"
+    assert {plan.algorithm for plan in wished.passes} == {"implicit_gemm"}
+    y = triton_conv(x, w, bias, groups=2, backend="triton")
+    assert explain(x.half(), w.half(), groups=2, target="sm_90").problem.dtype == "fp16"
+    groupconv.set_fp32_precision(None)
+    assert explain(x, w, bias, groups=2, target="sm_90").problem.dtype == "fp32"
+    exact = triton_conv(x, w, bias, groups=2, backend="triton")
+    assert len({call.problem.dtype for call in ops._CALLS.values()} & {"fp32", "bf16x3"}) == 2
+    dy = random(*y.shape, device=device, seed=3)
+    expected = cases.reference(x, w, bias, groups=2, dy=dy)
+    for out in (y, exact):
+        assert cases.error(out, expected[0]) <= cases.bound("bf16x3", 18)
+        for found, reference, terms in zip(torch.autograd.grad(out, (x, w), dy), expected[1:], (12, 40), strict=True):
+            assert cases.error(found, reference) <= cases.bound("bf16x3", terms)
+    assert torch.equal(triton_conv(x, w, bias, groups=2, backend="torch"), F.conv2d(x, w, bias, groups=2))
+
+
+def test_bf16x3_needs_matrix_units(bf16x3):
+    x, w = torch.empty(2, 6, 6, 5), torch.empty(4, 3, 3, 2)
+    found = explain(x, w, groups=2, target="sm_75")
+    assert {plan.algorithm for plan in found.passes} == {"torch"}
+    assert "Triton has no bf16x3 matrix instructions on sm_75" in found.fprop.reason
+    depthwise = explain(torch.empty(2, 6, 9, 9), torch.empty(6, 1, 3, 3), groups=6, backend="triton", target="sm_90")
+    assert depthwise.fprop.algorithm == "depthwise_direct"
+
+
+@pytest.mark.parametrize("wrong", ["tf32", "ieee", True, 3, ""])
+def test_unknown_fp32_precisions_are_refused(wrong):
+    with pytest.raises(ValueError, match='precision is .*, but must be None or "bf16x3"'):
+        groupconv.set_fp32_precision(wrong)
+
+
 def test_fp32_precision_is_followed(device):
     """The plan computes fp32 as torch's setting for convolutions says, also when the setting changes between calls."""
     x, w = torch.empty(2, 8, 6, 6, device=device), torch.empty(8, 2, 3, 3, device=device)

@@ -50,7 +50,7 @@ def test_flops_are_those_of_torchs_counter(groups):
     assert {problem.flops(pass_) for pass_ in PASSES} == {counter.get_total_flops()}
 
 
-@pytest.mark.parametrize(("dtype", "size"), [("fp32", 4), ("tf32", 4), ("fp16", 2), ("bf16", 2)])
+@pytest.mark.parametrize(("dtype", "size"), [("fp32", 4), ("tf32", 4), ("bf16x3", 4), ("fp16", 2), ("bf16", 2)])
 def test_min_bytes(dtype, size):
     problem = ConvProblem(2, 8, 5, 5, 12, 3, 3, groups=4, dtype=dtype)
     elements = 2 * 8 * 5 * 5 + 12 * 2 * 3 * 3 + 2 * 12 * 3 * 3

@@ -8,6 +8,7 @@ import torch
 import triton
 
 from .. import launcher
+from ..devices import Target
 from ..kernels.reduce import sum_splits_kernel
 from ..problem import ConvProblem
 
@@ -49,6 +50,12 @@ def index_64(problem: ConvProblem, strides: dict, *counts: int) -> bool:
 def emulate_bf16(kernel, problem: ConvProblem) -> bool:
     """Whether the interpreter's arithmetic on bf16 must be done for it (kernels/tiles.py)."""
     return launcher.interpreting(kernel) and problem.dtype == "bf16"
+
+
+def precision(kernel, problem: ConvProblem, target: Target) -> str:
+    """The precision of a kernel's products; the interpreter, which has no bf16x3, computes them in fp32."""
+    found = target.precision(problem.dtype)
+    return "ieee" if found == "bf16x3" and launcher.interpreting(kernel) else found
 
 
 def split_config(config: dict) -> tuple[dict, dict]:

@@ -86,6 +86,8 @@ def _even(rows: int, most: int) -> int:
 def supports(problem: ConvProblem, pass_: str, target: Target) -> str | None:
     if problem.cin_g != 1:
         return f"{problem.cin_g} input channels a group, not 1"
+    if problem.dtype == "bf16x3":
+        return "bf16x3 products are implicit_gemm's"
     if problem.dtype == "fp32" or not target.matrix_rate(problem.dtype):
         return f"no {problem.dtype} matrix instructions on {target.arch_name}"
     if min(problem.x_shape[1:] + problem.w_shape) < 1:

@@ -98,6 +98,8 @@ def lanes(problem: ConvProblem, pass_: str, config: dict, taps: int) -> Lanes:
 def supports(problem: ConvProblem, pass_: str, target: Target) -> str | None:
     if problem.cin_g != 1:
         return "it serves depthwise convolutions only"
+    if problem.dtype == "bf16x3":
+        return "bf16x3 products are implicit_gemm's"
     if problem.dtype == "fp32":
         return "matrix units round fp32 to TF32"
     if not target.matrix_rate(problem.dtype) or (problem.dtype == "tf32" and target.precision("tf32") != "tf32"):

@@ -14,7 +14,7 @@ from ..devices import Target
 from ..kernels import implicit_gemm as kernels
 from ..kernels.tiles import part_sizes
 from ..problem import ELEMENT_BYTES, ConvProblem
-from .calls import Single, SplitK, align, emulate_bf16, index_64, named_strides, pixels_last, split_config
+from .calls import Single, SplitK, align, emulate_bf16, index_64, named_strides, pixels_last, precision, split_config
 from .gemm import best_splits, column_tiles, product, waits
 
 NAME = "implicit_gemm"
@@ -195,7 +195,7 @@ def prepare(problem: ConvProblem, pass_: str, config: dict, target: Target, stri
         "FLAT": _flat(problem, pass_, strides),
         "BOUNDED": _bounded(problem, pass_),
         "INDEX_64": index_64(problem, strides, splits * problem.params),
-        "PRECISION": target.precision(problem.dtype),
+        "PRECISION": precision(kernel, problem, target),
         "EMULATE_BF16": emulate_bf16(kernel, problem),
         **blocks,
     }  # fmt: skip

@@ -34,6 +34,8 @@ def supports(problem: ConvProblem, pass_: str, target: Target) -> str | None:
         return "a channel or pixel count is zero"
     if problem.cin_g == 1:
         return "depthwise convolution has algorithms of its own"
+    if problem.dtype == "bf16x3":
+        return "bf16x3 products are implicit_gemm's"
     if problem.element_bytes == 4 and target.backend == "cuda" and target.precision(problem.dtype) == "ieee":
         return "IEEE products of fp32 are multiply-adds, whose operands do not fit the registers"
     if problem.kh > MOST_TAPS:

@@ -26,6 +26,8 @@ ENOUGH = 8  # programs for each multiprocessor: no more are made by cutting the 
 
 
 def supports(problem: ConvProblem, pass_: str, target: Target) -> str | None:
+    if problem.dtype == "bf16x3":
+        return "bf16x3 products are implicit_gemm's"
     if not target.matrix_rate(problem.dtype):
         return f"Triton has no {problem.dtype} matrix instructions on {target.arch_name}"
     if min(problem.x_shape[1:] + problem.w_shape) < 1:

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 import triton
 from torch import Tensor
 
-from .. import compile_check, cost, devices, resources
+from .. import compile_check, cost, devices, ops, resources
 from ..algorithms import REGISTRY
 from ..numerics import Operands, operands, poisoned, reference, worst_error
 from ..problem import ConvProblem
@@ -130,8 +130,12 @@ def median(times: list[float]) -> float:
 
 @contextlib.contextmanager
 def settings(dtype: str) -> Iterator[None]:
-    """PyTorch as a fair baseline: cuDNN searches for its fastest algorithm, and fp32 computes in TF32 only if asked."""
+    """PyTorch as a fair baseline: cuDNN searches for its fastest algorithm, and fp32 computes in TF32 only if asked.
+
+    bf16x3 is ours alone: F.conv2d computes in IEEE arithmetic beside it.
+    """
     backends: Any = torch.backends
+    ops.set_fp32_precision("bf16x3" if dtype == "bf16x3" else None)
     before = backends.cudnn.benchmark, backends.cudnn.conv.fp32_precision, backends.cuda.matmul.fp32_precision
     precision = "tf32" if dtype == "tf32" else "ieee"
     backends.cudnn.benchmark = True
@@ -139,6 +143,7 @@ def settings(dtype: str) -> Iterator[None]:
     try:
         yield
     finally:
+        ops.set_fp32_precision(None)
         backends.cudnn.benchmark, backends.cudnn.conv.fp32_precision, backends.cuda.matmul.fp32_precision = before
 
 
