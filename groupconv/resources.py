@@ -26,7 +26,8 @@ class Work:
 
     issues: instructions, one for each warp that runs it. multiply_adds: FMA instructions, one for each thread.
     matrix_multiply_adds: of matrix instructions whose opcode has their shape, which those of sm_100 lack. loaded_bytes,
-    stored_bytes: asked of global memory, by threads that a mask leaves out too.
+    stored_bytes: asked of global memory, by threads that a mask leaves out too, but for tile_loads: loads by a tensor
+    descriptor, whose opcode has no size.
     """
 
     issues: int
@@ -34,6 +35,7 @@ class Work:
     matrix_multiply_adds: int
     loaded_bytes: int
     stored_bytes: int
+    tile_loads: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -140,14 +142,15 @@ def _is_fma(op: str) -> bool:
 
 def _work(opcodes: Iterable[str], warps: int) -> Work:
     threads = 32 * warps
-    issues = fmas = products = loaded = stored = 0
+    issues = fmas = products = loaded = stored = tiles = 0
     for op in opcodes:
         issues += warps
         fmas += threads * _is_fma(op)
         products += _products(op) * warps
-        loaded += threads * _width(op) * _is_load(op)
+        tiles += op.startswith("UTMALDG")
+        loaded += threads * _width(op) * (_is_load(op) and not op.startswith("UTMALDG"))
         stored += threads * _width(op) * _is_store(op)
-    return Work(issues, fmas, products, loaded, stored)
+    return Work(issues, fmas, products, loaded, stored, tiles)
 
 
 def _width(op: str) -> int:

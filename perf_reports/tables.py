@@ -40,6 +40,11 @@ WORK_HEADER = (
     "layer", "shape", "layout", "pass", "algorithm", "configuration", "matrix waste", "programs",
     "a multiprocessor at once (modelled)", "waves (modelled)",
 )  # fmt: skip
+MOST_WASTE = 0.15  # of the matrix work
+WASTE_HEADER = (
+    "layer", "group widths", "pass", "algorithm", "configuration", "waste", "least waste of any",
+    f"time at {MOST_WASTE:.0%} or less / time (modelled)",
+)  # fmt: skip
 PLAN_HEADER = (
     "layer", "shape", "layout", "pass", "algorithm", "configuration", "us (modelled)", "floor us (modelled)",
     "time / floor (modelled)", "without launches (modelled)", "bound by (modelled)",
@@ -50,11 +55,22 @@ CODE_HEADER = (
 )  # fmt: skip
 
 
+WASTE_TEXT = """## Matrix waste by group width
+
+Channels_last. Beside a plan's waste the least that any candidate of any algorithm has, and what the fastest of those
+with little waste would take, over the plan's time: where rows are shared, a tile may waste more and still be faster.
+Products with 8 columns count twice: for them there is no instruction of a warp group. Bold: over 15%.
+
+{table}
+
+"""
+
+
 @dataclasses.dataclass(frozen=True)
 class Subject:
     """The layers of one file. goals: the most that a time may be over its floor, by kernel size; 0: of all others.
 
-    examples: the layers whose code is counted.
+    examples: the layers whose code is counted. by_width: whether waste is shown by group width, too.
     """
 
     title: str
@@ -62,6 +78,7 @@ class Subject:
     holds: Callable[[ConvProblem], bool]
     goals: dict[int, float]
     examples: Callable[[], list[Layer]]
+    by_width: bool = False
 
     def suite(self) -> list[Layer]:
         """The suite's layers of this kind, in both layouts."""
@@ -99,7 +116,7 @@ SUBJECTS = {
         f"Groups of 2 to {NARROW} channels", "NARROW.md", lambda p: 2 <= p.cin_g <= NARROW, {0: 1.5}, narrow_examples
     ),
     "wide": Subject(
-        f"Groups of more than {NARROW} channels", "WIDE.md", lambda p: p.cin_g > NARROW, {0: 1.6}, wide_examples
+        f"Groups of more than {NARROW} channels", "WIDE.md", lambda p: p.cin_g > NARROW, {0: 1.6}, wide_examples, True
     ),
 }
 
@@ -167,11 +184,32 @@ def plan_cells(row: Planned) -> list[str]:
 def work_cells(row: Planned) -> list[str]:
     """A line of the table of matrix work: the share that no useful FLOP fills, and how programs fill the device."""
     tiling = row.tiling
-    useful = row.layer.problem.flops(row.pass_)
-    waste = f"{100 * (1 - useful / tiling.matrix_flops):.1f}%" if tiling.matrix_flops else "-"
+    wasted = f"{waste(row.layer.problem, row.pass_, tiling):.1%}" if tiling.matrix_flops else "-"
     waves = tiling.programs / (tiling.resident * row.target.multiprocessors)
     return [
-        *plan_cells(row)[:6], waste, str(tiling.programs), str(tiling.resident), f"{waves:.2f}",
+        *plan_cells(row)[:6], wasted, str(tiling.programs), str(tiling.resident), f"{waves:.2f}",
+    ]  # fmt: skip
+
+
+def waste(problem: ConvProblem, pass_: str, tiling: cost.Tiling) -> float:
+    """The share of a tiling's matrix work that no useful FLOP fills."""
+    return 1 - problem.flops(pass_) / tiling.matrix_flops
+
+
+def waste_cells(row: Planned) -> list[str]:
+    """A line of the table of waste: that of a plan, the least of any candidate, and what little waste costs."""
+    problem, pass_ = row.layer.problem, row.pass_
+    found = []
+    for name in able(problem, pass_, row.target):
+        for config in REGISTRY[name].candidates(problem, pass_, row.target):
+            tiling = REGISTRY[name].tiling(problem, pass_, config, row.target)
+            found.append((waste(problem, pass_, tiling), cost.estimate(problem, tiling, row.target).time_us))
+    frugal = min((time for wasted, time in found if wasted <= MOST_WASTE), default=None)
+    mine = waste(problem, pass_, row.tiling)
+    return [
+        row.layer.name, f"{problem.cin_g} to {problem.cout_g}", pass_, row.algorithm, _config(row.config),
+        f"**{mine:.1%}**" if mine > MOST_WASTE else f"{mine:.1%}", f"{min(found)[0]:.1%}",
+        "-" if frugal is None else f"{frugal / row.estimate.time_us:.2f}",
     ]  # fmt: skip
 
 
@@ -251,9 +289,14 @@ def code_cells(row: Planned, answer: dict) -> list[str]:
         return [*cells, *["-"] * 8, ratio, answer["failed"]]
     main, found = answer["kernels"][0], counts(answer, outputs(problem, row.pass_))
     names = ("loaded_bytes", "multiply_adds", "matrix_multiply_adds", "issues", "once")
-    cells += [number(f"{found[name]:.6g}") if found else "-" for name in names]
+    by_tiles = found is not None and found["tile_loads"] > 0
+    shown = {} if found is None else {name: found[name] for name in names if name != "loaded_bytes" or not by_tiles}
+    cells += [number(f"{shown[name]:.6g}") if name in shown else "-" for name in names]
     cells += [str(main[name]) for name in ("registers", "spill_bytes", "shared_bytes")]
-    return [*cells, ratio, "" if found else "loops not counted"]
+    note = "tiles by descriptors" if by_tiles else ""
+    if by_tiles and row.pass_ != "wgrad":
+        note += "; its loop goes on through the stores of a tile"
+    return [*cells, ratio, note if found else "loops not counted"]
 
 
 def compile_all(rows: list[Planned], target: Target, processes: int) -> Iterator[dict]:
@@ -277,6 +320,10 @@ def markdown(subject: Subject, target: Target, planned: list[Planned], code: lis
         return "\n".join(markdown_table(header, lines, left))
 
     others = "".join(f" ({goal} for {size}x{size})" for size, goal in subject.goals.items() if size)
+    by_width = ""
+    if subject.by_width:
+        wide = [row for row in planned if row.layer.problem.layout == "nhwc"]
+        by_width = WASTE_TEXT.format(table=table(WASTE_HEADER, [waste_cells(row) for row in wide], 5))
     return f"""# {subject.title}, modelled for {target.slug}
 
 **Nothing here was measured.** Times and floors are modelled, counts are of kernels as compiled for {target.arch_name}
@@ -301,7 +348,7 @@ share may be negative. A wave is as many programs as the device holds at once.
 
 {table(WORK_HEADER, [work_cells(row) for row in planned if row.tiling.matrix_flops], 6)}
 
-## Compiled main loops
+{by_width}## Compiled main loops
 
 By output element (of y; of dx in dgrad and backward; of dy in wgrad), what the innermost loop of a pass's main kernel
 asks for: its instructions in the machine code, times the iterations of all programs, which the launch decides. It is a

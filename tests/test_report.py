@@ -597,7 +597,7 @@ def test_tables(name, rows_of_suite, monkeypatch, tmp_path, capsys):
     said = (tmp_path / subject.file).read_text()
     of_tables = [block.splitlines() for block in said.split("\n\n") if block[:1] == "|"]
     cells = [[[cell.strip() for cell in line.strip("|").split("|")] for line in lines] for lines in of_tables]
-    (_, _, *summary), (plan_header, _, *plans), (work_header, _, *work), (code_header, _, *code) = cells
+    (_, _, *summary), (plan_header, _, *plans), (work_header, _, *work), *by_width, (code_header, _, *code) = cells
     headers = [list(header) for header in (tables.PLAN_HEADER, tables.WORK_HEADER, tables.CODE_HEADER)]
     assert [plan_header, work_header, code_header] == headers
 
@@ -627,10 +627,23 @@ def test_tables(name, rows_of_suite, monkeypatch, tmp_path, capsys):
         assert float(line[6].rstrip("%")) < 100
         waves = int(line[7]) / (int(line[8]) * devices.DEFAULT.multiprocessors)
         assert float(line[9]) == pytest.approx(waves, abs=0.01)
+    if name == "wide":
+        ((waste_header, _, *wasted),) = by_width
+        assert waste_header == list(tables.WASTE_HEADER)
+        assert [(line[0], line[2]) for line in wasted] == [(line[0], line[3]) for line in plans if line[2] == "nhwc"]
+        for line in wasted:
+            mine, least = (float(cell.strip("*%")) for cell in line[5:7])
+            assert least <= mine
+            assert line[5].startswith("**") == (mine > 15)
+            assert line[7] == "-" or float(line[7]) >= 0.95
+    else:
+        assert not by_width
     expected = [[p, name] for p in PLANNED for name in able(example.problem, p, devices.DEFAULT)]
     assert [line[2:4] for line in code] == expected
     for line in code:
-        assert line[-1] == ""
+        by_descriptors = line[3] == "row_block_tma"
+        assert line[-1].startswith("tiles by descriptors" if by_descriptors else "")
+        assert bool(line[-1]) == by_descriptors == (line[4] == "-")
         assert int(line[9]) > 0
     assert "Nothing here was measured" in said
     assert "not a measurement" in said
