@@ -36,7 +36,7 @@ class Target:
     def warp_size(self) -> int:
         return 64 if self.backend == "hip" and not str(self.arch).startswith("gfx1") else 32
 
-    @property
+    @functools.cached_property
     def matrix_unit(self) -> str:
         """The instructions of a matrix product: "wgmma" and "tcgen05" take 64 rows at once and are twice as fast as
         "mma.sync", which those GPUs have too; "mfma" or "wmma" on AMD.

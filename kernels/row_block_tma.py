@@ -13,7 +13,7 @@ Source: own derivation, no code adapted.
 import triton
 import triton.language as tl
 
-from .row_block import many_zeros, meetings, products, row_step, source_count, source_of, source_row
+from .row_block import first_row, many_zeros, meetings, products, row_step, source_count, source_of, source_row
 from .tiles import index, mma, narrow, phase_taps
 
 SIZES = ("batch", "h_in", "w_in", "h_out", "w_out", "row_blocks", "column_tiles", "image_tiles")
@@ -91,7 +91,7 @@ def fprop_kernel(
         block = tile // (N_TILES * GROUPS)
         ow_first = block % column_tiles * (BLOCK_M // BLOCK_I)
         number = block // column_tiles % row_blocks
-        oh = number // STEP * (BLOCK_R * STEP) + number % STEP
+        oh = first_row(number, STEP, BLOCK_R)
         image_first = block // column_tiles // row_blocks * BLOCK_I
 
         acc = many_zeros(BLOCK_R * PARTS, BLOCK_M, PART_N)
@@ -158,7 +158,7 @@ def dgrad_kernel(
         block = tile // (N_TILES * GROUPS * CONV_STRIDE_W)
         t_first = block % column_tiles * (BLOCK_M // BLOCK_I)
         number = block // column_tiles % row_blocks
-        ih = number // STEP * (BLOCK_R * STEP) + number % STEP
+        ih = first_row(number, STEP, BLOCK_R)
         image_first = block // column_tiles // row_blocks * BLOCK_I
 
         if CONV_STRIDE_W == 1:
@@ -228,7 +228,7 @@ def wgrad_kernel(
         block = split * chunk + b
         ow = block % column_tiles * (BLOCK_K // BLOCK_I)
         number = block // column_tiles % row_blocks
-        oh = number // STEP * (BLOCK_R * STEP) + number % STEP
+        oh = first_row(number, STEP, BLOCK_R)
         image = block // column_tiles // row_blocks * BLOCK_I
         phase, column = phase_column(ow * CONV_STRIDE_W // VIEW_W, s * DIL_W - PAD_W, VIEW_W)
         sources = ()

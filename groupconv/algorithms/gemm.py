@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import math
 from collections.abc import Callable
@@ -52,6 +53,7 @@ class Product:
     instructions: float
 
 
+@functools.lru_cache(4096)
 def product(m: int, n: int, k: int, warps: int, element_bytes: int, target: Target) -> Product:
     """An [m, k] tile times [k, n], whose columns are as many products as they have parts.
 

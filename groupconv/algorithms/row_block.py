@@ -61,6 +61,7 @@ class Work:
     phases: int
 
 
+@functools.lru_cache(4096)
 def work_of(problem: ConvProblem, pass_: str) -> Work:
     stride_h, stride_w = problem.stride
     classes = kernels.row_step(pass_ == "dgrad", stride_h, problem.dilation[0])
@@ -156,6 +157,7 @@ def registers(problem: ConvProblem, pass_: str, config: dict, target: Target) ->
     return math.ceil(46 + extra + (1.6 if pass_ == "wgrad" else 1.0) * sums + 0.4 * source + 0.8 * other)
 
 
+@functools.lru_cache(4096)
 def _runs(problem: ConvProblem, pass_: str) -> tuple[int, int]:
     """Elements of one access of the source and of the other operand."""
     wide = 16 // problem.element_bytes

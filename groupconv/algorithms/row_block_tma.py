@@ -72,6 +72,7 @@ def _lanes(problem: ConvProblem, pass_: str, config: dict) -> _Lanes:
     return _Lanes(columns, math.ceil(width / columns), math.ceil(problem.batch / images))
 
 
+@functools.lru_cache(1024)
 def _images(problem: ConvProblem, pass_: str, lanes: int) -> list[int]:
     """The images that a tile of so many lanes may have: fewest tiles, and, of about as few, one axis of lanes."""
     found = []
