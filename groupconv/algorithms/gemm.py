@@ -36,6 +36,11 @@ def column_tiles(n: int, problem: ConvProblem, target: Target) -> list[int]:
     return sorted(size for size in found if size <= most)
 
 
+def starved(columns: int, k: int, warps: int, element_bytes: int, target: Target) -> bool:
+    """Whether the narrowest part of so many columns gives a thread less than 4 bytes, which no pipeline loads."""
+    return part_sizes(columns)[-1] * k * element_bytes < 4 * target.warp_size * warps
+
+
 def registers_for_all(options: dict, target: Target) -> dict:
     """Compile options that let a thread have all registers there are.
 

@@ -15,7 +15,7 @@ from ..kernels import implicit_gemm as kernels
 from ..kernels.tiles import part_sizes
 from ..problem import ELEMENT_BYTES, ConvProblem
 from .calls import Single, SplitK, align, emulate_bf16, index_64, named_strides, pixels_last, precision, split_config
-from .gemm import best_splits, column_tiles, product, waits
+from .gemm import best_splits, column_tiles, product, starved, waits
 
 NAME = "implicit_gemm"
 BLOCKS = {"BLOCK_M": (16, 512), "BLOCK_N": (8, 512, 8), "BLOCK_K": (16, 512)}
@@ -104,9 +104,8 @@ def _unfit(problem: ConvProblem, pass_: str, config: dict, target: Target) -> bo
     *_, last = part_sizes(config["BLOCK_N"])
     if last < config["BLOCK_N"] and config["BLOCK_K"] > 32 and not target.has_warpgroups:
         return True  # operands of several products in registers
-    narrow = last * config["BLOCK_K"] * problem.element_bytes < 4 * target.warp_size * warps
-    if last < config["BLOCK_N"] and narrow:
-        return True  # loads of two bytes are not pipelined
+    if last < config["BLOCK_N"] and starved(last, config["BLOCK_K"], warps, problem.element_bytes, target):
+        return True
     # mma.sync has its operands in registers, and short loops of known length are unrolled.
     short = pass_ == "fprop" and problem.gemm(pass_)[2] <= 8 * config["BLOCK_K"]
     most = MOST_REGISTERS - 40 * (target.matrix_unit == "mma.sync") - 80 * short

@@ -14,7 +14,7 @@ from ..devices import Target
 from ..kernels import row_block as kernels
 from ..problem import ConvProblem
 from .calls import Single, SplitK, align, emulate_bf16, index_64, named_strides, pixels_last, split_config
-from .gemm import best_splits, column_tiles, product, registers_for_all, waits
+from .gemm import best_splits, column_tiles, product, registers_for_all, starved, waits
 
 NAME = "row_block"
 BLOCKS = {"BLOCK_R": (1, 16, 1), "BLOCK_M": (16, 512), "BLOCK_N": (8, 512, 8), "BLOCK_K": (16, 512)}
@@ -151,10 +151,20 @@ def registers(problem: ConvProblem, pass_: str, config: dict, target: Target) ->
     sums, source, other = step.sums / threads, step.source / threads, step.other / threads
     extra = 10 * (config["BLOCK_N"].bit_count() - 1)
     if target.has_warpgroups:
-        return math.ceil(40 + extra + sums + 0.05 * (source + other))
+        stored = _stored_run(problem, pass_)
+        addresses = sums / stored if stored < 4 else 0.0  # of the result, in the end
+        return math.ceil(40 + extra + sums + max(addresses, 0.05 * (source + other)))
     if target.backend == "hip":
         return math.ceil(47 + extra + 1.1 * sums + 1.1 * source + 0.8 * other)
     return math.ceil(46 + extra + (1.6 if pass_ == "wgrad" else 1.0) * sums + 0.4 * source + 0.8 * other)
+
+
+def _stored_run(problem: ConvProblem, pass_: str) -> int:
+    """Elements of one access of the result: in wgrad, of fp32 sums."""
+    if pass_ == "wgrad":
+        return math.gcd(problem.kw * problem.cin_g, 4)
+    width = problem.cout_g if pass_ == "fprop" else problem.cin_g
+    return math.gcd(width, 16 // problem.element_bytes) if problem.out_layout == "nhwc" else 4
 
 
 @functools.lru_cache(4096)
@@ -172,12 +182,16 @@ def shared_bytes(problem: ConvProblem, pass_: str, config: dict, target: Target)
     step = _step(problem, pass_, config)
     stages = max(1, config["num_stages"] - (not target.has_warpgroups))
     held = (step.source + step.other) * problem.element_bytes * stages
-    return held * 3 // 2 if target.matrix_unit == "tcgen05" else held
+    if target.matrix_unit == "tcgen05":  # and copies of operands
+        return held * (3 if problem.element_bytes == 2 else 4) // 2
+    return held
 
 
 def _fits(problem: ConvProblem, pass_: str, config: dict, target: Target) -> bool:
     bm, bn, bk = config["BLOCK_M"], config["BLOCK_N"], config["BLOCK_K"]
-    if bm < 16 * config["num_warps"] or shared_bytes(problem, pass_, config, target) > target.shared_bytes:
+    if bm < 16 * config["num_warps"] or starved(bn, bk, config["num_warps"], problem.element_bytes, target):
+        return False
+    if shared_bytes(problem, pass_, config, target) > target.shared_bytes:
         return False
     # A product takes columns of tensor memory, about 1.5 for each of N, and there are 512.
     products = len(met_rows(problem, pass_, config["BLOCK_R"]))
@@ -202,7 +216,7 @@ def _most_registers(problem: ConvProblem, pass_: str, config: dict, target: Targ
         most -= 60
     if target.matrix_unit == "mma.sync" and pass_ == "fprop" and problem.kw * problem.cin_g <= 8 * config["BLOCK_K"]:
         most -= 40  # a short loop is unrolled
-    if problem.element_bytes == 4 and not target.has_warpgroups:  # the estimate was made for 2-byte types
+    if problem.element_bytes == 4 and target.matrix_unit != "wgmma":  # the estimate was made for 2-byte types
         most -= 50
     return most
 
