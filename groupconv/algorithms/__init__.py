@@ -2,7 +2,8 @@
 
 Each is a module with
     NAME
-    BLOCKS                                             its tile sizes: name -> (least, most), powers of two
+    BLOCKS                                             its tile sizes: name -> (least, most), powers of two, or
+                                                       (least, most, step), multiples of it
     supports(problem, pass_, target) -> str | None     why it cannot serve, or None
     candidates(problem, pass_, target) -> list[dict]   configurations worth measuring, pruned
     tiling(problem, pass_, config, target) -> Tiling   what a launch would ask of the machine, for the model

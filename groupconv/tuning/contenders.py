@@ -13,7 +13,7 @@ from ..problem import ConvProblem
 MOST_EACH = 6  # configurations of one algorithm that are compiled and timed
 MOST_ALIKE = 2  # of them of the same tile: the model knows little of warps and stages
 SLOWER = 2.0  # than the algorithm's best, as modelled: left out
-FAR = 8.0  # from the best of all, as modelled: only an algorithm's best is tried, in case the model is wrong
+FAR = 4.0  # from the best of all, as modelled: only an algorithm's best is tried, in case the model is wrong
 
 
 @dataclasses.dataclass(frozen=True)
