@@ -52,6 +52,18 @@ def emulate_bf16(kernel, problem: ConvProblem) -> bool:
     return launcher.interpreting(kernel) and problem.dtype == "bf16"
 
 
+def convolution(problem: ConvProblem) -> dict[str, int]:
+    """Kernel arguments that say which convolution it is."""
+    return {
+        "batch": problem.batch, "h_in": problem.h_in, "w_in": problem.w_in,
+        "h_out": problem.h_out, "w_out": problem.w_out,
+        "GROUPS": problem.groups, "CIN_G": problem.cin_g, "COUT_G": problem.cout_g,
+        "KH": problem.kh, "KW": problem.kw,
+        "CONV_STRIDE_H": problem.stride[0], "CONV_STRIDE_W": problem.stride[1],
+        "PAD_H": problem.pad[0], "PAD_W": problem.pad[2], "DIL_H": problem.dilation[0], "DIL_W": problem.dilation[1],
+    }  # fmt: skip
+
+
 def precision(kernel, problem: ConvProblem, target: Target) -> str:
     """The precision of a kernel's products; the interpreter, which has no bf16x3, computes them in fp32."""
     found = target.precision(problem.dtype)

@@ -49,6 +49,14 @@ def registers_for_all(options: dict, target: Target) -> dict:
     return options | {"maxnreg": 255} if target.matrix_unit == "tcgen05" else options
 
 
+def resident(registers: int, shared_bytes: int, warps: int, target: Target) -> int:
+    """Programs that share a multiprocessor: by registers of a thread and by shared memory."""
+    threads = target.warp_size * warps
+    return max(
+        1, min(65536 // (threads * min(255, registers)), target.shared_bytes // shared_bytes, 2048 // threads, 16)
+    )
+
+
 @dataclasses.dataclass(frozen=True)
 class Product:
     """What a program's product of a tile asks of the machine; fields as in cost.Tiling."""

@@ -14,8 +14,19 @@ from ..devices import Target
 from ..kernels import implicit_gemm as kernels
 from ..kernels.tiles import part_sizes
 from ..problem import ELEMENT_BYTES, ConvProblem
-from .calls import Single, SplitK, align, emulate_bf16, index_64, named_strides, pixels_last, precision, split_config
-from .gemm import best_splits, column_tiles, product, starved, waits
+from .calls import (
+    Single,
+    SplitK,
+    align,
+    convolution,
+    emulate_bf16,
+    index_64,
+    named_strides,
+    pixels_last,
+    precision,
+    split_config,
+)
+from .gemm import best_splits, column_tiles, product, resident, starved, waits
 
 NAME = "implicit_gemm"
 BLOCKS = {"BLOCK_M": (16, 512), "BLOCK_N": (8, 512, 8), "BLOCK_K": (16, 512)}
@@ -112,12 +123,9 @@ def _unfit(problem: ConvProblem, pass_: str, config: dict, target: Target) -> bo
     return registers(problem, pass_, config, target) > most
 
 
-def resident(problem: ConvProblem, pass_: str, config: dict, target: Target) -> int:
-    """Programs that share a multiprocessor: by shared memory and by registers."""
-    threads = target.warp_size * config["num_warps"]
-    by_registers = 65536 // (threads * min(255, registers(problem, pass_, config, target)))
-    by_shared = target.shared_bytes // shared_bytes(config, problem.element_bytes, target)
-    return max(1, min(by_registers, by_shared, 2048 // threads, 16))
+def _resident(problem: ConvProblem, pass_: str, config: dict, target: Target) -> int:
+    shared = shared_bytes(config, problem.element_bytes, target)
+    return resident(registers(problem, pass_, config, target), shared, config["num_warps"], target)
 
 
 @functools.lru_cache(4096)
@@ -126,7 +134,7 @@ def _splits(problem: ConvProblem, options: tuple, target: Target) -> tuple[int, 
     config = dict(options)
     m, n, k = problem.gemm("wgrad")
     tiles = math.ceil(m / config["BLOCK_M"]) * math.ceil(n / config["BLOCK_N"]) * problem.groups
-    places = target.multiprocessors * resident(problem, "wgrad", config, target)
+    places = target.multiprocessors * _resident(problem, "wgrad", config, target)
     splits, steps = best_splits(
         problem, max(1, math.ceil(k / config["BLOCK_K"])), tiles, places, target,
         lambda splits: _tiling(problem, "wgrad", config, target, splits),
@@ -162,7 +170,7 @@ def _tiling(problem: ConvProblem, pass_: str, config: dict, target: Target, spli
     each = product(bm, bn, bk, config["num_warps"], size, target)
     threads = target.warp_size * config["num_warps"]
     stepping = tiles * (steps * (threads * INSTRUCTIONS_A_STEP + each.instructions) + splits * bm * bn * 4)
-    fit = resident(problem, pass_, config, target)
+    fit = _resident(problem, pass_, config, target)
     return Tiling(
         programs=tiles * splits,
         matrix_flops=tiles * steps * each.flops,
@@ -177,7 +185,6 @@ def _tiling(problem: ConvProblem, pass_: str, config: dict, target: Target, spli
 
 
 def prepare(problem: ConvProblem, pass_: str, config: dict, target: Target, strides: dict):
-    top, _, left, _ = problem.pad
     stride_h, stride_w = problem.stride
     dil_h, dil_w = problem.dilation
     x, w, y, dx = (strides[name] for name in ("x", "w", "y", "dx"))
@@ -186,11 +193,7 @@ def prepare(problem: ConvProblem, pass_: str, config: dict, target: Target, stri
     blocks, options = split_config(config)
     kernel = {"fprop": kernels.fprop_kernel, "dgrad": kernels.dgrad_kernel, "wgrad": kernels.wgrad_kernel}[pass_]
     scalars = {
-        "batch": problem.batch, "h_in": problem.h_in, "w_in": problem.w_in,
-        "h_out": problem.h_out, "w_out": problem.w_out,
-        "GROUPS": problem.groups, "CIN_G": problem.cin_g, "COUT_G": problem.cout_g,
-        "KH": problem.kh, "KW": problem.kw, "CONV_STRIDE_H": stride_h, "CONV_STRIDE_W": stride_w,
-        "PAD_H": top, "PAD_W": left, "DIL_H": dil_h, "DIL_W": dil_w,
+        **convolution(problem),
         "FLAT": _flat(problem, pass_, strides),
         "BOUNDED": _bounded(problem, pass_),
         "INDEX_64": index_64(problem, strides, splits * problem.params),

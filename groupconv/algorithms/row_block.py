@@ -13,8 +13,8 @@ from ..cost import Tiling
 from ..devices import Target
 from ..kernels import row_block as kernels
 from ..problem import ConvProblem
-from .calls import Single, SplitK, align, emulate_bf16, index_64, named_strides, pixels_last, split_config
-from .gemm import best_splits, column_tiles, product, registers_for_all, starved, waits
+from .calls import Single, SplitK, align, convolution, emulate_bf16, index_64, named_strides, pixels_last, split_config
+from .gemm import best_splits, column_tiles, product, registers_for_all, resident, starved, waits
 
 NAME = "row_block"
 BLOCKS = {"BLOCK_R": (1, 16, 1), "BLOCK_M": (16, 512), "BLOCK_N": (8, 512, 8), "BLOCK_K": (16, 512)}
@@ -221,12 +221,9 @@ def _most_registers(problem: ConvProblem, pass_: str, config: dict, target: Targ
     return most
 
 
-def resident(problem: ConvProblem, pass_: str, config: dict, target: Target) -> int:
-    """Programs that share a multiprocessor: by shared memory and by registers."""
-    threads = target.warp_size * config["num_warps"]
-    by_registers = 65536 // (threads * min(255, registers(problem, pass_, config, target)))
-    by_shared = target.shared_bytes // shared_bytes(problem, pass_, config, target)
-    return max(1, min(by_registers, by_shared, 2048 // threads, 16))
+def _resident(problem: ConvProblem, pass_: str, config: dict, target: Target) -> int:
+    shared = shared_bytes(problem, pass_, config, target)
+    return resident(registers(problem, pass_, config, target), shared, config["num_warps"], target)
 
 
 @functools.lru_cache(4096)
@@ -236,7 +233,7 @@ def _splits(problem: ConvProblem, options: tuple, target: Target) -> tuple[int, 
     work = work_of(problem, "wgrad")
     tiles = math.ceil(work.m / config["BLOCK_M"]) * math.ceil(work.n / config["BLOCK_N"]) * problem.groups
     steps = math.ceil(work.k / config["BLOCK_K"]) * row_blocks(work, config["BLOCK_R"])
-    places = target.multiprocessors * resident(problem, "wgrad", config, target)
+    places = target.multiprocessors * _resident(problem, "wgrad", config, target)
     return best_splits(
         problem, steps, tiles, places, target, lambda splits: _tiling(problem, "wgrad", config, target, splits)
     )
@@ -264,7 +261,7 @@ def _tiling(problem: ConvProblem, pass_: str, config: dict, target: Target, spli
 
     each = product(bm, bn, bk, config["num_warps"], size, target)
     source, other = _runs(problem, pass_)
-    fit = resident(problem, pass_, config, target)
+    fit = _resident(problem, pass_, config, target)
     # Products that add to one sum in a step wait for each other.
     chained = steps * max(0, step.products - (problem.kh if pass_ == "wgrad" else block_r))
     stored = programs * step.sums
@@ -292,12 +289,8 @@ def prepare(problem: ConvProblem, pass_: str, config: dict, target: Target, stri
     kernel = {"fprop": kernels.fprop_kernel, "dgrad": kernels.dgrad_kernel, "wgrad": kernels.wgrad_kernel}[pass_]
     blocks_of_rows = row_blocks(work, config["BLOCK_R"])
     scalars = {
-        "batch": problem.batch, "h_in": problem.h_in, "w_in": problem.w_in,
-        "h_out": problem.h_out, "w_out": problem.w_out, "row_blocks": blocks_of_rows,
-        "GROUPS": problem.groups, "CIN_G": problem.cin_g, "COUT_G": problem.cout_g,
-        "KH": problem.kh, "KW": problem.kw,
-        "CONV_STRIDE_H": problem.stride[0], "CONV_STRIDE_W": problem.stride[1],
-        "PAD_H": problem.pad[0], "PAD_W": problem.pad[2], "DIL_H": problem.dilation[0], "DIL_W": problem.dilation[1],
+        **convolution(problem),
+        "row_blocks": blocks_of_rows,
         "INDEX_64": index_64(problem, strides, splits * problem.params),
         "PRECISION": target.precision(problem.dtype),
         "EMULATE_BF16": emulate_bf16(kernel, problem),

@@ -15,8 +15,8 @@ from ..cost import Tiling
 from ..devices import Target
 from ..kernels import row_block_tma as kernels
 from ..problem import ConvProblem, dense_strides
-from .calls import Single, SplitK, align, emulate_bf16, index_64, named_strides, split_config
-from .gemm import best_splits, product, registers_for_all, waits
+from .calls import Single, SplitK, align, convolution, emulate_bf16, index_64, named_strides, split_config
+from .gemm import best_splits, product, registers_for_all, resident, waits
 from .row_block import heights, met_rows, row_blocks, work_of
 
 NAME = "row_block_tma"
@@ -187,12 +187,9 @@ def _fits(problem: ConvProblem, pass_: str, config: dict, target: Target) -> boo
     return registers(problem, pass_, config, target) <= MOST_REGISTERS[target.matrix_unit]
 
 
-def resident(problem: ConvProblem, pass_: str, config: dict, target: Target) -> int:
-    """Programs that share a multiprocessor: by shared memory and by registers."""
-    threads = target.warp_size * config["num_warps"]
-    by_registers = 65536 // (threads * min(255, registers(problem, pass_, config, target)))
-    by_shared = target.shared_bytes // shared_bytes(problem, pass_, config, target)
-    return max(1, min(by_registers, by_shared, 2048 // threads, 16))
+def _resident(problem: ConvProblem, pass_: str, config: dict, target: Target) -> int:
+    shared = shared_bytes(problem, pass_, config, target)
+    return resident(registers(problem, pass_, config, target), shared, config["num_warps"], target)
 
 
 def _tiles(problem: ConvProblem, pass_: str, config: dict) -> int:
@@ -214,7 +211,7 @@ def _blocks(problem: ConvProblem, config: dict) -> int:
 def _splits(problem: ConvProblem, options: tuple, target: Target) -> tuple[int, int]:
     """(splits, blocks a split) of wgrad: the modelled fastest."""
     config = dict(options)
-    places = target.multiprocessors * resident(problem, "wgrad", config, target)
+    places = target.multiprocessors * _resident(problem, "wgrad", config, target)
     return best_splits(
         problem, _blocks(problem, config), _tiles(problem, "wgrad", config), places, target,
         lambda splits: _tiling(problem, "wgrad", config, target, splits),
@@ -232,7 +229,7 @@ def _tiling(problem: ConvProblem, pass_: str, config: dict, target: Target, spli
     steps = tiles * (_blocks(problem, config) if pass_ == "wgrad" else _steps(problem, pass_, config))
     partials = 2 * splits * problem.params * 4 * (pass_ == "wgrad")
     each = product(config["BLOCK_M"], _part(config["BLOCK_N"]), config["BLOCK_K"], config["num_warps"], size, target)
-    parts, fit = config["BLOCK_N"] // _part(config["BLOCK_N"]), resident(problem, pass_, config, target)
+    parts, fit = config["BLOCK_N"] // _part(config["BLOCK_N"]), _resident(problem, pass_, config, target)
     chained = steps * parts * max(0, step.products - (problem.kh if pass_ == "wgrad" else config["BLOCK_R"]))
     starts = tiles * splits if pass_ == "wgrad" else 0  # the other kernels are persistent
     return Tiling(
@@ -311,21 +308,16 @@ def prepare(problem: ConvProblem, pass_: str, config: dict, target: Target, stri
     options = registers_for_all(options, target)
     images, bm, bk = config["BLOCK_I"], config["BLOCK_M"], config["BLOCK_K"]
     scalars = {
-        "batch": problem.batch, "h_in": problem.h_in, "w_in": problem.w_in,
-        "h_out": problem.h_out, "w_out": problem.w_out,
+        **convolution(problem),
         "row_blocks": row_blocks(work_of(problem, pass_), config["BLOCK_R"]),
         "column_tiles": lanes.column_tiles, "image_tiles": lanes.image_tiles,
-        "GROUPS": problem.groups, "CIN_G": problem.cin_g, "COUT_G": problem.cout_g,
-        "KH": problem.kh, "KW": problem.kw,
-        "CONV_STRIDE_H": problem.stride[0], "CONV_STRIDE_W": problem.stride[1],
-        "PAD_H": problem.pad[0], "PAD_W": problem.pad[2], "DIL_H": problem.dilation[0], "DIL_W": problem.dilation[1],
         "INDEX_64": index_64(problem, strides, splits * problem.params),
         "PRECISION": target.precision(problem.dtype),
         "EMULATE_BF16": emulate_bf16(kernel, problem),
         "PART_N": part, **blocks,
     }  # fmt: skip
     tiles = _tiles(problem, pass_, config)
-    places = target.multiprocessors * resident(problem, pass_, config, target)
+    places = target.multiprocessors * _resident(problem, pass_, config, target)
     view_w = problem.stride[1] if lanes.columns > 1 else 1
     if pass_ == "fprop":
         x = _pixels(problem, problem.x_shape, strides["x"], bm, images, bk, view_w)

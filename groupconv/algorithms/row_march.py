@@ -14,7 +14,17 @@ from ..cost import Tiling, estimate
 from ..devices import Target
 from ..kernels import row_march as kernels
 from ..problem import ConvProblem
-from .calls import Single, align, call_of_backward, emulate_bf16, index_64, named_strides, pixels_last, split_config
+from .calls import (
+    Single,
+    align,
+    call_of_backward,
+    convolution,
+    emulate_bf16,
+    index_64,
+    named_strides,
+    pixels_last,
+    split_config,
+)
 
 NAME = "row_march"
 BLOCKS = {"BLOCK_P": (16, 512), "BLOCK_C": (16, 256), "BLOCK_S": (1, 16)}
@@ -323,14 +333,9 @@ def prepare(problem: ConvProblem, pass_: str, config: dict, target: Target, stri
     x, w, y, dx, dw, dy = (strides.get(name) for name in ("x", "w", "y", "dx", "dw", "dy"))
     splits = grid.groups * grid.segments
     scalars = {
-        "batch": problem.batch, "h_in": problem.h_in, "w_in": problem.w_in,
-        "h_out": problem.h_out, "w_out": problem.w_out,
+        **convolution(problem),
         "segments": grid.segments, "steps": grid.steps, "end": march.end,
         **named_strides("x", x), **named_strides("wgt", w),
-        "GROUPS": problem.groups, "CIN_G": problem.cin_g, "COUT_G": problem.cout_g,
-        "KH": problem.kh, "KW": problem.kw,
-        "CONV_STRIDE_H": problem.stride[0], "CONV_STRIDE_W": problem.stride[1],
-        "PAD_H": problem.pad[0], "PAD_W": problem.pad[2], "DIL_H": problem.dilation[0], "DIL_W": problem.dilation[1],
         "X_PIXELS_LAST": pixels_last(x), "X_ALIGN": align(x), "C_ALIGN": made.align,
         "INDEX_64": index_64(problem, strides, splits * problem.params),
         "PRECISION": target.precision(problem.dtype),
