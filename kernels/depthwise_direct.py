@@ -13,7 +13,7 @@ Source: own derivation, no code adapted.
 import triton
 import triton.language as tl
 
-from .tiles import NOWHERE, below, cols, index, narrow, pointers, rows
+from .tiles import NOWHERE, as_mask, below, cols, index, narrow, pointers, rows
 
 SIZES = ("batch", "h_in", "w_in", "h_out", "w_out", "steps")
 
@@ -132,7 +132,7 @@ def fprop_kernel(
             y += bias
         row = tl.multiple_of(index(oh, INDEX_64) * stride_y_h, Y_ALIGN)
         y = narrow(y, y_ptr.dtype.element_ty, EMULATE_BF16)
-        tl.store(y_ptr + (y_at + row), y, mask=live & (oh >= first))
+        tl.store(y_ptr + (y_at + row), y, mask=as_mask(live & (oh >= first)))
         acc = acc[1:] + zeros(1, BLOCK_P, BLOCK_C, PIXELS_LAST)
 
 

@@ -12,7 +12,7 @@ Source: own derivation, no code adapted.
 import triton
 import triton.language as tl
 
-from .tiles import index, mma, narrow
+from .tiles import as_mask, index, mma, narrow
 
 SIZES = ("batch", "h_in", "w_in", "h_out", "w_out", "segments", "col_blocks", "rows", "first", "last")
 
@@ -108,7 +108,7 @@ def march_kernel(
     for r in tl.static_range(KH):
         for chunk in tl.static_range(CHUNKS):
             d = distance + (-chunk * BLOCK_K * CONV_STRIDE_W if TRANSPOSED else chunk * BLOCK_K)
-            tap = (d >= 0) & (d < KW * DIL_W) & (d % DIL_W == 0) & along(in_channel, 0, BLOCK_C)
+            tap = as_mask((d >= 0) & (d < KW * DIL_W) & (d % DIL_W == 0) & along(in_channel, 0, BLOCK_C))
             at = r * stride_wgt_h + d // DIL_W * stride_wgt_w
             matrices = matrices + (tl.load(wgt_ptr + at, mask=tap, other=0.0),)
 
@@ -138,7 +138,7 @@ def march_kernel(
             for chunk in tl.static_range(CHUNKS):
                 w = col + chunk * BLOCK_K
                 x_row = x_ptr + tl.multiple_of(index(step, INDEX_64) * stride_x_h, X_ALIGN)
-                inside = in_map & (w >= 0) & (w < w_in // X_RUN * X_RUN)
+                inside = as_mask(in_map & (w >= 0) & (w < w_in // X_RUN * X_RUN))
                 x = tl.load(x_row + chunk * BLOCK_K * stride_x_w + x_at, mask=inside, other=0.0)
                 met = ()
                 for a in tl.static_range(OUT * (WARM + 1)):
@@ -151,7 +151,7 @@ def march_kernel(
         for i in tl.static_range(OUT):
             step = ((t - WARM) * OUT + i) * DIL_H
             h = out_row + step
-            mask = along(live & (h >= 0) & (h < h_out) & (t >= WARM), 1, BLOCK_C) & y_mask
+            mask = as_mask(along(live & (h >= 0) & (h < h_out) & (t >= WARM), 1, BLOCK_C) & y_mask)
             y = acc[i] + bias if HAS_BIAS else acc[i]
             y_row = y_ptr + tl.multiple_of(index(step, INDEX_64) * stride_y_h, Y_ALIGN)
             tl.store(y_row + y_at, narrow(y, y_ptr.dtype.element_ty, EMULATE_BF16), mask=mask)
@@ -160,7 +160,7 @@ def march_kernel(
     for a in tl.static_range(DRAIN * OUT):
         step = ((last - WARM) * OUT + a) * DIL_H
         h = out_row + step
-        mask = along(live & (h >= 0) & (h < h_out), 1, BLOCK_C) & y_mask
+        mask = as_mask(along(live & (h >= 0) & (h < h_out), 1, BLOCK_C) & y_mask)
         y = acc[a] + bias if HAS_BIAS else acc[a]
         y_row = y_ptr + tl.multiple_of(index(step, INDEX_64) * stride_y_h, Y_ALIGN)
         tl.store(y_row + y_at, narrow(y, y_ptr.dtype.element_ty, EMULATE_BF16), mask=mask)
@@ -197,7 +197,7 @@ def map_kernel(
     j = tl.arange(0, BLOCK_W)
     k = tl.arange(0, BLOCK_K)
     d = along(k, 1, BLOCK_C) - along(j, 2, BLOCK_C) + PAD_W
-    tap = (d >= 0) & (d < KW) & in_channel
+    tap = as_mask((d >= 0) & (d < KW) & in_channel)
     tap_at = along(c * stride_wgt_o, 0, BLOCK_C) + (KW - 1 - d if TRANSPOSED else d) * stride_wgt_w
     matrices = ()
     for r in tl.static_range(KH):
@@ -213,8 +213,8 @@ def map_kernel(
     y_j = scaled(j, stride_y_w, not Y_PIXELS_LAST, Y_ALIGN)
     x_at = along(x_c, 0, BLOCK_C) + along(x_k, 2, BLOCK_C)
     y_at = along(y_c, 0, BLOCK_C) + along(y_j, 2, BLOCK_C)
-    x_mask = along(k < W_IN, 2, BLOCK_C) & in_channel
-    y_mask = along(j < W_OUT, 2, BLOCK_C) & in_channel
+    x_mask = as_mask(along(k < W_IN, 2, BLOCK_C) & in_channel)
+    y_mask = as_mask(along(j < W_OUT, 2, BLOCK_C) & in_channel)
     if HAS_BIAS:
         bias = along(tl.load(bias_ptr + c, mask=c < CHANNELS, other=0.0).to(tl.float32), 0, BLOCK_C)
 
@@ -312,13 +312,13 @@ def wgrad_kernel(
         dy = ()
         for back in tl.static_range(1, WARM + 1):
             mask = along(live & (first >= back) & (first - back < rows), 1, BLOCK_C) & in_dy
-            mask &= along(out_row + (first - back) * DIL_H < h_out, 1, BLOCK_C)
+            mask = as_mask(mask & along(out_row + (first - back) * DIL_H < h_out, 1, BLOCK_C))
             dy_row = tl.multiple_of(index((first - back) * DIL_H, INDEX_64) * stride_dy_h, DY_ALIGN)
             dy = dy + (tl.load(dy_at + dy_row, mask=mask, other=0.0),)
         for start in tl.range(first, last, UNROLL, num_stages=1):
             for u in tl.static_range(UNROLL):
                 t = start + u
-                mask = along(live & (t < rows) & (out_row + t * DIL_H < h_out), 1, BLOCK_C) & in_dy
+                mask = as_mask(along(live & (t < rows) & (out_row + t * DIL_H < h_out), 1, BLOCK_C) & in_dy)
                 dy_row = tl.multiple_of(index(t * DIL_H, INDEX_64) * stride_dy_h, DY_ALIGN)
                 dy = (tl.load(dy_at + dy_row, mask=mask, other=0.0),) + dy
                 x = ()
@@ -329,7 +329,7 @@ def wgrad_kernel(
                     x_row = tl.multiple_of(index(step, INDEX_64) * stride_x_h, X_ALIGN)
                     for chunk in tl.static_range(CHUNKS):
                         w = col + chunk * BLOCK_K
-                        inside = in_map & (w >= 0) & (w < w_in // X_RUN * X_RUN)
+                        inside = as_mask(in_map & (w >= 0) & (w < w_in // X_RUN * X_RUN))
                         x = x + (tl.load(x_at + x_row + chunk * BLOCK_K * stride_x_w, mask=inside, other=0.0),)
                 met = ()
                 for i in tl.static_range(TAPS * CHUNKS):
@@ -354,6 +354,6 @@ def wgrad_kernel(
             mask = (s + k < KW) & (first_tap + r < KH)
             sums = tl.sum(total, len(TILE) - 1)
             if BLOCK_C == 1:
-                tl.store(part_ptr + tap, sums, mask=mask & in_channel)
+                tl.store(part_ptr + tap, sums, mask=as_mask(mask & in_channel))
             else:
-                tl.store(part_ptr + tap[None, :], sums, mask=mask[None, :] & in_channel)
+                tl.store(part_ptr + tap[None, :], sums, mask=as_mask(mask[None, :] & in_channel))

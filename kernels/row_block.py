@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 
 from .tiles import (  # isort: skip
-    NOWHERE, below, cols, index, mma, narrow, part, part_count, part_zeros, phase_taps, rows, turned,
+    NOWHERE, as_mask, below, cols, index, mma, narrow, part, part_count, part_zeros, phase_taps, rows, turned,
 )  # fmt: skip
 
 SIZES = ("batch", "h_in", "w_in", "h_out", "w_out", "row_blocks")
@@ -94,7 +94,7 @@ def load_rows(
     for j in tl.static_range(source_count(MET)):
         row = first + source_row(MET, j)
         row_ptr = ptr + tl.multiple_of(index(row, INDEX_64) * stride_h, ALIGN)
-        tile = tl.load(row_ptr + at, mask=live & below(row, height), other=0.0)
+        tile = tl.load(row_ptr + at, mask=as_mask(live & below(row, height)), other=0.0)
         tiles = tiles + (turned(tile, PIXELS_LAST),)
     return tiles
 
@@ -195,7 +195,7 @@ def fprop_kernel(
             if HAS_BIAS:
                 y += tl.load(bias_ptr + o, mask=n < COUT_G, other=0.0).to(tl.float32)[None, :]
             y = narrow(y, y_ptr.dtype.element_ty, EMULATE_BF16)
-            mask = live_p & cols(n < COUT_G, Y_PIXELS_LAST) & (row < h_out)
+            mask = as_mask(live_p & cols(n < COUT_G, Y_PIXELS_LAST) & (row < h_out))
             y_at = y_p + cols(o * stride_y_c, Y_PIXELS_LAST)
             tl.store(row_ptr + y_at, turned(y, Y_PIXELS_LAST), mask=mask)
 
@@ -281,7 +281,7 @@ def dgrad_kernel(
         for j in tl.static_range(PARTS):
             n = part(n_first, BLOCK_N, j)
             dx = narrow(acc[i * PARTS + j], dx_ptr.dtype.element_ty, EMULATE_BF16)
-            mask = live_p & cols(n < CIN_G, DX_PIXELS_LAST) & (row < h_in)
+            mask = as_mask(live_p & cols(n < CIN_G, DX_PIXELS_LAST) & (row < h_in))
             dx_at = dx_p + cols((group * CIN_G + n) * stride_dx_c, DX_PIXELS_LAST)
             tl.store(row_ptr + dx_at, turned(dx, DX_PIXELS_LAST), mask=mask)
 
@@ -341,7 +341,7 @@ def wgrad_kernel(
         for i in tl.static_range(BLOCK_R):
             row = oh + i * STEP
             row_ptr = dy_ptr + tl.multiple_of(index(row, INDEX_64) * stride_dy_h, DY_ALIGN)
-            live = rows(image < batch, DY_PIXELS_LAST) & (row < h_out)
+            live = as_mask(rows(image < batch, DY_PIXELS_LAST) & (row < h_out))
             dys = ()
             for n_part in tl.static_range(PARTS):
                 n = part(n_first, BLOCK_N, n_part)

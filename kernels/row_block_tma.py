@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 
 from .row_block import first_row, many_zeros, meetings, products, row_step, source_count, source_of, source_row
-from .tiles import index, mma, narrow, phase_taps
+from .tiles import as_mask, index, mma, narrow, phase_taps
 
 SIZES = ("batch", "h_in", "w_in", "h_out", "w_out", "row_blocks", "column_tiles", "image_tiles")
 
@@ -54,7 +54,7 @@ def store_rows(
         row_ptr = ptr + tl.multiple_of(index(row, INDEX_64) * stride_h, ALIGN)
         for j in tl.static_range(PARTS):
             n = n_first + j * PART_N + tl.arange(0, PART_N)
-            mask = live[:, None] & (n < WIDTH)[None, :] & (row < height)
+            mask = as_mask(live[:, None] & (n < WIDTH)[None, :] & (row < height))
             tile = narrow(acc[i * PARTS + j], ptr.dtype.element_ty, EMULATE_BF16)
             tl.store(row_ptr + (at[:, None] + ((first_channel + n) * stride_c)[None, :]), tile, mask=mask)
 

@@ -18,7 +18,7 @@ Source: own derivation, no code adapted.
 import triton
 import triton.language as tl
 
-from .tiles import NOWHERE, below, cols, index, mma, narrow, pointers, rows, turned
+from .tiles import NOWHERE, as_mask, below, cols, index, mma, narrow, pointers, rows, turned
 
 SIZES = ("batch", "h_in", "w_in", "h_out", "w_out", "segments", "steps")
 
@@ -71,22 +71,13 @@ def zeros(COUNT: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr):
 
 
 @triton.jit
-def by_lane(i, SWAP: tl.constexpr):
-    """A row number of each lane as the rows of a tile, or one of all lanes as it is."""
-    if len(i.shape) == 0:
-        return i
-    else:
-        return rows(i, SWAP)
-
-
-@triton.jit
 def store_output_row(
     y_ptr, y_at, live_y, y, u, first, last, row_class, h_out, stride_y_h,
     DIL_H: tl.constexpr, PIXELS_LAST: tl.constexpr, ALIGN: tl.constexpr, INDEX_64: tl.constexpr,
     EMULATE_BF16: tl.constexpr,
 ):  # fmt: skip
     """Store y, [lanes, channels], as row u of each class, if that is one of the rows first to last - 1."""
-    mask = live_y & by_lane((u >= first) & (u < last) & (row_class + u * DIL_H < h_out), PIXELS_LAST)
+    mask = as_mask(live_y & rows((u >= first) & (u < last) & (row_class + u * DIL_H < h_out), PIXELS_LAST))
     row = tl.multiple_of(index(u * DIL_H, INDEX_64) * stride_y_h, ALIGN)
     y = turned(narrow(y, y_ptr.dtype.element_ty, EMULATE_BF16), PIXELS_LAST)
     tl.store(y_ptr + (y_at + row), y, mask=mask)
@@ -161,7 +152,7 @@ def fprop_kernel(
     for t in tl.range(tl.maximum(first, begin), stop):
         for i in tl.static_range(min(CONV_STRIDE_H, KH)):
             step = (t * CONV_STRIDE_H + i) * DIL_H
-            width = by_lane(tl.where(below(in_row + step, h_in), w_in, 0), X_PIXELS_LAST)
+            width = rows(tl.where(below(in_row + step, h_in), w_in, 0), X_PIXELS_LAST)
             x_row = tl.multiple_of(index(step, INDEX_64) * stride_x_h, X_ALIGN)
             for chunk in tl.static_range(CHUNKS):
                 inside = below(iw + chunk * BLOCK_S * DIL_W, width)
@@ -208,7 +199,7 @@ def input_rows(
     for i in tl.static_range(COUNT):
         v = first_row + i
         mine = (v >= from_row) & (v < until_row)
-        width = by_lane(tl.where(mine & below(in_row + v * DIL_H, h_in), w_in, 0), PIXELS_LAST)
+        width = rows(tl.where(mine & below(in_row + v * DIL_H, h_in), w_in, 0), PIXELS_LAST)
         row = tl.multiple_of(index(v * DIL_H, INDEX_64) * stride_x_h, ALIGN)
         for phase in tl.static_range(PHASES):
             inside = below(iw + phase, width) & live_c
@@ -227,7 +218,7 @@ def store_input_rows(
     for i in tl.static_range(COUNT):
         v = first_row + i
         mine = (v >= from_row) & (v < until_row)
-        width = by_lane(tl.where(mine & below(in_row + v * DIL_H, h_in), w_in, 0), PIXELS_LAST)
+        width = rows(tl.where(mine & below(in_row + v * DIL_H, h_in), w_in, 0), PIXELS_LAST)
         row = tl.multiple_of(index(v * DIL_H, INDEX_64) * stride_dx_h, ALIGN)
         for phase in tl.static_range(PHASES):
             at = pointers(dx_ptr, dx_at, row, phase * stride_dx_w, ALIGN)
@@ -331,7 +322,7 @@ def backward_kernel(
                 start * CONV_STRIDE_H, KH - FRESH, CONV_STRIDE_W, DIL_H, X_PIXELS_LAST, X_ALIGN, INDEX_64,
             )  # fmt: skip
         for t in tl.range(start, stop):
-            width = by_lane(tl.where(below(row_class + t * DIL_H, h_out), w_out, 0), DY_PIXELS_LAST)
+            width = rows(tl.where(below(row_class + t * DIL_H, h_out), w_out, 0), DY_PIXELS_LAST)
             dy_row = tl.multiple_of(index(t * DIL_H, INDEX_64) * stride_dy_h, DY_ALIGN)
             if WANT_DW:
                 xs = xs + input_rows(

@@ -33,8 +33,11 @@ def index(i, INDEX_64: tl.constexpr):
 
 @triton.jit
 def rows(v, SWAP: tl.constexpr):
-    """A vector as the rows of a 2-D tile, or as its columns where the tile is held transposed."""
-    return v[None, :] if SWAP else v[:, None]
+    """A vector as the rows of a 2-D tile, or as its columns where the tile is held transposed; a scalar as it is."""
+    if len(v.shape) == 0:
+        return v
+    else:
+        return v[None, :] if SWAP else v[:, None]
 
 
 @triton.jit
@@ -72,6 +75,15 @@ def pixel_offset(image, row, column, stride_n, stride_h, stride_w, FLAT: tl.cons
         return tl.multiple_of(column * stride_w, ALIGN)
     else:
         return tl.multiple_of(image * stride_n + row * stride_h + column * stride_w, ALIGN)
+
+
+@triton.jit
+def as_mask(flags):
+    """Flags of which some are of a tile and some scalars, as the mask of a load or store.
+
+    Triton's interpreter makes int32 of a scalar flag that meets a tile, which its loads refuse from Triton 3.9 on.
+    """
+    return flags != 0
 
 
 @triton.jit
