@@ -102,7 +102,8 @@ def march_kernel(
     if TRANSPOSED:
         distance = along(PAD_W + LEFT * CONV_STRIDE_W + j, 2, BLOCK_C) - along(k * CONV_STRIDE_W, 1, BLOCK_C)
     else:
-        distance = along(k, 1, BLOCK_C) + along(PAD_W - LEFT - j * CONV_STRIDE_W, 2, BLOCK_C)
+        # Not a number minus j: Triton 3.6 believes that all of such a vector is aligned, and loads taps in pairs.
+        distance = along(k, 1, BLOCK_C) - along(j * CONV_STRIDE_W + (LEFT - PAD_W), 2, BLOCK_C)
     wgt_ptr += along(c * stride_wgt_o, 0, BLOCK_C)
     matrices = ()
     for r in tl.static_range(KH):
@@ -205,7 +206,7 @@ def map_kernel(
             wgt_row = wgt_ptr + (KH - 1 - r if TRANSPOSED else r) * stride_wgt_h
             matrices = matrices + (tl.load(wgt_row + tap_at, mask=tap, other=0.0),)
         else:
-            matrices = matrices + (None,)
+            matrices = matrices + (0,)  # met by no row; Triton 3.6 has no None in tuples
 
     x_c = scaled(c // MULTIPLIER, stride_x_c, X_PIXELS_LAST, X_ALIGN)
     x_k = scaled(k, stride_x_w, not X_PIXELS_LAST, X_ALIGN)

@@ -14,7 +14,10 @@ Source: own derivation, no code adapted.
 import triton
 import triton.language as tl
 
-from .tiles import cols, index, mma, narrow, part, part_count, part_zeros, phase_taps, pixel, pixel_offset, rows, turned
+from .tiles import (  # isort: skip
+    cols, index, mma, narrow, narrow_product, part, part_count, part_size, part_zeros, phase_taps, pixel, pixel_offset,
+    rows, turned,
+)  # fmt: skip
 
 SIZES = ("batch", "h_in", "w_in", "h_out", "w_out")
 
@@ -93,7 +96,8 @@ def fprop_kernel(
             wgt_n = (group * COUT_G + n) * (K if WGT_K_DENSE else stride_wgt_o)
             in_wgt = (k < K)[:, None] & (n < COUT_G)[None, :]
             wgt = tl.load(wgt_ptr + wgt_n[None, :] + wgt_k[:, None], mask=in_wgt, other=0.0)
-            sums = sums + (mma(x, wgt, acc[i], PRECISION, EMULATE_BF16),)
+            total = mma(x, wgt, acc[i], PRECISION, EMULATE_BF16)
+            sums = sums + (narrow_product(total, part_size(BLOCK_N, i)),)
         acc = sums
 
     y_m = pixel_offset(image, oh, ow, stride_y_n, stride_y_h, stride_y_w, FLAT, Y_ALIGN)
@@ -163,16 +167,19 @@ def dgrad_kernel(
 
     acc = part_zeros(BLOCK_M, BLOCK_N)
     K = r_count * s_count * COUT_G
+    # What a pipelined loop computes ahead is computed for phases without taps too: a division by their zero taps would
+    # let the compiler conclude that there are none such.
+    taps_w = tl.maximum(s_count, 1)
     for k0 in tl.range(0, K, BLOCK_K):
         k = k0 + tl.arange(0, BLOCK_K)
         if ONE_TAP:
             o = k - k0 // COUT_G * COUT_G
-            i = k0 // COUT_G // s_count
-            j = k0 // COUT_G % s_count
+            i = k0 // COUT_G // taps_w
+            j = k0 // COUT_G % taps_w
         else:
             o = k % COUT_G
-            i = k // COUT_G // s_count
-            j = k // COUT_G % s_count
+            i = k // COUT_G // taps_w
+            j = k // COUT_G % taps_w
         dy_tap = tl.multiple_of(i * BACK_H * stride_dy_h + j * BACK_W * stride_dy_w, DY_ALIGN)
         dy_k = cols(index(o, INDEX_64) * stride_dy_c, DY_PIXELS_LAST) - cols(dy_tap, DY_PIXELS_LAST)
         h = oh - cols(i * BACK_H, DY_PIXELS_LAST)
@@ -191,7 +198,8 @@ def dgrad_kernel(
             n = part(n_first, BLOCK_N, part_i)
             wgt_at = wgt_k[:, None] + (n * stride_wgt_c)[None, :]
             wgt = tl.load(wgt_ptr + wgt_at, mask=(k < K)[:, None] & (n < CIN_G)[None, :], other=0.0)
-            sums = sums + (mma(dy, wgt, acc[part_i], PRECISION, EMULATE_BF16),)
+            total = mma(dy, wgt, acc[part_i], PRECISION, EMULATE_BF16)
+            sums = sums + (narrow_product(total, part_size(BLOCK_N, part_i)),)
         acc = sums
 
     dx_m = pixel_offset(image, ih, iw, stride_dx_n, stride_dx_h, stride_dx_w, FLAT, DX_ALIGN)
@@ -260,7 +268,8 @@ def wgrad_kernel(
             dy_at = rows(dy_p, DY_PIXELS_LAST) + cols(index(n, INDEX_64) * stride_dy_c, DY_PIXELS_LAST)
             live = rows(live_p, DY_PIXELS_LAST) & cols(n < COUT_G, DY_PIXELS_LAST)
             dy = turned(tl.load(dy_ptr + dy_at, mask=live, other=0.0), DY_PIXELS_LAST)
-            sums = sums + (mma(x, dy, acc[i], PRECISION, EMULATE_BF16),)
+            total = mma(x, dy, acc[i], PRECISION, EMULATE_BF16)
+            sums = sums + (narrow_product(total, part_size(BLOCK_N, i)),)
         acc = sums
 
     for i in tl.static_range(part_count(BLOCK_N)):

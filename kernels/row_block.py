@@ -15,7 +15,8 @@ import triton
 import triton.language as tl
 
 from .tiles import (  # isort: skip
-    NOWHERE, as_mask, below, cols, index, mma, narrow, part, part_count, part_zeros, phase_taps, rows, turned,
+    NOWHERE, as_mask, below, cols, index, mma, narrow, narrow_product, part, part_count, part_zeros, phase_taps, rows,
+    turned,
 )  # fmt: skip
 
 SIZES = ("batch", "h_in", "w_in", "h_out", "w_out", "row_blocks")
@@ -113,7 +114,8 @@ def products(
                 if kernel_row(MET, j, i) >= 0:
                     wgt = weights[kernel_row(MET, j, i) * PARTS + n]
                     total = mma(tiles[j], wgt, total, PRECISION, EMULATE_BF16)
-            sums = sums + (total,)
+            last = i == BLOCK_R - 1 and n == PARTS - 1
+            sums = sums + (narrow_product(total, total.shape[1]) if last else total,)
     return sums
 
 
@@ -352,7 +354,9 @@ def wgrad_kernel(
             for r in tl.static_range(KH):
                 for n_part in tl.static_range(PARTS):
                     x = tl.trans(tiles[source_of(MET, i, r)])
-                    sums = sums + (mma(x, dys[n_part], acc[r * PARTS + n_part], PRECISION, EMULATE_BF16),)
+                    total = mma(x, dys[n_part], acc[r * PARTS + n_part], PRECISION, EMULATE_BF16)
+                    last = i == BLOCK_R - 1 and r == KH - 1 and n_part == PARTS - 1
+                    sums = sums + (narrow_product(total, total.shape[1]) if last else total,)
             acc = sums
 
     for r in tl.static_range(KH):

@@ -165,12 +165,13 @@ def dgrad_kernel(
             s_first, s_count = 0, KW
         else:
             s_first, s_count = phase_taps(phase, KW, CONV_STRIDE_W, PAD_W, COMMON_W, INVERSE_W)
+        taps_w = tl.maximum(s_count, 1)  # as in implicit_gemm.py: no division by the taps of a phase that has none
         ow = (t_first * CONV_STRIDE_W + phase + PAD_W - s_first * DIL_W) // CONV_STRIDE_W
         acc = many_zeros(BLOCK_R * PARTS, BLOCK_M, PART_N)
         for step in tl.range(0, KH // BLOCK_T * s_count * CHUNKS):
             o = step % CHUNKS * BLOCK_K
-            t = step // CHUNKS % s_count
-            r = step // (CHUNKS * s_count)  # 0 where a step takes all kernel rows
+            t = step // CHUNKS % taps_w
+            r = step // (CHUNKS * taps_w)  # 0 where a step takes all kernel rows
             s = s_first + t * (CONV_STRIDE_W // COMMON_W)
             weights = ()
             for i in tl.static_range(BLOCK_T):

@@ -18,7 +18,7 @@ Source: own derivation, no code adapted.
 import triton
 import triton.language as tl
 
-from .tiles import NOWHERE, as_mask, below, cols, index, mma, narrow, pointers, rows, turned
+from .tiles import NOWHERE, as_mask, below, cols, index, mma, narrow, pointers, rows, touched, turned
 
 SIZES = ("batch", "h_in", "w_in", "h_out", "w_out", "segments", "steps")
 
@@ -182,13 +182,6 @@ def fprop_kernel(
 
 
 @triton.jit
-def carried(tile):
-    """The tile as it is: a loop that hands on what it was handed, without an operation, would not be pipelined."""
-    same, _ = tl.split(tl.join(tile, tile))
-    return same
-
-
-@triton.jit
 def input_rows(
     x_ptr, x_at, iw, live_c, in_row, from_row, until_row, h_in, w_in, stride_x_h, stride_x_w,
     first_row, COUNT: tl.constexpr, PHASES: tl.constexpr, DIL_H: tl.constexpr,
@@ -265,6 +258,7 @@ def backward_kernel(
     SHIFT_STEP: tl.constexpr = DIL_W if CONV_STRIDE_W == 1 else 1
     CHUNKS: tl.constexpr = ceil_div(shift_count(CONV_STRIDE_W, PAD_W, DIL_W, KW), BLOCK_S)
     C_TILES: tl.constexpr = ceil_div(GROUPS * CIN_G, STEP_C)
+    DW_TILES: tl.constexpr = KH * CONV_STRIDE_W * CHUNKS
     pid = tl.program_id(0)
     tile = pid % C_TILES
     segment = pid // C_TILES % segments
@@ -287,7 +281,7 @@ def backward_kernel(
                     wgt_at = wgt_ptr + (r * stride_wgt_h + reach // DIL_W * stride_wgt_w)[:, None]
                     weights = weights + (tl.load(wgt_at, mask=tap, other=0.0),)
     if WANT_DW:
-        dw = zeros(KH * CONV_STRIDE_W * CHUNKS, BLOCK_S * BLOCK_K, BLOCK_C)
+        dw = zeros(DW_TILES, BLOCK_S * BLOCK_K, BLOCK_C)
 
     # Before its own rows a program takes the rows of dy that reach them, as far as there are any.
     first = segment * steps
@@ -348,14 +342,18 @@ def backward_kernel(
                             met = met + (dx[i],)
                     dx = met
                 if WANT_DW:
+                    # The last rows first: theirs is the tile of x that came in this step, which Triton refills as if
+                    # the product that reads it had ended. The waits for the products of carried tiles see to that.
                     met = ()
-                    for i in tl.static_range(KH * CONV_STRIDE_W * CHUNKS):
-                        if i % CHUNKS == chunk and any_met(
-                            chunk * BLOCK_S, BLOCK_S, i // CHUNKS % CONV_STRIDE_W, CONV_STRIDE_W, PAD_W, DIL_W, KW
-                        ):
-                            met = met + (mma(tl.trans(d), xs[i // CHUNKS], dw[i], PRECISION, EMULATE_BF16),)
+                    for back in tl.static_range(1, DW_TILES + 1):
+                        if (DW_TILES - back) % CHUNKS == chunk and any_met(
+                            chunk * BLOCK_S, BLOCK_S, (DW_TILES - back) // CHUNKS % CONV_STRIDE_W,
+                            CONV_STRIDE_W, PAD_W, DIL_W, KW,
+                        ):  # fmt: skip
+                            x = xs[(DW_TILES - back) // CHUNKS]
+                            met = (mma(tl.trans(d), x, dw[DW_TILES - back], PRECISION, EMULATE_BF16),) + met
                         else:
-                            met = met + (dw[i],)
+                            met = (dw[DW_TILES - back],) + met
                     dw = met
             if WANT_DX:
                 store_input_rows(
@@ -368,7 +366,7 @@ def backward_kernel(
             if WANT_DW:
                 kept = ()
                 for i in tl.static_range(FRESH * CONV_STRIDE_W, KH * CONV_STRIDE_W):
-                    kept = kept + (carried(xs[i]),)
+                    kept = kept + (touched(xs[i]),)
                 xs = kept
         if WANT_DX:
             store_input_rows(
@@ -380,7 +378,7 @@ def backward_kernel(
 
     if WANT_DW:
         split = index(pid // C_TILES, INDEX_64)
-        for i in tl.static_range(KH * CONV_STRIDE_W * CHUNKS):
+        for i in tl.static_range(DW_TILES):
             q = SHIFT + (i % CHUNKS * BLOCK_S + number) * SHIFT_STEP
             reach = i // CHUNKS % CONV_STRIDE_W + PAD_W - q * CONV_STRIDE_W
             tap = own & ((reach >= 0) & (reach < KW * DIL_W))[:, None]
