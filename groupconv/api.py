@@ -88,7 +88,7 @@ def explain(
         raise ValueError(f"explain: backend is {backend!r}, but must be one of {', '.join(dispatch.BACKENDS)}")
     x = input.unsqueeze(0) if input.dim() == 3 else input
     args = ops.normalise(x.shape, weight.shape, stride, padding, dilation, groups)
-    if args is None or not ops._consistent(x, weight, bias):
+    if args is None or not ops.consistent(x, weight, bias):
         F.conv2d(input, weight, bias, stride, padding, dilation, groups)
         raise NotImplementedError("explain: F.conv2d takes this call, but no plan describes it")
     # A named target is planned for wherever the tensors are.

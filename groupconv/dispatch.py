@@ -6,11 +6,11 @@ import dataclasses
 from collections.abc import Mapping
 
 from . import configs, cost
-from .algorithms import REGISTRY
+from .algorithms import NAMES, REGISTRY, newer_triton
 from .devices import Target
 from .problem import PASSES, ConvProblem
 
-BACKENDS = ("auto", "triton", "torch", *(f"triton:{name}" for name in REGISTRY))
+BACKENDS = ("auto", "triton", "torch", *(f"triton:{name}" for name in NAMES))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,6 +70,8 @@ class Plan:
                 f"    {plan.flops / 1e9:.3f} GFLOP, {plan.min_bytes / 1e6:.2f} MB, floor {plan.floor_us:.1f} us"
                 " (modelled)"
             )
+        if (note := newer_triton()) is not None:
+            lines.append(f"  {note}")
         return "\n".join(lines)
 
 

@@ -2,14 +2,28 @@
 
 from __future__ import annotations
 
+import sys
+from typing import TYPE_CHECKING
+
 import torch
-import triton
-from triton.tools.tensor_descriptor import TensorDescriptor
+
+from . import devices
+
+if TYPE_CHECKING:
+    from triton.tools.tensor_descriptor import TensorDescriptor
 
 
 def interpreting(kernel) -> bool:
     """Whether a kernel runs in Triton's interpreter, on the CPU (TRITON_INTERPRET=1 when it was imported)."""
-    return not isinstance(kernel, triton.runtime.JITFunction)
+    from triton.runtime import JITFunction
+
+    return not isinstance(kernel, JITFunction)
+
+
+def stub_target() -> devices.Target | None:
+    """The GPU that launches pretend to run on, if they do: stub_driver is active only where it was imported."""
+    stub = sys.modules.get(f"{__package__}.stub_driver")
+    return None if stub is None else stub.target()
 
 
 def allocate(shape, strides, like: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
@@ -25,11 +39,14 @@ class View:
     The innermost axis has stride 1, the strides of the others and the tensor's own address are multiples of 16 bytes.
     """
 
-    __slots__ = ("_fields",)
+    __slots__ = ("_descriptor", "_fields")
 
     def __init__(self, shape, strides, box, element_bytes: int):
         assert strides[-1] == 1, strides
         assert all(stride * element_bytes % 16 == 0 for stride in strides[:-1]), strides
+        from triton.tools.tensor_descriptor import TensorDescriptor
+
+        self._descriptor = TensorDescriptor
         self._fields = {
             "shape": list(shape), "strides": list(strides), "block_shape": list(box),
             "padding": "zero", "round_f32_to_tf32": False,
@@ -37,7 +54,7 @@ class View:
 
     def of(self, tensor: torch.Tensor) -> TensorDescriptor:
         """The descriptor of a tensor: without the checks of its class, which cost more than a launch."""
-        found = TensorDescriptor.__new__(TensorDescriptor)
+        found = self._descriptor.__new__(self._descriptor)
         vars(found).update(self._fields, base=tensor)
         return found
 
@@ -58,7 +75,7 @@ class Launch:
         self.kernel = kernel
         self.grid = (*grid, 1, 1)[:3]
         self.scalars = tuple(scalars[name] for name in names)
-        self.options = options
+        self.options = {"enable_fp_fusion": True, **options}  # the default up to Triton 3.9; later ones differ
         self.compiled = None
         self._run = None
 

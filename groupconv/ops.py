@@ -7,21 +7,20 @@ the operators groupconv::conv2d and groupconv::conv2d_backward, which end in the
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Callable
-from typing import NamedTuple
 
 import torch
 import torch.autograd.forward_ad
 import torch.nn.functional as F
-import triton
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
-from . import devices, dispatch, launcher, stub_driver
+from . import algorithms, devices, dispatch, launcher
 from .algorithms import REGISTRY, torch_reference
-from .kernels import implicit_gemm as general_kernels
-from .problem import ConvProblem, dense_strides, output_size, suggests_channels_last
+from .arguments import ConvArgs, consistent, is_convolution, normalise, out_pixels, plain
+from .problem import ConvProblem, channels_innermost, dense_strides, meaningful_strides, suggests_channels_last
 
 DTYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
 PLAIN = (Tensor, torch.nn.Parameter)
@@ -29,73 +28,10 @@ MOST_CALLS = 4096  # prepared calls kept; a program with more shapes than this s
 ON_HIP = torch.version.hip is not None
 
 
-class ConvArgs(NamedTuple):
-    """F.conv2d's arguments in one form: padding is top, bottom, left, right."""
-
-    stride: tuple[int, int]
-    padding: tuple[int, int, int, int]
-    dilation: tuple[int, int]
-    groups: int
-
-
-def _pair(value) -> tuple[int, int] | None:
-    """An int, a pair, or a sequence of one, as PyTorch takes them; None for anything else."""
-    if _is_int(value):
-        return value, value
-    if isinstance(value, (tuple, list)) and len(value) in (1, 2) and all(_is_int(v) for v in value):
-        return value[0], value[-1]
-    return None
-
-
-def _is_int(value) -> bool:
-    return isinstance(value, (int, torch.SymInt)) and not isinstance(value, bool)
-
-
-def normalise(x_shape, w_shape, stride, padding, dilation, groups) -> ConvArgs | None:
-    """The call's arguments in one form, or None if there is no such convolution of 4-D tensors of these shapes."""
-    stride, dilation = _pair(stride), _pair(dilation)
-    if stride is None or dilation is None or not _is_int(groups) or len(x_shape) != 4 or len(w_shape) != 4:
-        return None
-    if min(*stride, *dilation, groups) < 1 or min(w_shape) < 1:
-        return None
-    if padding == "same":
-        if stride != (1, 1):
-            return None
-        # An even kernel's odd pixel of padding goes to the bottom and right.
-        total = [d * (k - 1) for d, k in zip(dilation, w_shape[2:], strict=True)]
-        pad = (total[0] // 2, total[0] - total[0] // 2, total[1] // 2, total[1] - total[1] // 2)
-    else:
-        both = (0, 0) if padding == "valid" else _pair(padding)
-        if both is None or min(both) < 0:
-            return None
-        pad = (both[0], both[0], both[1], both[1])
-    if x_shape[1] != groups * w_shape[1] or w_shape[0] % groups or min(x_shape[1:]) < 1:
-        return None
-    h_out, w_out = _out_pixels(x_shape, w_shape, stride, pad, dilation)
-    if h_out < 1 or w_out < 1:
-        return None
-    return ConvArgs(stride, pad, dilation, groups)
-
-
-def _out_pixels(x_shape, w_shape, stride, padding, dilation):
-    top, bottom, left, right = padding
-    return (
-        output_size(x_shape[2], w_shape[2], stride[0], top + bottom, dilation[0]),
-        output_size(x_shape[3], w_shape[3], stride[1], left + right, dilation[1]),
-    )
-
-
-def _consistent(x: Tensor, w: Tensor, bias: Tensor | None) -> bool:
-    """Whether dtypes, devices and the bias's shape agree, as F.conv2d demands, and all is dense."""
-    if any(t is not None and t.layout is not torch.strided for t in (x, w, bias)):
-        return False
-    if x.dtype != w.dtype or x.device != w.device:
-        return False
-    return bias is None or (bias.dtype == x.dtype and bias.device == x.device and bias.shape == w.shape[:1])
-
-
 def unsupported(x: Tensor) -> str | None:
     """Why no kernel of ours can run on such tensors, on whatever device, or None."""
+    if algorithms.UNUSABLE is not None:
+        return algorithms.UNUSABLE
     if x.dtype not in DTYPES:
         return f"dtype {str(x.dtype).removeprefix('torch.')} has no kernels"
     return None
@@ -106,9 +42,8 @@ def refusal(x: Tensor, backend: str) -> str | None:
     why_not = unsupported(x)
     if why_not is not None or x.device.type == "cuda":
         return why_not
-    interpreted = launcher.interpreting(general_kernels.fprop_kernel)
-    stubbed = isinstance(triton.runtime.driver._active, stub_driver.StubDriver)
-    if x.device.type in ("cpu", "meta") and backend != "auto" and (interpreted or stubbed):
+    forced = x.device.type in ("cpu", "meta") and backend != "auto"
+    if forced and (algorithms.INTERPRETED or launcher.stub_target() is not None):
         return None
     return f"tensors are on {x.device}, and the kernels run on GPUs (forced with TRITON_INTERPRET=1, on CPU tensors)"
 
@@ -117,8 +52,7 @@ def target_of(device: torch.device) -> devices.Target:
     """The GPU to plan for: the tensors' own, the stub driver's, or the default where there is none."""
     if device.type == "cuda" and torch.cuda.is_available():
         return devices.of_device(torch.cuda.current_device() if device.index is None else device.index)
-    driver = triton.runtime.driver._active
-    return driver.target if isinstance(driver, stub_driver.StubDriver) else devices.DEFAULT
+    return launcher.stub_target() or devices.DEFAULT
 
 
 _fp32_precision: str | None = None  # the user's wish for our kernels, or torch's setting
@@ -149,8 +83,8 @@ def _precision_of_fp32() -> str:
 
 def make_problem(x: Tensor, w: Tensor, has_bias: bool, args: ConvArgs) -> ConvProblem:
     """The problem of 4-D tensors and normalised arguments."""
-    nhwc = suggests_channels_last(x.shape, x.stride())
-    out_nhwc = nhwc or suggests_channels_last(w.shape, w.stride())
+    nhwc = channels_innermost(x.shape, x.stride())
+    out_nhwc = out_channels_last(x, w)
     dtype = DTYPES.get(x.dtype, "fp32")
     if dtype == "fp32" and (precision := _precision_of_fp32()) in ("tf32", "bf16x3"):
         dtype = precision
@@ -161,13 +95,23 @@ def make_problem(x: Tensor, w: Tensor, has_bias: bool, args: ConvArgs) -> ConvPr
     )  # fmt: skip
 
 
-def _aligned(tensor: Tensor | None):
-    """What Triton specialises a pointer on."""
+def out_channels_last(x: Tensor, w: Tensor) -> bool:
+    """Whether y and dx are channels_last, as F.conv2d has them: ATen's word for it, whatever kernels read."""
+    return suggests_channels_last(x.shape, x.stride()) or suggests_channels_last(w.shape, w.stride())
+
+
+def _seen(tensor: Tensor | None):
+    """All of a tensor that a plan, a compiled kernel or a launch depends on; RuntimeError if it has no memory.
+
+    Triton specialises a pointer on its alignment to 16 bytes, and on AMD on whether 32 bits reach all of its memory.
+    """
     if tensor is None:
         return None
-    if ON_HIP:
-        return tensor.data_ptr() % 16 == 0, tensor.untyped_storage().nbytes() < 2**31
-    return tensor.data_ptr() % 16 == 0
+    near = ON_HIP and tensor.untyped_storage().nbytes() < 2**31
+    return (
+        type(tensor), tensor.shape, tensor.stride(), tensor.dtype, tensor.device,
+        tensor.data_ptr() % 16 == 0, tensor.is_neg(), near,
+    )  # fmt: skip
 
 
 class Call:
@@ -180,67 +124,100 @@ class Call:
         self.problem, self.plan, self.args, self.backend = problem, plan, args, backend
         self.device = x.device.index if x.device.type == "cuda" else None
         self.strides = {
-            "x": x.stride(),
+            "x": meaningful_strides(x.shape, x.stride()),
             "w": w.stride(),
             "y": dense_strides(problem.y_shape, problem.out_layout == "nhwc"),
-            "dx": dense_strides(problem.x_shape, problem.out_layout == "nhwc"),
-            "dw": dense_strides(problem.w_shape, suggests_channels_last(w.shape, w.stride())),
+            "dx": _dx_strides(x, w),
+            "dw": _dw_strides(w),
         }
         self.all_torch = plan.backward is None and all(p.algorithm == "torch" for p in plan.passes)
         self.torch_dgrad = plan.dgrad.algorithm == "torch"
         self.torch_wgrad = plan.wgrad.algorithm == "torch"
         self.copy_bias = bias is not None and not bias.is_contiguous()
+        self._x, self._w = _seen(x), _seen(w)
         self._forward: Callable | None = None
-        self._backward: dict = {}
+        self._backward: dict[tuple, Callable] = {}
 
     def _prepare(self, pass_: str, **strides):
         plan = getattr(self.plan, pass_)
         prepare = REGISTRY[plan.algorithm].prepare
         return prepare(self.problem, pass_, plan.config, self.plan.target, self.strides | strides)
 
+    def _on_device(self):
+        """The device guard that launches need, where the current device is another."""
+        if self.device is None or self.device == torch._C._cuda_getDevice():
+            return _NO_GUARD
+        return torch.cuda.device(self.device)
+
     def forward(self, x: Tensor, w: Tensor, bias: Tensor | None) -> Tensor:
+        """y of tensors that this call was looked up for."""
         if self.problem.batch == 0:
             return launcher.allocate(self.problem.y_shape, self.strides["y"], x)
         run = self._forward
         if run is None:
             if self.plan.fprop.algorithm == "torch":
-                run = functools.partial(torch_reference.fprop, self.problem)
+                run = functools.partial(torch_reference.fprop, self.args)
             else:
                 run = self._prepare("fprop")
             self._forward = run
         if self.copy_bias and bias is not None:
             bias = bias.contiguous()
-        if self.device is not None and self.device != torch._C._cuda_getDevice():
-            with torch.cuda.device(self.device):
-                return run(x, w, bias)
-        return run(x, w, bias)
+        with self._on_device():
+            return run(x, w, bias)
 
-    def backward(self, dy: Tensor, x: Tensor, w: Tensor, need_x: bool, need_w: bool, need_b: bool):
-        """(dx, dw, db), each None unless needed. x may be None unless `saves` says otherwise, and so may w."""
-        if self.device is not None and self.device != torch._C._cuda_getDevice():
-            with torch.cuda.device(self.device):
-                return self.backward(dy, x, w, need_x, need_w, need_b)
-        dx = dw = None
-        if self.problem.batch == 0:
-            dx = launcher.allocate(self.problem.x_shape, self.strides["dx"], dy) if need_x else None
-            dw = launcher.allocate(self.problem.w_shape, self.strides["dw"], dy).zero_() if need_w else None
-        elif need_x and need_w and self.plan.backward is not None:
-            dx, dw = self._backward_pass("backward", dy)(dy, x, w)
-        else:
-            by_torch = (need_x and self.torch_dgrad, need_w and self.torch_wgrad)
-            if any(by_torch):
-                dx, dw = torch_reference.backward(self.problem, dy, x, w, *by_torch)
-            if need_x and dx is None:
-                dx = self._backward_pass("dgrad", dy)(dy, w)
-            if need_w and dw is None:
-                dw = self._backward_pass("wgrad", dy)(dy, x)
-        return dx, dw, dy.sum((0, 2, 3)) if need_b else None
+    def backward(self, dy: Tensor, x: Tensor | None, w: Tensor | None, needs: tuple[bool, bool, bool]):
+        """(dx, dw, db), each None unless needed; None instead of them where no launch of this call is for such tensors.
 
-    def _backward_pass(self, pass_: str, dy: Tensor):
-        key = (pass_, dy.stride(), _aligned(dy))
+        Autograd may hand back other tensors than were saved, and any dy: every property that a launch is prepared for
+        is compared, in every call. x may be None unless `saves` says otherwise, and so may w.
+        """
+        try:
+            key = needs, _seen(dy), _seen(x), _seen(w)
+        except RuntimeError:  # a wrapper, of vmap say
+            return None
         run = self._backward.get(key)
         if run is None:
-            run = self._backward[key] = self._prepare(pass_, dy=dy.stride())
+            if not self._fits(dy, x, w):
+                return None
+            run = self._backward[key] = self._prepare_backward(dy, *needs)
+        with self._on_device():
+            return run(dy, x, w)
+
+    def _fits(self, dy: Tensor, x: Tensor | None, w: Tensor | None) -> bool:
+        """Whether x and w are as they were in the forward pass, and dy is a plain tensor of y's shape and kind."""
+        if any(t is not None and _seen(t) != seen for t, seen in ((x, self._x), (w, self._w))):
+            return False
+        _, _, _, dtype, device, *_ = self._x
+        alike = dy.shape == self.problem.y_shape and dy.dtype is dtype and dy.device == device
+        return alike and type(dy) in PLAIN and dy.layout is torch.strided and not dy.is_neg()
+
+    def _prepare_backward(self, dy: Tensor, need_x: bool, need_w: bool, need_b: bool) -> Callable:
+        """What makes the gradients that are needed of a dy like this: one launch for two, one each, or F.conv2d."""
+        problem = self.problem
+        dy_strides = meaningful_strides(dy.shape, dy.stride())
+        grads: Callable
+        if problem.batch == 0:
+
+            def grads(dy, x, w):
+                dx = launcher.allocate(problem.x_shape, self.strides["dx"], dy) if need_x else None
+                dw = launcher.allocate(problem.w_shape, self.strides["dw"], dy).zero_() if need_w else None
+                return dx, dw
+
+        elif need_x and need_w and self.plan.backward is not None:
+            grads = self._prepare("backward", dy=dy_strides)
+        else:
+            by_torch = need_x and self.torch_dgrad, need_w and self.torch_wgrad
+            dgrad = self._prepare("dgrad", dy=dy_strides) if need_x and not by_torch[0] else None
+            wgrad = self._prepare("wgrad", dy=dy_strides) if need_w and not by_torch[1] else None
+
+            def grads(dy, x, w):
+                dx, dw = torch_reference.backward(self.args, dy, x, w, *by_torch) if any(by_torch) else (None, None)
+                return dx if dgrad is None else dgrad(dy, w), dw if wgrad is None else wgrad(dy, x)
+
+        def run(dy, x, w):
+            dx, dw = grads(dy, x, w)
+            return dx, dw, dy.sum((0, 2, 3)) if need_b else None
+
         return run
 
     def saves(self, need_x: bool, need_w: bool) -> tuple[bool, bool]:
@@ -248,6 +225,7 @@ class Call:
         return need_w or (need_x and self.torch_dgrad), need_x or (need_w and self.torch_wgrad)
 
 
+_NO_GUARD = contextlib.nullcontext()
 _CALLS: dict[tuple, Call] = {}
 
 
@@ -258,37 +236,25 @@ def reset() -> None:
 
 def _key(x: Tensor, w: Tensor, bias: Tensor | None, stride, padding, dilation, groups, backend: str) -> tuple:
     """Everything that a plan or a compiled kernel depends on."""
-    dtype = x.dtype
-    precision = _precision_of_fp32() if dtype is torch.float32 else None
-    return (
-        x.shape, x.stride(), dtype, x.device, w.shape, w.stride(), w.dtype, w.device,
-        None if bias is None else (bias.shape, bias.stride(), bias.dtype, bias.device),
-        _aligned(x), _aligned(w), _aligned(bias), stride, padding, dilation, groups, backend, precision,
-    )  # fmt: skip
+    precision = _precision_of_fp32() if x.dtype is torch.float32 else None
+    return _seen(x), _seen(w), _seen(bias), stride, padding, dilation, groups, backend, precision
 
 
 def lookup(x: Tensor, w: Tensor, bias: Tensor | None, stride, padding, dilation, groups, backend: str) -> Call | None:
-    """The prepared call of a convolution of 4-D tensors, planned if it is new; None if there is no such convolution."""
+    """The prepared call of a convolution of 4-D tensors, planned if it is new; None if no prepared call can serve."""
     # 1, True and 1.0 are equal as keys but not to F.conv2d.
-    if not (type(stride) is type(dilation) is type(groups) is int and type(padding) in (int, str)):
-        args = _normalised_types(stride, padding, dilation, groups)
-        if args is None:
-            return None
-        stride, padding, dilation, groups = args
-    key = _key(x, w, bias, stride, padding, dilation, groups, backend)
+    given = plain(stride, padding, dilation, groups)
+    if given is None:
+        return None
+    key = _key(x, w, bias, *given, backend)
     call = _CALLS.get(key)
     if call is None:
-        args = normalise(x.shape, w.shape, stride, padding, dilation, groups)
-        if args is None or not _consistent(x, w, bias):
+        args = normalise(x.shape, w.shape, *given)
+        negated = any(t is not None and t.is_neg() for t in (x, w, bias))  # until the dispatcher makes it so
+        if args is None or negated or not consistent(x, w, bias):
             return None
         call = _plan_call(key, x, w, bias, args, backend)
     return call
-
-
-def _normalised_types(stride, padding, dilation, groups):
-    """The arguments as hashable values of the right types, or None."""
-    pairs = [_pair(stride), padding if isinstance(padding, str) else _pair(padding), _pair(dilation)]
-    return None if None in pairs or not _is_int(groups) else (*pairs, groups)
 
 
 def _plan_call(key: tuple, x, w, bias, args: ConvArgs, backend: str) -> Call:
@@ -313,17 +279,49 @@ class _ConvFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dy):
         x, w = ctx.saved_tensors
-        need_x, need_w, need_b, _ = ctx.needs_input_grad
-        call = ctx.call
-        if not torch.is_grad_enabled():
-            return *call.backward(dy, x, w, need_x, need_w, need_b), None
-        # create_graph=True: the operator knows its own derivative. It takes the shapes of what was not saved.
-        problem = call.problem
-        x = dy.new_empty(()).expand(problem.x_shape) if x is None else x
-        w = dy.new_empty(()).expand(problem.w_shape) if w is None else w
-        mask = [need_x, need_w, need_b]
-        found = iter(torch.ops.groupconv.conv2d_backward(dy, x, w, *call.args, mask, call.backend))
-        return *(next(found) if needed else None for needed in mask), None
+        call, needs = ctx.call, _wanted(ctx)
+        if not torch.is_grad_enabled() and not torch._C._len_torch_dispatch_stack():
+            grads = call.backward(dy, x, w, needs)
+            if grads is not None:
+                return *grads, None
+        # The operator knows its own derivative, and any tensor. It takes the shapes of what was not saved.
+        problem, like = call.problem, dy if x is None and w is None else w if x is None else x
+        x = like.new_empty(()).expand(problem.x_shape) if x is None else x
+        w = like.new_empty(()).expand(problem.w_shape) if w is None else w
+        return *_gradients(dy, x, w, call.args, needs, call.backend), None
+
+
+def _wanted(ctx) -> tuple[bool, bool, bool]:
+    """Which of dx, dw and db the engine is going to use: autograd.grad(y, x) has no need of dw."""
+    needs = ctx.needs_input_grad[:3]
+    if sum(needs) < 2:  # it would not have come for nothing
+        return needs
+    nodes = (*(node for node, _ in ctx.next_functions), None)[:3]  # of no bias there is none
+    need_x, need_w, need_b = (need and _runs(node) for need, node in zip(needs, nodes, strict=True))
+    return need_x, need_w, need_b
+
+
+def _runs(node) -> bool:
+    """Whether the engine is going to execute a node of the graph."""
+    try:
+        return torch._C._will_engine_execute_node(node)
+    except RuntimeError:  # of a leaf that autograd.grad was asked for; or there is no engine
+        return True
+
+
+def _gradients(dy, x, w, args: ConvArgs, needs, backend: str):
+    """(dx, dw, db), each None unless needed, through PyTorch's dispatcher."""
+    if all(map(_known, (dy, x, w))):
+        found = iter(torch.ops.groupconv.conv2d_backward(dy, x, w, *args, list(needs), backend))
+        return tuple(next(found) if needed else None for needed in needs)
+    return _torch_gradients(dy, x, w, args, needs)
+
+
+def _torch_gradients(dy, x, w, args: ConvArgs, needs):
+    """(dx, dw, db), each None unless needed, by F.conv2d's own backward, with its exceptions."""
+    need_x, need_w, need_b = needs
+    dx, dw = torch_reference.backward(args, dy, x, w, need_x, need_w) if need_x or need_w else (None, None)
+    return dx, dw, dy.sum((0, 2, 3)) if need_b else None
 
 
 # Function.apply first unwraps torch.func's dead wrappers, which plain tensors are not: a quarter of its time.
@@ -345,7 +343,7 @@ def conv2d(x, w, bias, stride, padding, dilation, groups, backend) -> Tensor:
     else:
         call = None
     if call is None:
-        return _not_ours(x, w, bias, stride, padding, dilation, groups, backend)
+        return _dispatched(x, w, bias, stride, padding, dilation, groups, backend)
     if call.all_torch:
         return F.conv2d(x, w, bias, stride, padding, dilation, groups)
     if torch.is_grad_enabled() and (x.requires_grad or w.requires_grad or (bias is not None and bias.requires_grad)):
@@ -354,7 +352,7 @@ def conv2d(x, w, bias, stride, padding, dilation, groups, backend) -> Tensor:
 
 
 def _eager(x, w, bias) -> bool:
-    """Whether the tensors are plain ones that nothing watches: no subclass, mode, transform or lazy negation."""
+    """Whether the tensors are plain ones that nothing watches: no subclass, mode or transform."""
     return (
         type(x) in PLAIN
         and type(w) in PLAIN
@@ -363,14 +361,13 @@ def _eager(x, w, bias) -> bool:
         and torch._C._functorch.maybe_current_level() is None
         and torch.autograd.forward_ad._current_level < 0
         and x.layout is w.layout is torch.strided
-        and not (x.is_neg() or w.is_neg())
     )
 
 
 def _autocast(x, w, bias):
     """The operands as autocast has F.conv2d take them: floating point, but not double, in autocast's dtype."""
     kind = x.device.type
-    if not torch.is_autocast_enabled(kind):
+    if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
         return x, w, bias
     dtype = torch.get_autocast_dtype(kind)
 
@@ -389,7 +386,7 @@ def _dispatched(x, w, bias, stride, padding, dilation, groups, backend) -> Tenso
         unbatched = x.dim() == 3
         batched = x.unsqueeze(0) if unbatched else x
         args = normalise(batched.shape, w.shape, stride, padding, dilation, groups)
-        if args is not None and _consistent(x, w, bias):
+        if args is not None and consistent(x, w, bias):
             why_not = refusal(x, backend)
             if why_not is None and backend == "auto" and not all(map(_known, (x, w, bias))):
                 why_not = "a tensor subclass may know F.conv2d, but not an operator of ours"
@@ -436,12 +433,13 @@ _LIBRARY.define(
 )
 
 
-def _op_call(x, w, bias, stride, padding, dilation, groups, backend) -> Call:
-    """The prepared call of an operator's arguments, whose padding has four sides."""
-    key = _key(x, w, bias, tuple(stride), tuple(padding), tuple(dilation), groups, backend)
+def _op_call(x, w, bias, args: ConvArgs, backend: str) -> Call | None:
+    """The prepared call of an operator's arguments; None if they are no convolution, for F.conv2d to say why."""
+    if not (x.dim() == w.dim() == 4 and consistent(x, w, bias)):
+        return None
+    key = _key(x, w, bias, *args, backend)
     call = _CALLS.get(key)
-    if call is None:
-        args = ConvArgs(tuple(stride), tuple(padding), tuple(dilation), groups)
+    if call is None and is_convolution(x.shape, w.shape, args):
         call = _plan_call(key, x, w, bias, args, backend)
     return call
 
@@ -454,43 +452,60 @@ def _like(tensor: Tensor, strides) -> Tensor:
 
 
 def _conv2d_op(x, w, bias, stride, padding, dilation, groups, backend):
-    call = _op_call(x, w, bias, stride, padding, dilation, groups, backend)
+    args = ConvArgs(tuple(stride), tuple(padding), tuple(dilation), groups)
+    call = _op_call(x, w, bias, args, backend)
+    if call is None:
+        return torch_reference.fprop(args, x, w, bias)
     return _like(call.forward(x, w, bias), call.strides["y"])
 
 
 def _conv2d_backward_op(dy, x, w, stride, padding, dilation, groups, mask, backend):
-    call = _op_call(x, w, None, stride, padding, dilation, groups, backend)
-    dx, dw, db = call.backward(dy, x, w, *mask)
-    dx = None if dx is None else _like(dx, call.strides["dx"])
-    dw = None if dw is None else _like(dw, call.strides["dw"])
+    args, needs = ConvArgs(tuple(stride), tuple(padding), tuple(dilation), groups), tuple(mask)
+    call = _op_call(x, w, None, args, backend)
+    grads = None if call is None else call.backward(dy, x, w, needs)
+    dx, dw, db = _torch_gradients(dy, x, w, args, needs) if grads is None else grads
+    dx = None if dx is None else _like(dx, _dx_strides(x, w))
+    dw = None if dw is None else _like(dw, _dw_strides(w))
     return [grad for grad in (dx, dw, db) if grad is not None]
+
+
+def _dx_strides(x, w):
+    return dense_strides(x.shape, out_channels_last(x, w))
+
+
+def _dw_strides(w):
+    return dense_strides(w.shape, suggests_channels_last(w.shape, w.stride()))
 
 
 _LIBRARY.impl("conv2d", _conv2d_op, "CompositeExplicitAutograd")
 _LIBRARY.impl("conv2d_backward", _conv2d_backward_op, "CompositeExplicitAutograd")
 
 
+def _conv2d_backward_batched(dy, x, w, stride, padding, dilation, groups, mask, backend):
+    """By F.conv2d's: what autograd batches itself (is_grads_batched) has no rule for operators that return lists."""
+    args = ConvArgs(tuple(stride), tuple(padding), tuple(dilation), groups)
+    return [grad for grad in _torch_gradients(dy, x, w, args, tuple(mask)) if grad is not None]
+
+
+_LIBRARY.impl("conv2d_backward", _conv2d_backward_batched, "Batched")
+
+
 @torch.library.register_fake("groupconv::conv2d", lib=_LIBRARY)
 def _conv2d_fake(x, w, bias, stride, padding, dilation, groups, backend):
-    shape = (x.shape[0], w.shape[0], *_out_pixels(x.shape, w.shape, stride, padding, dilation))
-    return x.new_empty_strided(shape, dense_strides(shape, _out_channels_last(x, w)))
+    shape = (x.shape[0], w.shape[0], *out_pixels(x.shape, w.shape, stride, padding, dilation))
+    return x.new_empty_strided(shape, dense_strides(shape, out_channels_last(x, w)))
 
 
 @torch.library.register_fake("groupconv::conv2d_backward", lib=_LIBRARY)
 def _conv2d_backward_fake(dy, x, w, stride, padding, dilation, groups, mask, backend):
     grads = []
     if mask[0]:
-        grads.append(x.new_empty_strided(x.shape, dense_strides(x.shape, _out_channels_last(x, w))))
+        grads.append(x.new_empty_strided(x.shape, _dx_strides(x, w)))
     if mask[1]:
-        strides = dense_strides(w.shape, suggests_channels_last(w.shape, w.stride()))
-        grads.append(w.new_empty_strided(w.shape, strides))
+        grads.append(w.new_empty_strided(w.shape, _dw_strides(w)))
     if mask[2]:
         grads.append(dy.new_empty((w.shape[0],)))
     return grads
-
-
-def _out_channels_last(x, w) -> bool:
-    return suggests_channels_last(x.shape, x.stride()) or suggests_channels_last(w.shape, w.stride())
 
 
 def _setup_conv2d(ctx, inputs, output):

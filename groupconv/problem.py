@@ -31,6 +31,24 @@ def suggests_channels_last(shape, strides) -> bool:
     return True
 
 
+def channels_innermost(shape, strides) -> bool:
+    """Whether neighbouring channels are nearer in memory than neighbouring pixels: what kernels read as NHWC.
+
+    An axis of one element has no neighbours, whatever its stride: [N, L, C] seen as [N, C, L, 1] is NHWC.
+    """
+    _, c, *sizes = shape
+    if c == 1 or strides[1] == 0:
+        return suggests_channels_last(shape, strides)
+    apart = [stride for size, stride in zip(sizes, strides[2:], strict=True) if size > 1 and stride]
+    return strides[1] < min(apart) if apart else suggests_channels_last(shape, strides)
+
+
+def meaningful_strides(shape, strides) -> tuple[int, ...]:
+    """The strides, but for axes of one element, whose own mean nothing, as if these were the outermost."""
+    beyond = max([1, *(size * stride for size, stride in zip(shape, strides, strict=True) if size > 1)])
+    return tuple(stride if size > 1 else beyond for size, stride in zip(shape, strides, strict=True))
+
+
 def dense_strides(shape, channels_last: bool) -> tuple[int, int, int, int]:
     """Element strides of a dense NCHW tensor of `shape`, in memory order NHWC if `channels_last`."""
     _, c, h, w = (max(1, size) for size in shape)

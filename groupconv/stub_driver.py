@@ -78,6 +78,12 @@ class StubDriver:
         return ty
 
 
+def target() -> devices.Target | None:
+    """The GPU that is pretended, None while Triton's own driver is active."""
+    driver = triton.runtime.driver._active
+    return driver.target if isinstance(driver, StubDriver) else None
+
+
 @contextlib.contextmanager
 def active(target: str):
     """Launch into the void for a named target; Triton's own driver is back afterwards."""

@@ -1,4 +1,4 @@
-"""The algorithms: ways to compute a pass. A new one is a file here, one in kernels/, and a line in REGISTRY.
+"""The algorithms: ways to compute a pass. A new one is a file here, one in kernels/, and its name in NAMES.
 
 Each is a module with
     NAME
@@ -19,14 +19,60 @@ A configuration has the BLOCKS of its algorithm, num_warps and num_stages. Candi
 `groupconv compile` holds those that suite layers take to that.
 """
 
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
 from types import ModuleType
 
+from .. import launcher
 from ..devices import Target
 from ..problem import ConvProblem
-from . import depthwise_direct, depthwise_plane, depthwise_toeplitz, implicit_gemm, row_block, row_block_tma, row_march
 
-ALGORITHMS = (implicit_gemm, row_block, row_block_tma, row_march, depthwise_direct, depthwise_toeplitz, depthwise_plane)
-REGISTRY: dict[str, ModuleType] = {algorithm.NAME: algorithm for algorithm in ALGORITHMS}
+NAMES = (
+    "implicit_gemm", "row_block", "row_block_tma", "row_march",
+    "depthwise_direct", "depthwise_toeplitz", "depthwise_plane",
+)  # fmt: skip
+TESTED_TRITON = ("3.6.0", "3.9.0")  # the oldest that can serve, and the newest that was tried
+
+
+def _loaded() -> tuple[dict[str, ModuleType], str | None]:
+    """The algorithms by name; none of them, and why, where Triton is missing, too old or broken."""
+    if importlib.util.find_spec("triton") is None:
+        return {}, "Triton is not installed"
+    try:
+        return {name: importlib.import_module(f"{__name__}.{name}") for name in NAMES}, None
+    except Exception as error:  # whatever an old or broken one raises, F.conv2d serves
+        what = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+        return {}, f"Triton {triton_version() or ''} cannot be used ({what}); {TESTED_TRITON[0]} or newer is needed"
+
+
+def triton_version() -> str | None:
+    """The version of the Triton that is imported, if it has one."""
+    try:
+        return importlib.import_module("triton").__version__
+    except Exception:  # as above
+        return None
+
+
+REGISTRY, UNUSABLE = _loaded()
+# Whether kernels run in Triton's interpreter, on CPU tensors (TRITON_INTERPRET=1 when they were imported).
+INTERPRETED = UNUSABLE is None and launcher.interpreting(REGISTRY["implicit_gemm"].kernels.fprop_kernel)
+
+
+@functools.cache
+def newer_triton() -> str | None:
+    """A line on a Triton that is newer than any that was tried, None of others."""
+    found = triton_version()
+    if found is None or _numbers(found) <= _numbers(TESTED_TRITON[1]):
+        return None
+    return f"Triton {found} is newer than {TESTED_TRITON[1]}, the newest that this version of groupconv was tried with"
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    """Major and minor version."""
+    return tuple(int(part) for part in version.split(".")[:2] if part.isdigit())
 
 
 def able(problem: ConvProblem, pass_: str, target: Target) -> list[str]:

@@ -1,0 +1,95 @@
+"""F.conv2d's arguments: which it takes, in one form, and what the tensors must agree in."""
+
+from __future__ import annotations
+
+import numbers
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .problem import output_size
+
+
+class ConvArgs(NamedTuple):
+    """F.conv2d's arguments in one form: padding is top, bottom, left, right."""
+
+    stride: tuple[int, int]
+    padding: tuple[int, int, int, int]
+    dilation: tuple[int, int]
+    groups: int
+
+
+def integer(value) -> int | None:
+    """The value as an int if F.conv2d takes it for one: numpy's and tensors of one integer too, but no bool."""
+    if type(value) is int or isinstance(value, torch.SymInt):
+        return value  # type: ignore[return-value]
+    if isinstance(value, Tensor):
+        whole = not (value.is_floating_point() or value.is_complex() or value.dtype is torch.bool)
+        return int(value) if whole and value.numel() == 1 else None
+    return int(value) if isinstance(value, numbers.Integral) and not isinstance(value, bool) else None
+
+
+def pair(value) -> tuple[int, int] | None:
+    """An integer, a pair, or a sequence of one, as PyTorch takes them; None for anything else."""
+    if type(value) is int:
+        return value, value
+    if isinstance(value, (tuple, list)):
+        sizes = [integer(v) for v in value]
+        return (sizes[0], sizes[-1]) if len(sizes) in (1, 2) and None not in sizes else None  # type: ignore[return-value]
+    both = integer(value)
+    return None if both is None else (both, both)
+
+
+def plain(stride, padding, dilation, groups) -> tuple[Any, Any, Any, Any] | None:
+    """The arguments as pairs and integers, padding perhaps a str; None if one of them is neither."""
+    found = pair(stride), padding if isinstance(padding, str) else pair(padding), pair(dilation), integer(groups)
+    return None if None in found else found
+
+
+def normalise(x_shape, w_shape, stride, padding, dilation, groups) -> ConvArgs | None:
+    """The call's arguments in one form, or None if there is no such convolution of 4-D tensors of these shapes."""
+    given = plain(stride, padding, dilation, groups)
+    if given is None or len(x_shape) != 4 or len(w_shape) != 4:
+        return None
+    stride, padding, dilation, groups = given
+    if padding == "same":
+        if stride != (1, 1):
+            return None
+        # An even kernel's odd pixel of padding goes to the bottom and right.
+        total = [d * (k - 1) for d, k in zip(dilation, w_shape[2:], strict=True)]
+        pad = (total[0] // 2, total[0] - total[0] // 2, total[1] // 2, total[1] - total[1] // 2)
+    else:
+        both = (0, 0) if padding == "valid" else padding
+        if isinstance(both, str):
+            return None
+        pad = (both[0], both[0], both[1], both[1])
+    args = ConvArgs(stride, pad, dilation, groups)
+    return args if is_convolution(x_shape, w_shape, args) else None
+
+
+def is_convolution(x_shape, w_shape, args: ConvArgs) -> bool:
+    """Whether 4-D tensors of these shapes can be convolved so."""
+    if min(*args.stride, *args.dilation, args.groups, *w_shape) < 1 or min(args.padding) < 0:
+        return False
+    if x_shape[1] != args.groups * w_shape[1] or w_shape[0] % args.groups or min(x_shape[1:]) < 1:
+        return False
+    return min(out_pixels(x_shape, w_shape, args.stride, args.padding, args.dilation)) >= 1
+
+
+def out_pixels(x_shape, w_shape, stride, padding, dilation):
+    """(height, width) of the output."""
+    top, bottom, left, right = padding
+    return (
+        output_size(x_shape[2], w_shape[2], stride[0], top + bottom, dilation[0]),
+        output_size(x_shape[3], w_shape[3], stride[1], left + right, dilation[1]),
+    )
+
+
+def consistent(x: Tensor, w: Tensor, bias: Tensor | None) -> bool:
+    """Whether dtypes, devices and the bias's shape agree, as F.conv2d demands, and all is dense."""
+    if any(t is not None and t.layout is not torch.strided for t in (x, w, bias)):
+        return False
+    if x.dtype != w.dtype or x.device != w.device:
+        return False
+    return bias is None or (bias.dtype == x.dtype and bias.device == x.device and bias.shape == w.shape[:1])
