@@ -220,6 +220,11 @@ class Call:
 
         return run
 
+    def unread(self, shape) -> Tensor:
+        """A tensor of an operand's shape that takes no memory and has no values."""
+        _, _, _, dtype, device, *_ = self._x
+        return torch.empty((), dtype=dtype, device=device).expand(shape)
+
     def saves(self, need_x: bool, need_w: bool) -> tuple[bool, bool]:
         """Which of x and w a backward that needs these gradients reads."""
         return need_w or (need_x and self.torch_dgrad), need_x or (need_w and self.torch_wgrad)
@@ -285,9 +290,8 @@ class _ConvFunction(torch.autograd.Function):
             if grads is not None:
                 return *grads, None
         # The operator knows its own derivative, and any tensor. It takes the shapes of what was not saved.
-        problem, like = call.problem, dy if x is None and w is None else w if x is None else x
-        x = like.new_empty(()).expand(problem.x_shape) if x is None else x
-        w = like.new_empty(()).expand(problem.w_shape) if w is None else w
+        x = call.unread(call.problem.x_shape) if x is None else x
+        w = call.unread(call.problem.w_shape) if w is None else w
         return *_gradients(dy, x, w, call.args, needs, call.backend), None
 
 
@@ -461,7 +465,8 @@ def _conv2d_op(x, w, bias, stride, padding, dilation, groups, backend):
 
 def _conv2d_backward_op(dy, x, w, stride, padding, dilation, groups, mask, backend):
     args, needs = ConvArgs(tuple(stride), tuple(padding), tuple(dilation), groups), tuple(mask)
-    call = _op_call(x, w, None, args, backend)
+    fitting = dy.dtype is x.dtype and dy.device == x.device
+    call = _op_call(x, w, None, args, backend) if fitting else None
     grads = None if call is None else call.backward(dy, x, w, needs)
     dx, dw, db = _torch_gradients(dy, x, w, args, needs) if grads is None else grads
     dx = None if dx is None else _like(dx, _dx_strides(x, w))
