@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 
 from .tiles import (  # isort: skip
-    cols, index, mma, narrow, narrow_product, part, part_count, part_size, part_zeros, phase_taps, pixel, pixel_offset,
+    cols, index, landed, mma, narrow, part, part_count, part_zeros, phase_taps, pixel, pixel_offset,
     rows, turned,
 )  # fmt: skip
 
@@ -97,7 +97,7 @@ def fprop_kernel(
             in_wgt = (k < K)[:, None] & (n < COUT_G)[None, :]
             wgt = tl.load(wgt_ptr + wgt_n[None, :] + wgt_k[:, None], mask=in_wgt, other=0.0)
             total = mma(x, wgt, acc[i], PRECISION, EMULATE_BF16)
-            sums = sums + (narrow_product(total, part_size(BLOCK_N, i)),)
+            sums = sums + (landed(total, BLOCK_N),)
         acc = sums
 
     y_m = pixel_offset(image, oh, ow, stride_y_n, stride_y_h, stride_y_w, FLAT, Y_ALIGN)
@@ -199,7 +199,7 @@ def dgrad_kernel(
             wgt_at = wgt_k[:, None] + (n * stride_wgt_c)[None, :]
             wgt = tl.load(wgt_ptr + wgt_at, mask=(k < K)[:, None] & (n < CIN_G)[None, :], other=0.0)
             total = mma(dy, wgt, acc[part_i], PRECISION, EMULATE_BF16)
-            sums = sums + (narrow_product(total, part_size(BLOCK_N, part_i)),)
+            sums = sums + (landed(total, BLOCK_N),)
         acc = sums
 
     dx_m = pixel_offset(image, ih, iw, stride_dx_n, stride_dx_h, stride_dx_w, FLAT, DX_ALIGN)
@@ -269,7 +269,7 @@ def wgrad_kernel(
             live = rows(live_p, DY_PIXELS_LAST) & cols(n < COUT_G, DY_PIXELS_LAST)
             dy = turned(tl.load(dy_ptr + dy_at, mask=live, other=0.0), DY_PIXELS_LAST)
             total = mma(x, dy, acc[i], PRECISION, EMULATE_BF16)
-            sums = sums + (narrow_product(total, part_size(BLOCK_N, i)),)
+            sums = sums + (landed(total, BLOCK_N),)
         acc = sums
 
     for i in tl.static_range(part_count(BLOCK_N)):

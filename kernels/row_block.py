@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 
 from .tiles import (  # isort: skip
-    NOWHERE, as_mask, below, cols, index, mma, narrow, narrow_product, part, part_count, part_zeros, phase_taps, rows,
+    NOWHERE, as_mask, below, cols, index, landed, mma, narrow, part, part_count, part_zeros, phase_taps, rows,
     turned,
 )  # fmt: skip
 
@@ -114,8 +114,7 @@ def products(
                 if kernel_row(MET, j, i) >= 0:
                     wgt = weights[kernel_row(MET, j, i) * PARTS + n]
                     total = mma(tiles[j], wgt, total, PRECISION, EMULATE_BF16)
-            last = i == BLOCK_R - 1 and n == PARTS - 1
-            sums = sums + (narrow_product(total, total.shape[1]) if last else total,)
+            sums = sums + (landed(total, weights[PARTS - 1].shape[1]) if i == BLOCK_R - 1 else total,)
     return sums
 
 
@@ -355,8 +354,8 @@ def wgrad_kernel(
                 for n_part in tl.static_range(PARTS):
                     x = tl.trans(tiles[source_of(MET, i, r)])
                     total = mma(x, dys[n_part], acc[r * PARTS + n_part], PRECISION, EMULATE_BF16)
-                    last = i == BLOCK_R - 1 and r == KH - 1 and n_part == PARTS - 1
-                    sums = sums + (narrow_product(total, total.shape[1]) if last else total,)
+                    last = i == BLOCK_R - 1 and r == KH - 1
+                    sums = sums + (landed(total, dys[PARTS - 1].shape[1]) if last else total,)
             acc = sums
 
     for r in tl.static_range(KH):

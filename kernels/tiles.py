@@ -26,13 +26,13 @@ def touched(tile):
 
 
 @triton.jit
-def narrow_product(total, COLUMNS: tl.constexpr):
-    """The sum of a step's last product, waited for if its columns are too few for a product of warp groups.
+def landed(total, LAST_COLUMNS: tl.constexpr):
+    """The sum of a product, waited for if the step's last part of columns is too narrow for a product of warp groups.
 
-    Triton makes that product from registers while the others of the step still read the same tile in shared memory, but
-    has the next step's copies overwrite the tile as if they had ended (Triton 3.6 to 3.9 on sm_90).
+    Triton makes that part's product from registers, beside others that read the same tile in shared memory, and has the
+    next step's copies overwrite the tile as if these had ended (Triton 3.6 to 3.9 on sm_90).
     """
-    return touched(total) if COLUMNS % 16 != 0 else total
+    return touched(total) if LAST_COLUMNS % 16 != 0 else total
 
 
 @triton.jit
