@@ -20,9 +20,8 @@ import triton
 from .. import cost, devices, dispatch
 from ..algorithms import REGISTRY, able
 from ..children import Children, problem_json
-from ..configs import PLANNED
 from ..devices import Target
-from ..problem import ConvProblem
+from ..problem import PLANNED, ConvProblem
 from . import layers
 from .rows import Layer, write_atomically
 from .text import markdown_table, number

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from rich.table import Table
 
-from ..configs import PLANNED
+from ..problem import PLANNED
 from . import rows as rows_
 
 Row = dict[str, str]

@@ -338,7 +338,7 @@ def test_written_files_are_read_by_plans(book, tmp_path, monkeypatch):
     """What was measured is what a plan takes, exactly; and a second run keeps what it does not measure anew."""
     found, _ = searched(book, CHOSEN)
     path = tmp_path / "nvidia_h200.json"
-    results.write(path, "NVIDIA H200", {}, found.results, devices.DEFAULT)
+    results.write(path, "NVIDIA H200", "measured", {}, found.results, devices.DEFAULT)
     monkeypatch.setenv("GROUPCONV_CONFIG_DIR", str(tmp_path))
     configs.reset()
     try:
@@ -353,17 +353,22 @@ def test_written_files_are_read_by_plans(book, tmp_path, monkeypatch):
     finally:
         configs.reset()
     before = json.loads(path.read_text())["entries"]
-    results.write(path, "NVIDIA H200", {}, found.results[:1], devices.DEFAULT)
+    results.write(path, "NVIDIA H200", "measured", {}, found.results[:1], devices.DEFAULT)
     assert json.loads(path.read_text())["entries"] == before
     assert [p.name for p in tmp_path.iterdir() if p.suffix == ".old"] == []
 
 
-@pytest.mark.parametrize("earlier", ["damaged", "of other kernels", "of another device"])
+@pytest.mark.parametrize("earlier", ["damaged", "of other kernels", "of another device", "of a stub clock"])
 def test_nothing_of_an_earlier_file_is_lost(book, tmp_path, earlier):
     found, _ = searched(book, CHOSEN[:1])
     path = tmp_path / "nvidia_h200.json"
     results.write(
-        path, "Another" if earlier == "of another device" else "NVIDIA H200", {}, found.results, devices.DEFAULT
+        path,
+        "Another" if earlier == "of another device" else "NVIDIA H200",
+        "stub" if earlier == "of a stub clock" else "measured",
+        {},
+        found.results,
+        devices.DEFAULT,
     )
     text = path.read_text()
     if earlier == "damaged":
@@ -373,7 +378,7 @@ def test_nothing_of_an_earlier_file_is_lost(book, tmp_path, earlier):
     path.write_text(text)
     says = pytest.warns(UserWarning, match="not continuing") if earlier == "damaged" else contextlib.nullcontext()
     with says:
-        results.write(path, "NVIDIA H200", {}, found.results[:1], devices.DEFAULT)
+        results.write(path, "NVIDIA H200", "measured", {}, found.results[:1], devices.DEFAULT)
     (aside,) = tmp_path.glob("nvidia_h200.json.*.old")
     assert aside.read_text() == text
     assert len(json.loads(path.read_text())["entries"]) == 1

@@ -72,6 +72,8 @@ def _tune(
     chosen: list[rows.Layer], lab: Lab, mine: share.Share, deadline: rows.Deadline, args: argparse.Namespace
 ) -> int:
     folder = args.out or configs.user_folder()
+    if folder is None:
+        raise ValueError("--out: there is no home with a configuration folder here, so it must name one")
     slug = devices.slugify(lab.name)
     todo = _part(tasks(chosen, lab.target), mine)
     journal_path = folder / (f"{slug}.jsonl" if mine.count == 1 else f"{slug}.rank{mine.rank}.jsonl")
@@ -104,7 +106,7 @@ def _tune(
         missing = {task: why for _, _, part, _ in gathered for task, why in part.items()}
         path = folder / f"{slug}.json"
         if found:
-            results.write(path, lab.name, tuned_with(), found, lab.target)
+            results.write(path, lab.name, lab.kind, tuned_with(), found, lab.target)
         print_summary(found, missing, path if found else None, [why for *_, why in gathered if why])
     return 130 if ended == "interrupted" else 1 if ended else 0
 
