@@ -332,9 +332,10 @@ def checkout(tmp_path):
     return root
 
 
-def pretend(folder, device="Pretended GPU", kind="measured"):
+def pretend(folder, device="Pretended GPU", kind="measured", clock="measured"):
     file = folder / "stub.json"
-    (folder / f"{devices.slugify(device)}.json").write_text(file.read_text().replace('"stub"', f'"{device}"', 1))
+    text = file.read_text().replace('"device": "stub", "kind": "stub"', f'"device": "{device}", "kind": "{clock}"')
+    (folder / f"{devices.slugify(device)}.json").write_text(text)
     file.unlink()
     changed = [row | {"gpu": device, "kind": kind} for row in read(folder)]
     rows.Writer(folder / "bench.csv", {}, kept=changed).__exit__()
@@ -361,6 +362,10 @@ def _stale(folder):
 
 REFUSED = {
     "the-stub": (lambda folder: None, "stub.json: a stub clock's times are not measurements"),
+    "its-clock": (
+        lambda folder: pretend(folder, clock="stub"),
+        "pretended_gpu.json: a stub clock's times are not measurements",
+    ),
     "stub-rows": (lambda folder: pretend(folder, kind="stub"), "bench.csv: a row of Pretended GPU is stub"),
     "other-kernels": (lambda folder: (pretend(folder), _stale(folder)), "entries were measured with other kernels"),
     "another-name": (
