@@ -1,6 +1,5 @@
 """`groupconv report`: its rows without a GPU and with a pretended one, its files, and its refusals."""
 
-import argparse
 import dataclasses
 import math
 import os
@@ -13,31 +12,27 @@ import pytest
 import torch
 from matplotlib import image
 
-from groupconv import children, cli, cost, devices, dispatch, iterations, numerics, resources
+from groupconv import children, cli, cost, devices, dispatch, iterations, numerics, options, resources
 from groupconv.algorithms import REGISTRY, able
-from groupconv.configs import PLANNED
 from groupconv.perf_reports import (
     interpreted,
     layers,
     measure,
     passes,
     plot,
-    report,
     rows,
     tables,
     text,
 )
 from groupconv.perf_reports.rows import Layer, Timing
-from groupconv.problem import PASSES, ConvProblem
+from groupconv.problem import PASSES, PLANNED, ConvProblem
 from groupconv.tuning import lab
 
 PROVIDERS = {*REGISTRY, "auto", "torch_contiguous", "torch_channels_last"}
 
 
 def layers_of(*arguments):
-    parser = argparse.ArgumentParser()
-    report.add_arguments(parser)
-    args = parser.parse_args(arguments)
+    args = options.parser().parse_args(["report", *arguments])
     return layers.make(args, args.dtype, args.layout)
 
 
@@ -92,7 +87,7 @@ def test_quick_report(tmp_path):
     (folder / "notes.txt").write_text("not the report's")
     # Interpreted kernels cannot be compiled: the report has to see to it that a user's setting does not matter.
     environment = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
-    command = [sys.executable, "-m", "groupconv.cli", "report", "--quick", "--out", str(folder)]
+    command = [sys.executable, "-m", "groupconv", "report", "--quick", "--out", str(folder)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     plots = ["fraction.png", "overview.png", "time.png", "work.png"]
@@ -340,11 +335,11 @@ def depthwise(kernel, size=6, channels=2, batch=2, **fields):
 
 def test_shrunk_problems_keep_their_kernel_and_use_all_of_it():
     problem = layers_of("--layers", "kernels", "--kernels", "31")[0].problem
-    small = interpreted.shrunk(problem, narrow=True)
+    small = interpreted.shrunk(problem)
     assert (small.kh, small.kw, small.groups, small.h_in, small.w_in) == (31, 31, 2, 16, 16)
     given = numerics.operands(small)
     assert numerics.reference(small, given, "wgrad").ne(0).all()  # a tap that meets no pixel has no gradient
-    assert str(interpreted.shrunk(small_layers()[0].problem, narrow=False)).startswith("n2-g1-c8x8-h6x5-k3x3")
+    assert str(interpreted.shrunk(small_layers()[0].problem)).startswith("n2-g1-c8x8-h6x5-k3x3")
 
 
 def fused_on(target):
@@ -686,7 +681,7 @@ def test_bad_arguments_of_the_tables(arguments, message, tmp_path, monkeypatch, 
 
 def test_modelled_kernel_sizes(tmp_path):
     """Without a GPU: the command, with rows of every algorithm that is able, compiled and interpreted."""
-    command = [sys.executable, "-m", "groupconv.cli", "report", "--layers", "kernels", "--kernels", "1", "2"]
+    command = [sys.executable, "-m", "groupconv", "report", "--layers", "kernels", "--kernels", "1", "2"]
     command += ["--channels", "2", "--size", "17", "--batch", "1", "--target", "nvidia_h200", "--out", str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0, done.stderr

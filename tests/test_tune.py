@@ -433,7 +433,7 @@ def test_calibration_and_rank_correlation():
 
 
 def tune(folder, *arguments, **options):
-    command = [sys.executable, "-m", "groupconv.cli", "tune", "--stub", "--out", str(folder), *arguments]
+    command = [sys.executable, "-m", "groupconv", "tune", "--stub", "--out", str(folder), *arguments]
     return subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, **options)
 
 
@@ -470,7 +470,7 @@ def test_a_killed_run_goes_on_where_it_was(tmp_path):
     """kill -9 in the middle: nothing measured is lost or measured again, and the end is that of a run of one piece."""
     arguments = ["--quick", "--layouts", "nhwc", "nchw"]
     killed, whole = tmp_path / "killed", tmp_path / "whole"
-    command = [sys.executable, "-m", "groupconv.cli", "tune", "--stub", "--out", str(killed), *arguments]
+    command = [sys.executable, "-m", "groupconv", "tune", "--stub", "--out", str(killed), *arguments]
     path = killed / "stub.jsonl"
     for least in (40, 120):
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=ENVIRONMENT)
@@ -495,7 +495,7 @@ def test_a_killed_run_goes_on_where_it_was(tmp_path):
 
 
 def test_interrupt_leaves_the_journal_whole(tmp_path):
-    command = [sys.executable, "-m", "groupconv.cli", "tune", "--stub", "--out", str(tmp_path)]
+    command = [sys.executable, "-m", "groupconv", "tune", "--stub", "--out", str(tmp_path)]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT)
     path = tmp_path / "stub.jsonl"
     deadline = time.monotonic() + 120
@@ -516,7 +516,7 @@ def test_two_ranks_find_what_one_does(tmp_path):
     alone, together = tmp_path / "alone", tmp_path / "together"
     assert tune(alone, *arguments).returncode == 0
     command = [
-        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "groupconv.cli",
+        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "groupconv",
         "tune", "--stub", "--out", str(together), *arguments,
     ]  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, timeout=300)
@@ -555,7 +555,7 @@ def test_bad_arguments(arguments, message, tmp_path, capsys, monkeypatch):
 def test_compile_only(tmp_path):
     """Resources alone, of a GPU that is not here: nothing is written."""
     layer = ["--layers", "groups", "--groups", "1", "--channels", "16", "--kernel", "1", "--size", "7", "--batch", "1"]
-    command = [sys.executable, "-m", "groupconv.cli", "tune", "--compile-only", "--target", "sm_80", "--jobs", "2"]
+    command = [sys.executable, "-m", "groupconv", "tune", "--compile-only", "--target", "sm_80", "--jobs", "2"]
     done = subprocess.run([*command, *layer], capture_output=True, text=True, env=ENVIRONMENT, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "Worth timing on nvidia_a100_sxm (sm_80), as modelled and compiled" in done.stdout
