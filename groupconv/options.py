@@ -101,13 +101,8 @@ def _bench(parser: argparse.ArgumentParser) -> None:
 def add_layers(parser: argparse.ArgumentParser, default: str) -> None:
     """The options that name layers. default: what --layers is without them."""
     add = parser.add_argument
-    add(
-        "--groups",
-        type=int,
-        nargs="+",
-        metavar="G",
-        help="group counts (default: 1 2 4 ... 128; 1 2 8 32 128 of a report without a GPU)",
-    )
+    counts = "group counts (default: 1 2 4 ... 128; of a report without a GPU 1 2 8 32 128)"
+    add("--groups", type=int, nargs="+", metavar="G", help=counts)
     add("--channels", type=int, nargs="+", default=[128], metavar="C", help="input channels, output channels")
     add("--batch", type=int, metavar="N", help="images (default: 128; 64 across kernel sizes)")
     add("--size", type=int, nargs="+", metavar="H", help="height, width (default: 56, of --model its own)")

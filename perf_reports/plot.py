@@ -248,15 +248,15 @@ def _overview(rows: list[Row]) -> Figure:
     panels = figure.subplots(2, 3)
     _work_panels(panels[0], rows)
     for axes, pass_ in zip(panels[1], PASSES, strict=True):
-        _times(axes, rows, pass_)
         if axes is not panels[1][0]:
             axes.sharey(panels[1][0])
+        _times(axes, rows, pass_)
+        if axes is not panels[1][0]:
             axes.set_ylabel("")
             axes.tick_params(labelleft=False)
     legend(figure, panels[1][0]).set_title(f"{subject(rows)}; {versions(rows)}", {"size": 9})
-    measured = kind(rows) == "measured"
-    headline = origin(rows) if measured else f"{origin(rows)}, not measured"
-    figure.suptitle(headline[0].upper() + headline[1:], fontsize=20, fontweight="bold")
+    but = "" if kind(rows) == "measured" else ", not measured"
+    figure.suptitle(f"Times {origin(rows)}{but}", fontsize=20, fontweight="bold")
     return figure
 
 
