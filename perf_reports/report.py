@@ -80,7 +80,7 @@ def _write_up(folder: pathlib.Path, taken: int, total: int) -> tuple[list[text.R
 
 
 def _show(kept: list[text.Row], taken: int, total: int) -> None:
-    console = Console(width=None if sys.stdout.isatty() else 180)
+    console = Console(width=None if sys.stdout.isatty() else 200)
     for table in text.tables(kept):
         console.print(table)
     if taken < total:
