@@ -10,9 +10,9 @@ from . import options
 
 # By command, the module whose `run` it is, and the packages that it needs and the library does not.
 COMMANDS = {
-    "compile": (".compile_command", ("rich",)),
+    "compile": (".compile_command", ("numpy", "rich")),
     "report": (".perf_reports.report", ("matplotlib", "rich")),
-    "tune": (".tuning.command", ("rich",)),
+    "tune": (".tuning.command", ("numpy", "rich")),
     "bench": (".perf_reports.bench", ("matplotlib", "rich")),
 }
 

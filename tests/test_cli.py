@@ -63,9 +63,8 @@ def test_mistakes_are_answered_without_heavy_packages(tmp_path):
 def test_a_missing_extra_is_named_in_a_line(command, tmp_path):
     done = without(["rich", "matplotlib", "numpy"], [command], tmp_path)
     assert (done.returncode, done.stdout) == (2, "")
-    assert re.fullmatch(
-        rf"groupconv {command}: (rich|matplotlib) is not installed: pip install 'groupconv\[report\]'\n", done.stderr
-    )
+    missing = "(rich|matplotlib|numpy) is not installed"
+    assert re.fullmatch(rf"groupconv {command}: {missing}: pip install 'groupconv\[report\]'\n", done.stderr)
 
 
 def script(tmp_path):
@@ -175,7 +174,8 @@ def test_an_interrupt_ends_in_a_line(name, tmp_path):
         for pid in alive(process.pid):
             os.kill(int(pid), signal.SIGKILL)
     assert process.returncode == 130
-    assert err == f"groupconv {arguments[0]}: interrupted\n"
+    said = [line for line in err.splitlines() if not re.match(r"\w+: \d+ ", line)]  # how far it was
+    assert said == [f"groupconv {arguments[0]}: interrupted"]
 
 
 # --- Progress --------------------------------------------------------------------------------------------------------
