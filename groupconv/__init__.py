@@ -1,12 +1,37 @@
 """Grouped 2-D convolution for PyTorch in Triton."""
 
-from .api import explain, triton_conv
-from .dispatch import PassPlan, Plan
-from .modules import Conv2d, convert
-from .ops import set_fp32_precision
-from .problem import ConvProblem
+import importlib
+import os
+import sys
+from typing import TYPE_CHECKING, Any
 
 __all__ = [
     "Conv2d", "ConvProblem", "PassPlan", "Plan", "convert", "explain", "set_fp32_precision", "triton_conv",
 ]  # fmt: skip
 __version__ = "0.1.0"
+
+
+def _is_command_line() -> bool:
+    """Whether this process is `groupconv ...` or `python -m groupconv ...`, whose help does not wait for PyTorch."""
+    argv = getattr(sys, "argv", [])
+    if argv and argv[0] == "-m":  # as long as Python looks for the module
+        return sys.orig_argv[-len(argv)] in ("groupconv", "groupconv.cli")
+    return bool(argv) and os.path.basename(argv[0]) == "groupconv"
+
+
+# A program has the operators registered at once: what it loads later may hold calls of them.
+if TYPE_CHECKING or not _is_command_line():
+    from .api import explain, triton_conv
+    from .dispatch import PassPlan, Plan
+    from .modules import Conv2d, convert
+    from .ops import set_fp32_precision
+    from .problem import ConvProblem
+else:
+
+    def __getattr__(name: str) -> Any:
+        if name in __all__:
+            for module in ("api", "dispatch", "modules", "ops", "problem"):
+                found = importlib.import_module(f".{module}", __name__)
+                if hasattr(found, name):
+                    return getattr(found, name)
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

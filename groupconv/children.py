@@ -52,7 +52,10 @@ def rerun_compiling(argv: list[str]) -> int | None:
     if not os.environ.get("TRITON_INTERPRET"):
         return None
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    return subprocess.run([sys.executable, "-m", "groupconv.cli", *argv], env=environment).returncode
+    with subprocess.Popen([sys.executable, "-m", "groupconv", *argv], env=environment) as process:
+        while True:
+            with contextlib.suppress(KeyboardInterrupt):  # which the command had too, and ends by
+                return process.wait()
 
 
 class Children:

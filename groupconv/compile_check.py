@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-import multiprocessing
 import os
+from collections.abc import Callable
 
 import torch
 
-from . import configs, devices, dispatch, launcher, resources, stub_driver
+from . import children, configs, devices, dispatch, launcher, resources, stub_driver
 from .algorithms import REGISTRY, able
-from .problem import ConvProblem, dense_strides
+from .problem import PLANNED, ConvProblem, dense_strides
 
 TORCH_DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16} | dict.fromkeys(
     ("fp32", "tf32", "bf16x3"), torch.float32
@@ -108,7 +108,7 @@ def planned(targets: list[str], problems: list[ConvProblem], only_pass: str | No
     for target in targets:
         on = devices.named(target)
         for problem in problems:
-            for pass_ in configs.PLANNED if only_pass is None else (only_pass,):
+            for pass_ in PLANNED if only_pass is None else (only_pass,):
                 names = able(problem, pass_, on)
                 if not names and pass_ != "backward":  # run() says why
                     found.append(Job(GENERAL, pass_, {}, problem, target))
@@ -130,14 +130,21 @@ def _problem(default: configs.ModelledDefault, dtype: str, layout: str) -> ConvP
 
 def run(job: Job) -> Outcome:
     """Compile a job and judge it."""
-    target, algorithm = devices.named(job.target), REGISTRY[job.algorithm]
-    lack = algorithm.supports(job.problem, job.pass_, target)
+    lack = _lack(job)
     if lack is not None:
         return Outcome(job, None, (), excluded=lack)
     try:
-        kernels = compile_pass(job.problem, job.pass_, job.algorithm, job.config, job.target)
+        return _judged(job, compile_pass(job.problem, job.pass_, job.algorithm, job.config, job.target))
     except Exception as error:  # whatever the compiler raises is the finding
         return Outcome(job, None, (f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}",))
+
+
+def _lack(job: Job) -> str | None:
+    return REGISTRY[job.algorithm].supports(job.problem, job.pass_, devices.named(job.target))
+
+
+def _judged(job: Job, kernels: list[resources.Resources]) -> Outcome:
+    target, algorithm = devices.named(job.target), REGISTRY[job.algorithm]
     used, faults = kernels[0], []
     if spills := sum(kernel.spill_bytes for kernel in kernels):
         faults.append(f"{spills} bytes of spills")
@@ -149,12 +156,27 @@ def run(job: Job) -> Outcome:
     return Outcome(job, used, tuple(faults))
 
 
-def run_parallel(work: list[Job], on_done, processes: int | None = None) -> list[Outcome]:
-    """Run jobs in worker processes, calling `on_done(outcome)` after each; outcomes in the jobs' order."""
+def run_parallel(work: list[Job], on_done: Callable[[Outcome], None], processes: int | None = None) -> list[Outcome]:
+    """`run` jobs in worker processes, calling `on_done(outcome)` after each; outcomes in the jobs' order."""
     outcomes = []
-    # Spawned, because a fork of a process that has used PyTorch's threads may hang.
-    with multiprocessing.get_context("spawn").Pool(processes or os.cpu_count()) as pool:
-        for outcome in pool.imap(run, work, chunksize=2):
+    with children.Children("groupconv.compiled", interpret=False, count=processes or os.cpu_count() or 1) as compiler:
+        asked = [(job, _lack(job)) for job in work]
+        answers = [compiler.submit(_question(job)) if lack is None else None for job, lack in asked]
+        for (job, lack), answer in zip(asked, answers, strict=True):
+            if answer is None:
+                outcome = Outcome(job, None, (), excluded=lack)
+            elif "failed" in (found := answer.result()):
+                outcome = Outcome(job, None, (found["failed"],))
+            else:
+                kernels = [resources.Resources(**kernel | {"code": None, "loops": ()}) for kernel in found["kernels"]]
+                outcome = _judged(job, kernels)
             outcomes.append(outcome)
             on_done(outcome)
     return outcomes
+
+
+def _question(job: Job) -> dict:
+    problem = children.problem_json(job.problem)
+    return {
+        "problem": problem, "pass": job.pass_, "algorithm": job.algorithm, "config": job.config, "target": job.target
+    }  # fmt: skip

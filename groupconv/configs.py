@@ -11,19 +11,27 @@ import math
 import os
 import pathlib
 import re
+import stat
 import warnings
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
+from . import devices
 from .algorithms import REGISTRY
-from .problem import PASSES, ConvProblem
+from .problem import ELEMENT_BYTES, LAYOUTS, PASSES, PLANNED, ConvProblem
+
+if TYPE_CHECKING:
+    from importlib.abc import Traversable
 
 SCHEMA = 1
-PLANNED = (*PASSES, "backward")
+KINDS = ("measured", "stub")  # of a file's times; the stub's are pretended
 OPTIONS = ("num_warps", "num_stages")
 KEY_FIELDS = tuple(ConvProblem(1, 1, 1, 1, 1, 1, 1).config_key("fprop"))
 # Fields in which a measurement may differ and still speak for a problem; all others must be equal.
 SCALED_FIELDS = ("groups_bucket", "m_bucket", "map_bucket")
 FARTHEST = 4.0  # of a nearest entry, in powers of two
+# No time in microseconds, ratio or size is beyond these: what is computed of them neither overflows nor vanishes.
+LEAST, MOST = 1e-9, 1e12
 
 
 class DamagedFile(ValueError):
@@ -58,10 +66,11 @@ class Calibration:
 
 @dataclasses.dataclass(frozen=True)
 class DeviceFile:
-    """The measurements of one device."""
+    """The measurements of one device. Every value is checked: a lookup never fails."""
 
     path: str
     device: str
+    kind: str
     entries: tuple[Entry, ...]
     calibration: Calibration
     stale: int  # entries left out, because kernels have changed since
@@ -119,6 +128,8 @@ def parse_device(text: str, path: str) -> DeviceFile:
     """
     data = _object(text, path)
     _require(isinstance(data.get("device"), str), path, "device must be a string")
+    kind = data.get("kind", "measured")
+    _require(kind in KINDS, path, f"kind must be one of {', '.join(KINDS)}")
     measured_with = data.get("kernels_sha256", {})
     _require(isinstance(measured_with, dict), path, "kernels_sha256 must be an object")
     now = kernels_sha256()
@@ -130,32 +141,50 @@ def parse_device(text: str, path: str) -> DeviceFile:
     _require(isinstance(data.get("entries"), list), path, "entries must be a list")
     entries, stale = [], 0
     for number, raw in enumerate(data["entries"]):
-        where = f"entry {number}"
-        _require(isinstance(raw, dict) and isinstance(raw.get("key"), dict), path, f"{where} has no key")
-        key = raw["key"]
-        _require(sorted(key) == sorted(KEY_FIELDS), path, f"{where}: key must have exactly {', '.join(KEY_FIELDS)}")
-        _require(key["pass"] in PLANNED, path, f"{where}: pass {key['pass']!r} is not one of {', '.join(PLANNED)}")
-        for field in SCALED_FIELDS:
-            _require(_positive_int(key[field]), path, f"{where}: {field} must be a positive integer")
-        _require(isinstance(raw.get("algorithm"), str), path, f"{where} has no algorithm")
-        if raw["algorithm"] in REGISTRY:  # plans pass over the entries of others
-            _check_config(raw["algorithm"], raw.get("config"), path, where)
-        time, torch_time = raw.get("time_us"), raw.get("torch_time_us")
-        _require(_positive(time), path, f"{where}: time_us must be a positive number")
-        failed = torch_time is None and "torch_time_us" in raw
-        _require(failed or _positive(torch_time), path, f"{where}: torch_time_us must be a positive number or null")
-        if outdated(raw["algorithm"]):
+        made = _entry(raw, path, f"entry {number}")
+        if outdated(made.algorithm):
             stale += 1
         else:
-            entries.append(Entry(key, raw["algorithm"], raw.get("config") or {}, time, torch_time))
+            entries.append(made)
     calibration = data.get("calibration", {})
     _require(isinstance(calibration, dict), path, "calibration must be an object")
-    for name in ("ours", "torch"):
-        factors = calibration.get(name, {})
-        good = isinstance(factors, dict) and all(_positive(factor) for factor in factors.values())
-        _require(good, path, f"calibration: {name} must hold positive numbers by name")
-    ours = {name: f for name, f in calibration.get("ours", {}).items() if not outdated(name.split()[0])}
-    return DeviceFile(path, data["device"], tuple(entries), Calibration(ours, calibration.get("torch", {})), stale)
+    ours, torch = (_factors(calibration, name, path) for name in ("ours", "torch"))
+    ours = {name: factor for name, factor in ours.items() if not outdated(name.split()[0])}
+    return DeviceFile(path, data["device"], kind, tuple(entries), Calibration(ours, torch), stale)
+
+
+def _entry(raw, path: str, where: str) -> Entry:
+    _require(isinstance(raw, dict) and isinstance(raw.get("key"), dict), path, f"{where} has no key")
+    key = raw["key"]
+    _require(sorted(key) == sorted(KEY_FIELDS), path, f"{where}: key must have exactly {', '.join(KEY_FIELDS)}")
+    for field, known in (("pass", PLANNED), ("dtype", tuple(ELEMENT_BYTES)), ("layout", LAYOUTS)):
+        _require(key[field] in known, path, f"{where}: {field} must be one of {', '.join(known)}")
+    for field in ("cin_g", "cout_g", *SCALED_FIELDS):
+        _require(_positive_int(key[field]), path, f"{where}: {field} must be a positive integer")
+    for field in ("k", "stride", "dilation"):
+        pair = isinstance(key[field], list) and len(key[field]) == 2 and all(map(_positive_int, key[field]))
+        _require(pair, path, f"{where}: {field} must be two positive integers")
+    algorithm, config = raw.get("algorithm"), raw.get("config", {})
+    _require(_is_name(algorithm), path, f"{where} has no algorithm")
+    if algorithm in REGISTRY:  # plans pass over the entries of others
+        _check_config(algorithm, config, path, where)
+    _require(isinstance(config, dict), path, f"{where}: config must be an object")
+    time, torch_time = raw.get("time_us"), raw.get("torch_time_us")
+    _require(_positive(time), path, f"{where}: time_us must be a positive number")
+    failed = torch_time is None and "torch_time_us" in raw
+    _require(failed or _positive(torch_time), path, f"{where}: torch_time_us must be a positive number or null")
+    return Entry(key, algorithm, config, time, torch_time)
+
+
+def _factors(calibration: dict, name: str, path: str) -> dict[str, float]:
+    """What a calibration has by "ALGORITHM PASS" or "WIDTH_CLASS PASS"."""
+    factors = calibration.get(name, {})
+    good = isinstance(factors, dict) and all(map(_positive, factors.values()))
+    _require(good, path, f"calibration: {name} must hold positive numbers by name")
+    for key in factors:
+        of, _, pass_ = key.partition(" ")
+        _require(_is_name(of) and pass_ in PLANNED, path, f"calibration: {name}: a name must end in a space and a pass")
+    return factors
 
 
 @dataclasses.dataclass(frozen=True)
@@ -207,7 +236,7 @@ def parse_modelled(text: str, path: str) -> tuple[ModelledDefault, ...]:
 def _object(text: str, path: str) -> dict:
     try:
         data = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DamagedFile(f"{path}: not JSON: {error}") from None
     _require(isinstance(data, dict), path, "must be a JSON object")
     _require(data.get("schema") == SCHEMA, path, f"schema {data.get('schema')!r}, this version reads {SCHEMA}")
@@ -220,12 +249,15 @@ def _require(condition: bool, path: str, rule: str) -> None:
 
 
 def _positive(value) -> bool:
-    number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    return number and math.isfinite(value) and value > 0
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and LEAST <= value <= MOST
 
 
 def _positive_int(value) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+    return isinstance(value, int) and _positive(value)
+
+
+def _is_name(value) -> bool:
+    return isinstance(value, str) and re.fullmatch(r"[a-z0-9_]{1,64}", value) is not None
 
 
 def _check_config(algorithm: str, config, path: str, where: str) -> None:
@@ -243,37 +275,72 @@ def _check_config(algorithm: str, config, path: str, where: str) -> None:
     _require(config["num_warps"] <= 16 and config["num_stages"] <= 8, path, f"{where}: too many warps or stages")
 
 
-def user_folder() -> pathlib.Path:
-    """Where a user's own files lie, read before the shipped ones: GROUPCONV_CONFIG_DIR, or as the platform has it."""
+def user_folder() -> pathlib.Path | None:
+    """Where a user's own files lie, read before the shipped ones: GROUPCONV_CONFIG_DIR, or as the platform has it.
+
+    None where a user has no such place: a container's may have no home, or one that may not be entered.
+    """
     named = os.environ.get("GROUPCONV_CONFIG_DIR")
     if named:
         return pathlib.Path(named)
     import platformdirs
 
-    return platformdirs.user_config_path("groupconv", appauthor=False)
+    try:
+        folder = platformdirs.user_config_path("groupconv", appauthor=False)
+        folder.stat()
+    except FileNotFoundError:  # there is a place for it
+        pass
+    except (OSError, RuntimeError, KeyError):
+        return None
+    return folder if folder.is_absolute() else None  # "~" without a home stays "~"
 
 
 @functools.cache
 def device_files(slug: str) -> tuple[DeviceFile, ...]:
     """The files of a device, the user's first. One that cannot be trusted is named in a warning, and skipped."""
-    shipped = importlib.resources.files("groupconv.autotune_configs")
     found = []
-    for folder in (user_folder(), shipped):
+    for folder in (user_folder(), importlib.resources.files("groupconv.autotune_configs")):
+        if folder is None:
+            continue
         file = folder.joinpath(f"{slug}.json")
         try:
-            if not file.is_file():
-                continue
-            read = parse_device(file.read_text(encoding="utf-8"), str(file))
-            found.append(read)
-            if read.stale:
-                warnings.warn(
-                    f"groupconv: {file}: skipping {read.stale} entries that were measured with other kernels; "
-                    "`groupconv tune` measures anew",
-                    stacklevel=2,
-                )
-        except (DamagedFile, OSError, UnicodeDecodeError) as error:
-            warnings.warn(f"groupconv: skipping a configuration file: {error}", stacklevel=2)
+            read = _device_file(file, slug)
+        except Exception as error:  # a call goes on, whatever is wrong with a file
+            why = str(error) if isinstance(error, DamagedFile) else f"{file}: {_told(error)}"
+            warnings.warn(f"groupconv: skipping a configuration file: {why}", stacklevel=2)
+            continue
+        if read is None:
+            continue
+        found.append(read)
+        if read.stale:
+            warnings.warn(
+                f"groupconv: {file}: skipping {read.stale} entries that were measured with other kernels; "
+                "`groupconv tune` measures anew",
+                stacklevel=2,
+            )
     return tuple(found)
+
+
+def _device_file(file: Traversable, slug: str) -> DeviceFile | None:
+    """The file of a device; None where there is none."""
+    if isinstance(file, pathlib.Path):
+        try:
+            regular = stat.S_ISREG(file.stat().st_mode)
+        except FileNotFoundError:
+            return None
+        _require(regular, str(file), "not a file")  # reading a pipe would wait for its writer
+    elif not file.is_file():
+        return None
+    read = parse_device(file.read_text(encoding="utf-8"), str(file))
+    _require(read.kind == "measured", read.path, f"its times are of a {read.kind} clock, not measurements")
+    own = devices.slugify(read.device)
+    _require(own == slug, read.path, f"it is of {read.device!r}, whose file is called {own}.json")
+    return read
+
+
+def _told(error: Exception) -> str:
+    """An error in a line, without the path that an OSError names too."""
+    return getattr(error, "strerror", None) or f"{type(error).__name__}: {error}"
 
 
 @functools.cache

@@ -6,6 +6,8 @@ import dataclasses
 from functools import cached_property
 
 PASSES = ("fprop", "dgrad", "wgrad")
+PLANNED = (*PASSES, "backward")  # what has a plan of its own: the passes, and dgrad and wgrad by one kernel
+LAYOUTS = ("nhwc", "nchw")
 ELEMENT_BYTES = {"fp32": 4, "tf32": 4, "bf16x3": 4, "fp16": 2, "bf16": 2}
 
 

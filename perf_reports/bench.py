@@ -15,40 +15,18 @@ from typing import Any
 
 import torch
 
-from .. import children, devices
+from .. import children, devices, options, progress
 from ..tuning import stub
 from ..tuning.compiler import Compiler, processes
 from ..tuning.lab import DeviceLost, this_gpu
 from . import host_overhead, layers, measure, networks, rows, training
 
-PARTS = ("layers", "host", "models", "compiled")
 SHOWN = ("layer", "pass", "model", "layout", "step", "mode", "provider")  # of a row, as it comes
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of `groupconv bench`."""
-    parser.description = (
-        "Times every pass of the layers on this GPU: each of our algorithms, what triton_conv takes, F.conv2d in both "
-        "memory formats, PyTorch's depthwise kernels without cuDNN, torch.compile and FlagGems where it is installed; "
-        "the host's time of a call; training steps of whole models with and without our layers. Started again with "
-        "the same --out, it goes on where it was."
-    )
-    layers.add_arguments(parser, "all")
-    layers.add_variants(parser)
-    add = parser.add_argument
-    add("--parts", nargs="+", choices=PARTS, default=list(PARTS), metavar="P", help=f"default: {' '.join(PARTS)}")
-    default = " ".join(training.MODELS)
-    add("--models", nargs="+", metavar="PACKAGE:NAME", help=f"of the part models (default, with timm: {default})")
-    add("--budget-seconds", type=float, metavar="S", help="begin nothing after this time; keep what there is")
-    add("--out", type=pathlib.Path, metavar="DIR", help="default: perf_reports/<device>")
-    add("--csv-only", action="store_true", help="no plots, no REPORT.md")
-    add("--stub", action="store_true", help="try it without a GPU, against a pretended one; needs --out")
 
 
 def run(args: argparse.Namespace) -> int:
     """Benchmark; ValueError for arguments that make no run, before any work."""
     rows.check_budget(args.budget_seconds)
-    rows.check_installed("matplotlib", "rich")
     if args.stub and args.out is None:
         raise ValueError("--stub: its times are pretended, so it needs --out")
     for model in args.models or ():
@@ -125,7 +103,7 @@ class _Run:
             return True
         kept = self._known("models.csv", training.FIELDS)
         finished = {(row["model"], row["layout"]) for row in kept if row["provider"] == "groupconv"}
-        pairs = [(model, layout) for model in models or training.MODELS for layout in ("nhwc", "nchw")]
+        pairs = [(model, layout) for model in models or options.MODELS for layout in ("nhwc", "nchw")]
         batch = 128 if self.args.batch is None else self.args.batch
         size = None if self.args.size is None else self.args.size[0]
         found = (
@@ -156,19 +134,13 @@ class _Run:
         ends: Callable[[dict], bool] = lambda row: True,
     ) -> bool:  # fmt: skip
         """Write rows as they come; whether all came in time. ends: after which rows the budget may end it."""
-        from rich.console import Console
-        from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
-
-        columns = (SpinnerColumn(), TextColumn("{task.completed} rows, {task.description}"), TimeElapsedColumn())
         with (
             rows.Writer(self.folder / name, self.environment, fields, kept) as writer,
-            Progress(*columns, console=Console(stderr=True)) as progress,
+            progress.shown("bench", f"rows of {name}") as step,
         ):
-            bar = progress.add_task(name)
             for row in found:
                 writer.append(row)
-                what = " ".join(str(row[field]) for field in SHOWN if row.get(field))
-                progress.update(bar, advance=1, description=what)
+                step(" ".join(str(row[field]) for field in SHOWN if row.get(field)))
                 if self.deadline.passed and ends(row):
                     return False
         return True

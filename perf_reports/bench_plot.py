@@ -14,7 +14,7 @@ from matplotlib.backends.backend_pdf import PdfPages
 from matplotlib.figure import Figure
 
 from ..algorithms import REGISTRY
-from ..configs import PLANNED
+from ..problem import PLANNED
 from . import comparison, plot, text
 from .bench_text import NAMES, PLOTS, RUN_PLOTS
 from .comparison import LOSS, WIDTHS, WIN, Pair, grouped

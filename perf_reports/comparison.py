@@ -11,8 +11,7 @@ from operator import itemgetter
 from typing import TypeVar
 
 from .. import cost
-from ..configs import PLANNED
-from ..problem import ConvProblem
+from ..problem import PLANNED, ConvProblem
 from . import host_overhead, training
 from . import rows as rows_
 from .text import Row, layer_rows, takes, timed

@@ -67,7 +67,7 @@ def main(argv: list[str] | None = None) -> int:
         # The configurations that were tuned are what the benchmark's "auto" goes by.
         environment = os.environ | {"GROUPCONV_CONFIG_DIR": str(args.out.resolve())}
         try:
-            line = [sys.executable, "-m", "groupconv.cli", *command, *seconds]
+            line = [sys.executable, "-m", "groupconv", *command, *seconds]
             status = subprocess.run(line, env=environment, timeout=None if left is None else left + GRACE_SECONDS)
         except subprocess.TimeoutExpired:  # killed in the middle: it loses nothing but that
             cut_short = True

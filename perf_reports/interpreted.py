@@ -21,8 +21,8 @@ SMALL = (2, 9, 7)
 NARROW_GROUPS, NARROW_WIDTH = 2, 64
 
 
-def shrunk(problem: ConvProblem, narrow: bool) -> ConvProblem:
-    """The problem on a small batch of small maps; with all its channels, or only a few groups of small width.
+def shrunk(problem: ConvProblem) -> ConvProblem:
+    """The problem on a small batch of small maps, with only a few groups of small width.
 
     The kernel stays as it is, and maps are as large as it takes for each tap to meet a pixel.
     """
@@ -31,9 +31,7 @@ def shrunk(problem: ConvProblem, narrow: bool) -> ConvProblem:
         return min(actual, max(small, dilation * (kernel - 1) + 1 - pad))
 
     top, bottom, left, right = problem.pad
-    groups, cin_g, cout_g = problem.groups, problem.cin_g, problem.cout_g
-    if narrow:
-        groups, cin_g, cout_g = min(groups, NARROW_GROUPS), _narrowed(cin_g), _narrowed(cout_g)
+    groups, cin_g, cout_g = min(problem.groups, NARROW_GROUPS), _narrowed(problem.cin_g), _narrowed(problem.cout_g)
     return dataclasses.replace(
         problem,
         batch=min(problem.batch, SMALL[0]),

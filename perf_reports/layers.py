@@ -7,46 +7,28 @@ import csv
 import dataclasses
 import importlib.resources
 import pathlib
+from collections.abc import Sequence
 
 from ..problem import ConvProblem
 from .rows import Layer
 
 GROUPS = (1, 2, 4, 8, 16, 32, 64, 128)
+UNMEASURED_GROUPS = (1, 2, 8, 32, 128)  # where each count's kernels are compiled and interpreted on a CPU
 QUICK_GROUPS = (4, 32)
 KERNELS = (1, 3, 5, 7, 9, 11, 13, 17, 21, 27, 31)
 QUICK_KERNELS = (3, 7)
 QUICK_STEP = 16  # of a list of layers, every 16th
-DTYPES = ("bf16", "fp16", "fp32", "tf32", "bf16x3")
-LAYOUTS = ("nhwc", "nchw")
 COLUMNS = (
     "name", "N", "C_in", "H", "W", "C_out", "KH", "KW", "stride_h", "stride_w", "pad_h", "pad_w", "dil_h", "dil_w",
     "groups",
 )  # fmt: skip
 
 
-def add_arguments(parser: argparse.ArgumentParser, default: str) -> None:
-    """The options that name layers. default: what --layers is without them."""
-    add = parser.add_argument
-    add("--groups", type=int, nargs="+", metavar="G", help="group counts (default: 1 2 4 ... 128)")
-    add("--channels", type=int, nargs="+", default=[128], metavar="C", help="input channels, output channels")
-    add("--batch", type=int, metavar="N", help="images (default: 128; 64 across kernel sizes)")
-    add("--size", type=int, nargs="+", metavar="H", help="height, width (default: 56, of --model its own)")
-    add("--kernel", type=int, nargs="+", metavar="K", help="kernel height, width (default: 3)")
-    add("--kernels", type=int, nargs="+", metavar="K", help="with --layers kernels: sizes (default: 1 3 5 ... 31)")
-    add("--stride", type=int, nargs="+", default=[1], metavar="S", help="vertical, horizontal stride (default: 1)")
-    add("--padding", type=int, nargs="+", metavar="P", help="vertical, horizontal (default: half the kernel)")
-    add(
-        "--layers", default=default, metavar="LAYERS",
-        help='"groups" for the layer of the options above across --groups, "kernels" for a depthwise one across kernel '
-        'sizes, "suite" for 65 layers of published models, "all" for groups and suite, or a CSV with the columns of '
-        f"suite.csv (default: {default})",
-    )  # fmt: skip
-    add("--model", metavar="PACKAGE:NAME", help="the grouped layers of timm:NAME or torchvision:NAME instead")
-    add("--quick", action="store_true", help="fewer group counts, kernel sizes or layers, for a smoke test")
+def make(args: argparse.Namespace, dtype: str, layout: str, counts: Sequence[int] = GROUPS) -> list[Layer]:
+    """The layers that `options.add_layers` asks for; ValueError where they make no convolution.
 
-
-def make(args: argparse.Namespace, dtype: str, layout: str) -> list[Layer]:
-    """The layers that the options of `add_arguments` ask for; ValueError where they make no convolution."""
+    counts: the group counts of a layer where no option names any, as far as they divide its channels.
+    """
     if args.model is not None:
         return _of_model(args, dtype, layout)
     if args.layers == "kernels":
@@ -54,20 +36,14 @@ def make(args: argparse.Namespace, dtype: str, layout: str) -> list[Layer]:
     if args.kernels:
         raise ValueError(f"--kernels: {_listed(args.kernels)} is for --layers kernels, not --layers {args.layers}")
     if args.layers == "groups":
-        return _across_groups(args, dtype, layout)
+        return _across_groups(args, dtype, layout, counts)
     if args.layers == "all":
         found = suite(dtype, layout)
-        return [*_across_groups(args, dtype, layout), *(found[::QUICK_STEP] if args.quick else found)]
+        return [*_across_groups(args, dtype, layout, counts), *(found[::QUICK_STEP] if args.quick else found)]
     if args.groups:
         raise ValueError("--groups: a list of layers has its own group counts; --layers groups takes these")
     found = suite(dtype, layout) if args.layers == "suite" else _of_file(args.layers, dtype, layout)
     return found[::QUICK_STEP] if args.quick else found
-
-
-def add_variants(parser: argparse.ArgumentParser) -> None:
-    """The options of `variants`."""
-    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=["bf16"], metavar="D", help="default: bf16")
-    parser.add_argument("--layouts", nargs="+", choices=LAYOUTS, default=["nhwc"], metavar="L", help="default: nhwc")
 
 
 def variants(args: argparse.Namespace) -> list[Layer]:
@@ -91,12 +67,12 @@ def _of_model(args: argparse.Namespace, dtype: str, layout: str) -> list[Layer]:
     return found[::QUICK_STEP] if args.quick else found
 
 
-def _across_groups(args: argparse.Namespace, dtype: str, layout: str) -> list[Layer]:
+def _across_groups(args: argparse.Namespace, dtype: str, layout: str, counts: Sequence[int]) -> list[Layer]:
     c_in, c_out = _pair(args.channels, "--channels")
     kh, kw = _pair(args.kernel or [3], "--kernel")
     groups = args.groups
     if groups is None:
-        groups = [g for g in (QUICK_GROUPS if args.quick else GROUPS) if c_in % g == 0 and c_out % g == 0] or [1]
+        groups = [g for g in (QUICK_GROUPS if args.quick else counts) if c_in % g == 0 and c_out % g == 0] or [1]
     for count in groups:
         if count < 1:
             raise ValueError(f"--groups: {count} is not a positive number")

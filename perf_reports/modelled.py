@@ -11,18 +11,17 @@ from ..children import Children, problem_json
 from ..devices import Target
 from .interpreted import shrunk
 from .passes import reported, taken
-from .rows import Layer, Timing, layer_row, limit_row, timing_fields
+from .rows import PRIOR, Layer, Timing, layer_row, limit_row, timing_fields
 
 
 def count(layers: list[Layer], target: Target) -> int:
     """How many rows `rows` yields."""
-    return 2 + sum(len(names) + 1 for layer in layers for _, names in reported(layer.problem, target))
+    return 2 + sum(len(names) + 2 for layer in layers for _, names in reported(layer.problem, target))
 
 
-def rows(layers: list[Layer], target: Target, narrow: bool = False) -> Generator[dict, None, None]:
-    """The target's assumed limits; then, for each layer and pass, each algorithm and what "auto" would take.
-
-    narrow: interpret the layers with fewer channels than they have.
+def rows(layers: list[Layer], target: Target) -> Generator[dict, None, None]:
+    """The target's assumed limits; then, for each layer and pass, each algorithm, F.conv2d's prior, and what "auto"
+    would take.
     """
     dtype = layers[0].problem.dtype
     yield limit_row("copy_limit", dtype, target.copy_gbps, target.source)
@@ -34,8 +33,8 @@ def rows(layers: list[Layer], target: Target, narrow: bool = False) -> Generator
         for layer in layers:
             for pass_, names in reported(layer.problem, target):
                 for name in names:
-                    pending.append(_submit(layer, pass_, name, target, narrow, interpreter, compiler))
-                pending.append((_auto(layer, pass_, target), None, None))
+                    pending.append(_submit(layer, pass_, name, target, interpreter, compiler))
+                pending += [(_prior(layer, pass_, target), None, None), (_auto(layer, pass_, target), None, None)]
         for row, error, kernels in pending:
             if error is not None and kernels is not None:
                 _add_error(row, error.result())
@@ -44,11 +43,11 @@ def rows(layers: list[Layer], target: Target, narrow: bool = False) -> Generator
 
 
 def _submit(
-    layer: Layer, pass_: str, name: str, target: Target, narrow: bool, interpreter: Children, compiler: Children
+    layer: Layer, pass_: str, name: str, target: Target, interpreter: Children, compiler: Children
 ) -> tuple[dict, Future[dict], Future[dict]]:
     problem = layer.problem
     _, config, estimate = dispatch.modelled(problem, pass_, target, name)
-    small = shrunk(problem, narrow)
+    small = shrunk(problem)
     floor = cost.floor_us(problem, pass_, target)
     row = {
         **_about(layer, pass_, name, target),
@@ -74,15 +73,22 @@ def _about(layer: Layer, pass_: str, provider: str, target: Target) -> dict:
     }
 
 
+def _prior(layer: Layer, pass_: str, target: Target) -> dict:
+    """F.conv2d, by its prior over the floor: what "auto" goes by where nobody measured."""
+    row = _about(layer, pass_, PRIOR, target)
+    time_us = cost.torch_prior_us(layer.problem, pass_, target)
+    return {**row, "source": "prior", **timing_fields(layer.problem, pass_, Timing(time_us), row["floor_us"])}
+
+
 def _auto(layer: Layer, pass_: str, target: Target) -> dict:
-    """What dispatch would choose. It has a time only if that is modelled: F.conv2d has no model, only a prior."""
+    """What dispatch would choose. It has a time only if that is modelled, or F.conv2d's prior."""
     row = _about(layer, pass_, "auto", target)
     plan = taken(layer.problem, pass_, target)
     if plan is None:
         return {**row, "note": "takes dgrad and wgrad"}
     row |= {"source": plan.source, "config": plan.config}
-    if plan.algorithm != "torch" and plan.time_source == "modelled" and plan.time_us is not None:
-        row |= timing_fields(layer.problem, pass_, Timing(plan.time_us), row["floor_us"])
+    if plan.time_source == "modelled" and plan.taken_us is not None:
+        row |= timing_fields(layer.problem, pass_, Timing(plan.taken_us), row["floor_us"])
     takes = plan.algorithm
     if takes == "torch":
         takes = "F.conv2d (prior)" if plan.source == "modelled" else f"F.conv2d ({plan.source})"

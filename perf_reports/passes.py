@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from .. import dispatch
 from ..algorithms import able
-from ..configs import PLANNED
 from ..devices import Target
-from ..problem import PASSES, ConvProblem
+from ..problem import PASSES, PLANNED, ConvProblem
 
 
 def reported(problem: ConvProblem, target: Target) -> list[tuple[str, list[str]]]:

@@ -4,18 +4,34 @@ from __future__ import annotations
 
 import os
 import pathlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 from matplotlib import ticker
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.legend import Legend
 
 from ..problem import PASSES
-from .text import NAMES, Row, across_groups, across_kernels, kind, layer_rows, provenance, subject, timed
+from .rows import PRIOR
+from .text import (
+    NAMES,
+    Row,
+    across_groups,
+    across_kernels,
+    kind,
+    layer_rows,
+    origin,
+    provenance,
+    subject,
+    timed,
+    versions,
+)  # fmt: skip
 
 # Okabe and Ito's colours, which colour-blind readers can tell apart; each with a marker of its own, for print.
-TORCH_STYLES = {"torch_contiguous": ("#E69F00", "X"), "torch_channels_last": ("#56B4E9", "P")}
+TORCH_STYLES = {
+    "torch_contiguous": ("#E69F00", "X"), "torch_channels_last": ("#56B4E9", "P"), PRIOR: ("#E69F00", "X"),
+}  # fmt: skip
 OWN_STYLES = (("#0072B2", "o"), ("#D55E00", "s"), ("#009E73", "^"), ("#CC79A7", "D"), ("#F0E442", "v"))
 FLOOR: dict[str, Any] = {"color": "black", "linestyle": "--", "linewidth": 1.2}
 AUTO: dict[str, Any] = {"color": "black", "linestyle": "none", "marker": "o", "markersize": 12, "fillstyle": "none"}
@@ -141,10 +157,12 @@ def _fraction(axes: Axes, rows: list[Row], pass_: str) -> None:
     axes.set_title(pass_, fontsize=10)
 
 
-def legend(figure: Figure, axes: Axes) -> None:
+def legend(figure: Figure, axes: Axes) -> Legend:
     """One legend below all panels, of what is drawn on one of them."""
     handles, labels = axes.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=min(4, len(labels)), fontsize=9, frameon=False)
+    return figure.legend(
+        handles, labels, loc="outside lower center", ncols=min(4, len(labels)), fontsize=9, frameon=False
+    )
 
 
 def _passes(rows: list[Row], panel: Callable[[Axes, list[Row], str], None]) -> Figure:
@@ -198,20 +216,47 @@ def _work(rows: list[Row]) -> Figure:
     return figure
 
 
+def _fastest(rows: list[Row], pass_: str, providers: Collection[str]) -> tuple[list[int], list[float]]:
+    """The line of the fastest of some providers."""
+    found: dict[int, float] = {}
+    for provider in providers:
+        for count, time_us in zip(*points(rows, pass_, provider, "us_p50"), strict=True):
+            found[count] = min(time_us, found.get(count, time_us))
+    counts = sorted(found)
+    return counts, [found[count] for count in counts]
+
+
+def _times(axes: Axes, rows: list[Row], pass_: str) -> None:
+    """A pass in three lines, and what "auto" takes of the upper two."""
+    own = {row["provider"] for row in layer_rows(rows)} - {*TORCH_STYLES, "auto"}
+    torch = "F.conv2d" if kind(rows) == "measured" else NAMES[PRIOR]
+    axes.plot(*_fastest(rows, pass_, TORCH_STYLES), color="#E69F00", marker="s", label=torch)
+    axes.plot(*_fastest(rows, pass_, own), color="#0072B2", marker="o", label="the fastest of ours")
+    floors = sorted(
+        {int(row["groups"]): float(row["floor_us"]) for row in layer_rows(rows) if row["pass"] == pass_}.items()
+    )
+    axes.plot([count for count, _ in floors], [floor for _, floor in floors], label="floor", **FLOOR)
+    axes.plot(*points(rows, pass_, "auto", "us_p50"), label='what "auto" takes', **AUTO)
+    sweep_axis(axes, rows)
+    log_y(axes, "time, us")
+    axes.set_title(f"time of {pass_}", fontsize=10)
+
+
 def _overview(rows: list[Row]) -> Figure:
-    figure = Figure(figsize=(12, 8), layout="constrained")
+    """The work and the time. What the times are is its title, once for all of it."""
+    figure = Figure(figsize=(12, 8.4), layout="constrained")
     panels = figure.subplots(2, 3)
     _work_panels(panels[0], rows)
     for axes, pass_ in zip(panels[1], PASSES, strict=True):
         if axes is not panels[1][0]:
             axes.sharey(panels[1][0])
-        _time(axes, rows, pass_)
-        axes.set_title(labelled(rows, f"time of {pass_}"), fontsize=10)
+        _times(axes, rows, pass_)
         if axes is not panels[1][0]:
             axes.set_ylabel("")
             axes.tick_params(labelleft=False)
-    legend(figure, panels[1][0])
-    titled(figure, rows, "Work and time across group counts", subject(rows))
+    legend(figure, panels[1][0]).set_title(f"{subject(rows)}; {versions(rows)}", {"size": 9})
+    but = "" if kind(rows) == "measured" else ", not measured"
+    figure.suptitle(f"Times {origin(rows)}{but}", fontsize=20, fontweight="bold")
     return figure
 
 

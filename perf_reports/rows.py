@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import dataclasses
 import datetime
-import importlib.util
 import io
 import json
 import math
@@ -27,7 +26,8 @@ PROBLEM_FIELDS = (
     "pad_right", "dil_h", "dil_w", "groups", "dtype", "layout",
 )  # fmt: skip
 # A row is one pass of one layer by one provider: an algorithm of the registry, "auto" (what dispatch chooses of all),
-# "torch_contiguous" or "torch_channels_last". The providers "copy_limit" and "matrix_limit" have no layer.
+# "torch_contiguous", "torch_channels_last" or, where nothing is measured, PRIOR. The providers "copy_limit" and
+# "matrix_limit" have no layer.
 FIELDS = (
     "utc", "commit", "gpu", "driver", "torch", "triton", "cudnn", "kind", "layer", "pass", "provider", *PROBLEM_FIELDS,
     "source", "config", "us_p20", "us_p50", "us_p80", "tflops", "gbps", "floor_us", "fraction", "bound",
@@ -36,6 +36,7 @@ FIELDS = (
     "compiled_for", "note",
 )  # fmt: skip
 LIMITS = ("copy_limit", "matrix_limit")
+PRIOR = "torch_prior"  # F.conv2d, modelled
 
 
 @dataclasses.dataclass(frozen=True)
@@ -137,13 +138,6 @@ def check_budget(seconds: float | None) -> None:
     """ValueError for a --budget-seconds that is none."""
     if seconds is not None and not (math.isfinite(seconds) and seconds > 0):
         raise ValueError(f"--budget-seconds: {seconds} is not a positive number")
-
-
-def check_installed(*packages: str) -> None:
-    """ValueError for packages that the commands need and the library does not."""
-    for package in packages:
-        if importlib.util.find_spec(package) is None:
-            raise ValueError(f"{package} is not installed: pip install 'groupconv[report]'")
 
 
 class Deadline:

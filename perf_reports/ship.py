@@ -46,7 +46,7 @@ def ship(folder: pathlib.Path, root: pathlib.Path) -> list[pathlib.Path]:
         raise ValueError(f"{folder} must hold the configuration file of one device, but holds {len(found)}")
     (file,) = found
     slug = devices.slugify(file.device)
-    if stub.NAME in (slug, file.path.removesuffix(".json")):
+    if file.kind != "measured" or stub.NAME in (slug, file.path.removesuffix(".json")):
         raise ValueError(f"{file.path}: a stub clock's times are not measurements")
     if file.path != f"{slug}.json":
         raise ValueError(f"{file.path} is of {file.device}, whose file is called {slug}.json")

@@ -17,12 +17,11 @@ from collections.abc import Callable, Iterable, Iterator
 
 import triton
 
-from .. import cost, devices, dispatch
+from .. import cost, devices, dispatch, options
 from ..algorithms import REGISTRY, able
 from ..children import Children, problem_json
-from ..configs import PLANNED
 from ..devices import Target
-from ..problem import ConvProblem
+from ..problem import PLANNED, ConvProblem
 from . import layers
 from .rows import Layer, write_atomically
 from .text import markdown_table, number
@@ -92,7 +91,7 @@ class Subject:
 
 def depthwise_examples() -> list[Layer]:
     parser = argparse.ArgumentParser()
-    layers.add_arguments(parser, "kernels")
+    options.add_layers(parser, "kernels")
     sweep = parser.parse_args(["--kernels", *map(str, KERNELS)])
     found: list[Layer] = []
     for both in zip(*(layers.make(sweep, DTYPE, layout) for layout in LAYOUTS), strict=True):

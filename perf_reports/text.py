@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from rich.table import Table
 
-from ..configs import PLANNED
+from ..problem import PLANNED
 from . import rows as rows_
 
 Row = dict[str, str]
-NAMES = {"torch_contiguous": "F.conv2d contiguous", "torch_channels_last": "F.conv2d channels_last"}
+NAMES = {
+    "torch_contiguous": "F.conv2d contiguous", "torch_channels_last": "F.conv2d channels_last",
+    rows_.PRIOR: "F.conv2d (prior)",
+}  # fmt: skip
 ORIGINS = {"measured": "measured on", "modelled": "modelled for", "stub": "stub clock: not measurements, on"}
 
 
@@ -74,13 +77,21 @@ def subject(rows: list[Row]) -> str:
     return f"{what}, {first['dtype']}, {first['layout']}"
 
 
+def origin(rows: list[Row]) -> str:
+    """What the times are, and the device: "modelled for nvidia_h200"."""
+    return f"{ORIGINS[kind(rows)]} {rows[0]['gpu']}"
+
+
+def versions(rows: list[Row]) -> str:
+    """Versions and date, in a line."""
+    first = rows[0]
+    found = [f"{name} {first[name]}" for name in ("torch", "triton", "cudnn", "driver") if first[name]]
+    return ", ".join([*found, first["utc"][:10]])
+
+
 def provenance(rows: list[Row]) -> str:
     """Device, versions and date, in a line."""
-    first = rows[0]
-    device = f"{ORIGINS[kind(rows)]} {first['gpu']}"
-    versions = [f"torch {first['torch']}", f"triton {first['triton']}"]
-    versions += [f"{name} {first[name]}" for name in ("cudnn", "driver") if first[name]]
-    return ", ".join([device, *versions, first["utc"][:10]])
+    return f"{origin(rows)}, {versions(rows)}"
 
 
 def number(text: str, digits: int = 3) -> str:
@@ -259,12 +270,13 @@ def _modelled_words(rows: list[Row]) -> list[str]:
     return [
         "**Nothing in this report was measured on a GPU.** Times, floors and fractions are modelled; registers, spills "
         f"and shared memory are those of the kernels as compiled for {compiled_for}; errors are those of the "
-        "same kernels under Triton's interpreter, on a small batch of small maps and with other tile sizes.",
+        "same kernels under Triton's interpreter, on a small batch of small maps, a few groups and with other tile "
+        "sizes.",
         "",
         f"The model assumes a copy at {copy} GB/s and matrix products at {matrix} TFLOP/s ({rows[0]['source']}). The "
         "floor is the larger of the time to move every operand once and that of the useful FLOPs; the fraction of the "
-        'limit is floor / time. "auto" is what `triton_conv` would take on this device: where that is F.conv2d, a '
-        "prior decided: F.conv2d has no model, and so no time here.",
+        'limit is floor / time. "auto" is what `triton_conv` would take on this device. F.conv2d has '
+        "no model, only a prior: a multiple of the floor, by group width and pass, that nobody measured here.",
     ]
 
 

@@ -18,7 +18,6 @@ from . import networks
 
 Timer = Callable[[Callable[[], object]], tuple[float, float, float]]
 
-MODELS = ("timm:resnext50_32x4d", "timm:regnety_032", "timm:convnext_tiny", "timm:efficientnet_b0")
 # size: the input's height. converted: layers that convert changed. loss: the first step's; loss_of_torch: without them.
 FIELDS = (
     "utc", "commit", "gpu", "driver", "torch", "triton", "cudnn", "kind", "model", "batch", "size", "dtype", "layout",

@@ -8,11 +8,11 @@ import sys
 import pytest
 import torch
 
-from groupconv import cli, configs, devices
+from groupconv import cli, configs, devices, options
 from groupconv.perf_reports import bench, gpu, host_overhead, layers, measure, rows, ship, training
 from groupconv.perf_reports.rows import Layer
 from groupconv.problem import ConvProblem
-from groupconv.tuning import command, lab
+from groupconv.tuning import lab
 
 NARROW = ConvProblem(2, 8, 6, 5, 8, 3, 3, (1, 1), (1, 1, 1, 1), (1, 1), 4, "fp32")
 DEPTHWISE = dataclasses.replace(NARROW, groups=8)
@@ -300,9 +300,7 @@ def test_gpu_steps_cover_what_is_to_be_tuned():
     assert [step[0] for step in steps] == ["tune", "bench", "tune", "tune", "tune", "bench", "bench"]
     assert [(step[4], step[6]) for step in steps if step[0] == "tune"] == list(gpu.VARIANTS)
     for step in steps:
-        parser = gpu.argparse.ArgumentParser()
-        (bench if step[0] == "bench" else command).add_arguments(parser)
-        parser.parse_args(step[1:])
+        options.parser().parse_args(step)
 
 
 def test_gpu_needs_a_gpu(tmp_path, capsys, monkeypatch):
@@ -332,9 +330,10 @@ def checkout(tmp_path):
     return root
 
 
-def pretend(folder, device="Pretended GPU", kind="measured"):
+def pretend(folder, device="Pretended GPU", kind="measured", clock="measured"):
     file = folder / "stub.json"
-    (folder / f"{devices.slugify(device)}.json").write_text(file.read_text().replace('"stub"', f'"{device}"', 1))
+    text = file.read_text().replace('"device": "stub", "kind": "stub"', f'"device": "{device}", "kind": "{clock}"')
+    (folder / f"{devices.slugify(device)}.json").write_text(text)
     file.unlink()
     changed = [row | {"gpu": device, "kind": kind} for row in read(folder)]
     rows.Writer(folder / "bench.csv", {}, kept=changed).__exit__()
@@ -361,6 +360,10 @@ def _stale(folder):
 
 REFUSED = {
     "the-stub": (lambda folder: None, "stub.json: a stub clock's times are not measurements"),
+    "its-clock": (
+        lambda folder: pretend(folder, clock="stub"),
+        "pretended_gpu.json: a stub clock's times are not measurements",
+    ),
     "stub-rows": (lambda folder: pretend(folder, kind="stub"), "bench.csv: a row of Pretended GPU is stub"),
     "other-kernels": (lambda folder: (pretend(folder), _stale(folder)), "entries were measured with other kernels"),
     "another-name": (

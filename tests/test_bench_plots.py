@@ -14,10 +14,9 @@ from rich.console import Console
 
 from groupconv import cost, devices
 from groupconv.algorithms import able
-from groupconv.configs import PLANNED
 from groupconv.perf_reports import bench_plot, bench_text, comparison, layers, plot, rows, text
 from groupconv.perf_reports.rows import Layer, Timing
-from groupconv.problem import ConvProblem
+from groupconv.problem import PLANNED, ConvProblem
 
 TARGET = devices.DEFAULT
 ENVIRONMENT = {

@@ -12,7 +12,7 @@ ENVIRONMENT = {name: value for name, value in os.environ.items() if name != "TRI
 
 
 def groupconv(*args, **environment):
-    command = [sys.executable, "-m", "groupconv.cli", *args]
+    command = [sys.executable, "-m", "groupconv", *args]
     return subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT | environment, timeout=580)
 
 

@@ -2,11 +2,16 @@
 
 import dataclasses
 import json
+import os
+import subprocess
+import sys
 import warnings
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
-from groupconv import configs, devices, dispatch
+from groupconv import cli, configs, devices, dispatch
 from groupconv.problem import ConvProblem
 
 CONFIG = {"BLOCK_M": 128, "BLOCK_N": 16, "BLOCK_K": 32, "num_warps": 4, "num_stages": 2}
@@ -90,6 +95,10 @@ def _with_config(**changes):
     return file_text(entry(config=CONFIG | changes))
 
 
+def _with_key(**changes):
+    return file_text(entry(key=PROBLEM.config_key("fprop") | changes))
+
+
 DEPTHWISE = ConvProblem(32, 64, 28, 28, 64, 3, 3, (1, 1), (1, 1, 1, 1), (1, 1), 64, "bf16")
 DIRECT = {"BLOCK_P": 32, "BLOCK_C": 32, "num_warps": 4, "num_stages": 1}
 
@@ -141,14 +150,34 @@ DAMAGED = {
     "other-schema": file_text(schema=2),
     "no-schema": json.dumps({"device": "x", "entries": []}),
     "no-device": file_text(device=None),
+    "other-device": file_text(entry(), device="NVIDIA H100 PCIe"),
+    "stub": file_text(entry(), device="stub"),
+    "stub-clock": file_text(entry(), kind="stub"),
+    "kind-a-list": file_text(entry(), kind=["measured"]),
+    "nested": "[" * 200_000,
     "kernels-not-an-object": file_text(entry(), kernels_sha256=[]),
     "calibration-not-an-object": file_text(calibration=[1.0]),
     "calibration-negative": file_text(calibration={"ours": {"row_march fprop": -1.0}}),
+    "calibration-without-a-name": file_text(calibration={"ours": {"": 2.0}}),
+    "calibration-without-a-pass": file_text(calibration={"torch": {"wide": 2.0}}),
+    "calibration-too-large": file_text(calibration={"ours": {"row_march fprop": 10**400}}),
     "calibration-text": file_text(calibration={"torch": {"wide fprop": "fast"}}),
     "entries-not-a-list": file_text(entries={}),
     "entry-not-an-object": file_text(3),
     "foreign-key": file_text(entry(key={"dtype": "bf16"})),
     "unknown-pass": file_text(entry(key=PROBLEM.config_key("fprop") | {"pass": "bprop"})),
+    "pass-a-list": _with_key(**{"pass": ["fprop"]}),
+    "dtype-an-object": _with_key(dtype={}),
+    "unknown-dtype": _with_key(dtype="fp8"),
+    "layout-a-number": _with_key(layout=0),
+    "width-a-fraction": _with_key(cin_g=4.5),
+    "kernel-of-one": _with_key(k=[3]),
+    "kernel-of-text": _with_key(k=["3", "3"]),
+    "stride-a-number": _with_key(stride=1),
+    "bucket-too-large": _with_key(m_bucket=10**400),
+    "algorithm-a-list": file_text(entry(algorithm=["implicit_gemm"])),
+    "algorithm-a-path": file_text(entry(algorithm="../implicit_gemm")),
+    "config-of-another-a-list": file_text(entry(algorithm="winograd", config=[1])),
     "bucket-zero": file_text(entry(key=PROBLEM.config_key("fprop") | {"m_bucket": 0})),
     "bucket-text": file_text(entry(key=PROBLEM.config_key("fprop") | {"groups_bucket": "16"})),
     "block-not-a-power-of-two": _with_config(BLOCK_M=48),
@@ -161,6 +190,8 @@ DAMAGED = {
     "time-negative": file_text(entry(time=-1.0)),
     "time-text": file_text(entry(torch_time="fast")),
     "time-nan": file_text(entry(time=float("nan"))),
+    "time-too-large": file_text(entry(time=10**400)),
+    "time-true": file_text(entry(time=True)),
 }
 
 
@@ -182,6 +213,172 @@ def test_undecodable_file_is_skipped(user_file):
     configs.reset()
     with pytest.warns(UserWarning, match="skipping"):
         assert plan().source == "modelled"
+
+
+def _loop(path):
+    path.symlink_to(path.name)
+
+
+PLACES = {
+    "a symlink that leads to itself": (_loop, "Too many levels of symbolic links"),
+    "a folder": (lambda path: path.mkdir(), "not a file"),
+    "a pipe": (os.mkfifo, "not a file"),
+}
+
+
+@pytest.mark.parametrize("name", PLACES)
+def test_what_is_no_file_is_skipped(user_file, tmp_path, name):
+    make, why = PLACES[name]
+    make(tmp_path / "nvidia_h200.json")
+    with pytest.warns(UserWarning, match=f"skipping a configuration file: .*nvidia_h200.json: {why}") as caught:
+        assert plan().source == plan().source == "modelled"
+    assert len(caught) == 1
+
+
+def test_a_file_in_the_folders_place_is_named(user_file, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("GROUPCONV_CONFIG_DIR", str(tmp_path / "file"))
+    for _ in range(2):  # and again after what was read is forgotten
+        configs.reset()
+        with pytest.warns(UserWarning, match="skipping .*file/nvidia_h200.json: Not a directory") as caught:
+            assert plan().source == plan().source == "modelled"
+        assert len(caught) == 1
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.just(10**400) | st.floats() | st.text(max_size=5)
+    | st.sampled_from(["fprop", "bf16", "nhwc", "implicit_gemm", "row_march fprop", "torch", "measured", ""]),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=3),
+    max_leaves=5,
+)  # fmt: skip
+
+
+def _mutated(data, draw):
+    """JSON with one value, somewhere, replaced, removed or added."""
+    at = data
+    while True:
+        if isinstance(at, dict) and at:
+            key = draw(st.sampled_from(sorted(at)))
+        elif isinstance(at, list) and at:
+            key = draw(st.integers(0, len(at) - 1))
+        else:
+            return
+        if isinstance(at[key], (dict, list)) and at[key] and draw(st.integers(0, 3)):
+            at = at[key]
+            continue
+        how = draw(st.sampled_from(["replace", "remove", "add"]))
+        if how == "replace":
+            at[key] = draw(JSON)
+        elif how == "remove":
+            del at[key]
+        elif isinstance(at, dict):
+            at[draw(st.sampled_from(["", "winograd fprop", "k", "ours"]))] = draw(JSON)
+        else:
+            at.insert(key, draw(JSON))
+        return
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_no_file_stops_a_plan(user_file, data):
+    """Whatever became of a whole file: a plan, with at most one warning, which names the file."""
+    content = json.loads(
+        file_text(
+            entry(), entry(torch_time=None), entry(pass_="dgrad"), direct("backward"),
+            calibration={"ours": {"row_march fprop": 2.0}, "torch": {"narrow fprop": 3.0}},
+        )
+    )  # fmt: skip
+    for _ in range(data.draw(st.integers(1, 3))):
+        _mutated(content, data.draw)
+    path = user_file(json.dumps(content))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for problem in (PROBLEM, DEPTHWISE, dataclasses.replace(PROBLEM, batch=16)):
+            assert all(found.algorithm for found in dispatch.plan(problem, devices.DEFAULT).passes)
+    assert len(caught) <= 1
+    assert all(str(path) in str(warning.message) for warning in caught)
+
+
+@settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(content=st.binary(max_size=40))
+def test_no_bytes_stop_a_plan(user_file, content):
+    path = user_file("")
+    path.write_bytes(content)
+    configs.reset()
+    with pytest.warns(UserWarning, match="skipping a configuration file") as caught:
+        assert plan().source == "modelled"
+    assert len(caught) == 1
+
+
+# Everything is loaded before the privileges go, as the Python itself may lie in a folder that its user may not enter.
+CONTAINER_USER = """
+import json, os, sys, warnings
+import importlib.readers, platformdirs, torch
+import groupconv
+from groupconv import configs, devices, dispatch, ops
+from groupconv.problem import ConvProblem
+closed, shown = sys.argv[1:]
+x, w = torch.randn(1, 4, 5, 5), torch.randn(4, 2, 3, 3)
+def called():
+    configs.reset(), ops.reset()
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        y = groupconv.triton_conv(x, w, padding=1, groups=2, backend="triton")
+        dispatch.plan(ConvProblem(2, 8, 9, 9, 8, 3, 3), devices.DEFAULT)
+    assert (y - torch.nn.functional.conv2d(x, w, padding=1, groups=2)).abs().max() < 1e-5
+    return [str(configs.user_folder()), *(str(warning.message) for warning in seen)]
+for name in ("GROUPCONV_CONFIG_DIR", "XDG_CONFIG_HOME", "HOME", "USER", "LOGNAME"):
+    os.environ.pop(name, None)
+os.environ["HOME"] = "/"
+called()  # loads what is loaded late
+os.setgid(54321), os.setuid(54321)
+found = {}
+for home in (None, closed, "/dev/null", "/nowhere"):
+    os.environ.pop("HOME", None)
+    if home is not None:
+        os.environ["HOME"] = home
+    found[str(home)] = called()
+os.environ["GROUPCONV_CONFIG_DIR"] = shown
+print(json.dumps(found | {"unreadable": called()}))
+"""
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
+def test_a_users_home_may_be_missing_or_closed(tmp_path):
+    """A container's user: no passwd entry, and no HOME or none that may be entered. Calls run, and nothing is said; but
+    a file that may not be read is named."""
+    import tempfile
+
+    with tempfile.TemporaryDirectory() as shown:  # not below pytest's folder, which others may not enter
+        os.chmod(shown, 0o755)
+        path = os.path.join(shown, "nvidia_h200.json")
+        with open(path, "w") as file:
+            file.write(file_text(entry()))
+        os.chmod(path, 0)
+        (tmp_path / "closed").mkdir(mode=0o700)
+        done = subprocess.run(
+            [sys.executable, "-c", CONTAINER_USER, str(tmp_path / "closed"), shown],
+            env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True,
+        )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found.pop("unreadable") == [shown, f"groupconv: skipping a configuration file: {path}: Permission denied"]
+    assert found.pop("/nowhere") == ["/nowhere/.config/groupconv"]
+    assert found == {"None": ["None"], str(tmp_path / "closed"): ["None"], "/dev/null": ["None"]}
+
+
+def test_tuning_without_a_home_asks_for_a_folder(monkeypatch, capsys):
+    import torch
+
+    from groupconv.tuning import command, stub
+
+    monkeypatch.setattr(configs, "user_folder", lambda: None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr(command, "this_gpu", lambda: stub.StubLab(devices.DEFAULT))
+    assert cli.main(["tune", "--quick"]) == 2
+    said = capsys.readouterr().err
+    assert said == "groupconv tune: --out: there is no home with a configuration folder here, so it must name one\n"
 
 
 def test_entries_of_other_kernels_are_left_out(user_file):

@@ -1,43 +1,41 @@
 """`groupconv report`: its rows without a GPU and with a pretended one, its files, and its refusals."""
 
-import argparse
 import dataclasses
 import math
 import os
 import pathlib
+import signal
 import subprocess
 import sys
+import time
 import types
 
 import pytest
 import torch
 from matplotlib import image
 
-from groupconv import children, cli, cost, devices, dispatch, iterations, numerics, resources
+from groupconv import children, cli, cost, devices, dispatch, iterations, numerics, options, resources
 from groupconv.algorithms import REGISTRY, able
-from groupconv.configs import PLANNED
 from groupconv.perf_reports import (
     interpreted,
     layers,
     measure,
     passes,
     plot,
-    report,
     rows,
     tables,
     text,
 )
 from groupconv.perf_reports.rows import Layer, Timing
-from groupconv.problem import PASSES, ConvProblem
+from groupconv.problem import PASSES, PLANNED, ConvProblem
 from groupconv.tuning import lab
 
 PROVIDERS = {*REGISTRY, "auto", "torch_contiguous", "torch_channels_last"}
+SHIPPED = pathlib.Path(__file__).parents[1] / "perf_reports" / "modelled_nvidia_h200" / "results.csv"
 
 
 def layers_of(*arguments):
-    parser = argparse.ArgumentParser()
-    report.add_arguments(parser)
-    args = parser.parse_args(arguments)
+    args = options.parser().parse_args(["report", *arguments])
     return layers.make(args, args.dtype, args.layout)
 
 
@@ -92,7 +90,7 @@ def test_quick_report(tmp_path):
     (folder / "notes.txt").write_text("not the report's")
     # Interpreted kernels cannot be compiled: the report has to see to it that a user's setting does not matter.
     environment = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
-    command = [sys.executable, "-m", "groupconv.cli", "report", "--quick", "--out", str(folder)]
+    command = [sys.executable, "-m", "groupconv", "report", "--quick", "--out", str(folder)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     plots = ["fraction.png", "overview.png", "time.png", "work.png"]
@@ -104,6 +102,8 @@ def test_quick_report(tmp_path):
     found = rows.read(folder / "results.csv")
     assert {row["kind"] for row in found} == {"modelled"}
     assert {row["gpu"] for row in found} == {"nvidia_h200"}
+    priors = [row for row in found if row["provider"] == rows.PRIOR]
+    assert [(row["groups"], row["pass"]) for row in priors] == [(g, p) for g in ("4", "32") for p in PLANNED]
     own = [row for row in found if row["provider"] in REGISTRY]
     assert {(row["groups"], row["pass"]) for row in own} == {(g, p) for g in ("4", "32") for p in PLANNED}
     assert {row["provider"] for row in own} == {"implicit_gemm", "row_block", "row_block_tma", "row_march"}
@@ -340,11 +340,11 @@ def depthwise(kernel, size=6, channels=2, batch=2, **fields):
 
 def test_shrunk_problems_keep_their_kernel_and_use_all_of_it():
     problem = layers_of("--layers", "kernels", "--kernels", "31")[0].problem
-    small = interpreted.shrunk(problem, narrow=True)
+    small = interpreted.shrunk(problem)
     assert (small.kh, small.kw, small.groups, small.h_in, small.w_in) == (31, 31, 2, 16, 16)
     given = numerics.operands(small)
     assert numerics.reference(small, given, "wgrad").ne(0).all()  # a tap that meets no pixel has no gradient
-    assert str(interpreted.shrunk(small_layers()[0].problem, narrow=False)).startswith("n2-g1-c8x8-h6x5-k3x3")
+    assert str(interpreted.shrunk(small_layers()[0].problem)).startswith("n2-g1-c8x8-h6x5-k3x3")
 
 
 def fused_on(target):
@@ -387,12 +387,102 @@ def sweep_rows(writer, chosen, most_taps=50):
 
 def test_work_is_that_of_one_pass():
     """The plot of work leaves out the fused backward's rows, which do the work of two passes."""
-    kept = rows.read(pathlib.Path(__file__).parents[1] / "perf_reports" / "modelled_nvidia_h200" / "results.csv")
+    kept = rows.read(SHIPPED)
     assert "backward" in {row["pass"] for row in kept}
     _, flops, _ = plot.draw(kept)["work"].axes
     line = flops.get_lines()[0]
-    expected = {layer.problem.groups: layer.problem.flops("fprop") / 1e9 for layer in layers_of()}
+    expected = {
+        layer.problem.groups: layer.problem.flops("fprop") / 1e9
+        for layer in layers_of()
+        if layer.problem.groups in layers.UNMEASURED_GROUPS
+    }
     assert dict(zip(line.get_xdata(), line.get_ydata(), strict=True)) == pytest.approx(expected, rel=1e-3)
+
+
+def test_overview_of_modelled_times():
+    """Three lines a pass and what "auto" takes, on one scale that holds them all; that they are modelled is said once,
+    in the largest letters."""
+    kept = rows.read(SHIPPED)
+    figure = plot.draw(kept)["overview"]
+    assert figure.get_suptitle() == "Times modelled for nvidia_h200, not measured"
+    *_, fprop, dgrad, wgrad = figure.axes
+    for axes, pass_ in zip((fprop, dgrad, wgrad), PASSES, strict=True):
+        assert axes.get_title() == f"time of {pass_}"
+        drawn = {line.get_label(): dict(zip(line.get_xdata(), line.get_ydata(), strict=True)) for line in axes.lines}
+        assert list(drawn) == ["F.conv2d (prior)", "the fastest of ours", "floor", 'what "auto" takes']
+        mine = [row for row in kept if row["pass"] == pass_]
+        for groups in layers.UNMEASURED_GROUPS:
+            times = {row["provider"]: float(row["us_p50"]) for row in mine if row["groups"] == str(groups)}
+            prior, auto = times.pop(rows.PRIOR), times.pop("auto")
+            assert drawn["F.conv2d (prior)"][groups] == prior
+            assert drawn["the fastest of ours"][groups] == min(times.values())
+            assert drawn['what "auto" takes'][groups] == auto == min(prior, *times.values())
+        (floor,) = {float(row["floor_us"]) for row in mine if row["groups"] == "32"}
+        assert drawn["floor"][32] == floor
+        low, high = axes.get_ylim()
+        assert all(low <= time_us <= high for line in drawn.values() for time_us in line.values())
+        assert axes.get_ylim() == fprop.get_ylim()
+    words = [f() for axes in figure.axes for f in (axes.get_title, axes.get_xlabel, axes.get_ylabel)]
+    (legend,) = figure.legends
+    words += [legend.get_title().get_text(), *(each.get_text() for each in legend.get_texts())]
+    assert not any("modelled" in each for each in words)
+    assert "128 to 128 channels, 3x3" in legend.get_title().get_text()
+
+
+def test_prior_of_torch():
+    """F.conv2d without a GPU: the prior that dispatch compares with, called that."""
+    kept = [row for row in rows.read(SHIPPED) if row["provider"] == rows.PRIOR]
+    assert {row["source"] for row in kept} == {"prior"}
+    for row in kept:
+        (problem,) = [layer.problem for layer in layers_of() if layer.name == row["layer"]]
+        prior = cost.torch_prior_us(problem, row["pass"], devices.DEFAULT)
+        assert float(row["us_p50"]) == pytest.approx(prior, rel=1e-5)
+        plan = passes.taken(problem, row["pass"], devices.DEFAULT)
+        assert plan is None or plan.torch_time_us == pytest.approx(prior)
+    said = text.markdown(rows.read(SHIPPED), [], 1, 1)
+    assert "| F.conv2d (prior) |" in said
+    assert "only a prior" in said
+
+
+def test_group_counts_without_a_gpu():
+    """Fewer than on one: each is compiled and interpreted."""
+    assert tuple(dict.fromkeys(int(row["groups"]) for row in rows.read(SHIPPED)[2:])) == layers.UNMEASURED_GROUPS
+    assert set(layers.UNMEASURED_GROUPS) < set(layers.GROUPS)
+
+
+def command(folder, *arguments):
+    """`groupconv report` without a GPU."""
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+    line = [sys.executable, "-m", "groupconv", "report", "--out", str(folder), *arguments]
+    return subprocess.Popen(line, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def test_an_interrupted_report_leaves_an_earlier_one_whole(tmp_path):
+    earlier = {name: f"earlier {name}" for name in ("results.csv", "REPORT.md", "overview.png", "NARROW.md")}
+    for name, content in earlier.items():
+        (tmp_path / name).write_text(content)
+    process = command(tmp_path, "--quick")
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and not any(
+        len(path.read_text().splitlines()) > 3 for path in tmp_path.glob(".report-*/results.csv")
+    ):
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert (process.returncode, err.splitlines()[-1]) == (130, "groupconv report: interrupted")
+    assert "Traceback" not in err
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == earlier
+
+
+def test_a_report_out_of_time_is_published(tmp_path):
+    (tmp_path / "results.csv").write_text("earlier")
+    (tmp_path / "NARROW.md").write_text("not the report's")
+    process = command(tmp_path, "--quick", "--budget-seconds", "0.001")
+    out, _ = process.communicate()
+    assert process.returncode == 0
+    assert "The time budget ended after 1 of " in out
+    assert len(rows.read(tmp_path / "results.csv")) == 1
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["NARROW.md", "REPORT.md", "results.csv"]
 
 
 def test_plot_across_kernel_sizes(tmp_path):
@@ -686,7 +776,7 @@ def test_bad_arguments_of_the_tables(arguments, message, tmp_path, monkeypatch, 
 
 def test_modelled_kernel_sizes(tmp_path):
     """Without a GPU: the command, with rows of every algorithm that is able, compiled and interpreted."""
-    command = [sys.executable, "-m", "groupconv.cli", "report", "--layers", "kernels", "--kernels", "1", "2"]
+    command = [sys.executable, "-m", "groupconv", "report", "--layers", "kernels", "--kernels", "1", "2"]
     command += ["--channels", "2", "--size", "17", "--batch", "1", "--target", "nvidia_h200", "--out", str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
@@ -696,11 +786,11 @@ def test_modelled_kernel_sizes(tmp_path):
         (layer.name, pass_, name)
         for layer in layers_of("--layers", "kernels", *command[6:-4])
         for pass_, names in passes.reported(layer.problem, devices.DEFAULT)
-        for name in (*names, "auto")
+        for name in (*names, rows.PRIOR, "auto")
     }
     assert {(row["layer"], row["pass"], row["provider"]) for row in found[2:]} == expected
     for row in found[2:]:
-        if row["provider"] != "auto":
+        if row["provider"] in REGISTRY:
             assert not row["note"]
             assert 0 < float(row["max_rel_err"]) <= float(row["err_bound"]) == 4e-3
             assert int(row["registers"]) > 0

@@ -338,7 +338,7 @@ def test_written_files_are_read_by_plans(book, tmp_path, monkeypatch):
     """What was measured is what a plan takes, exactly; and a second run keeps what it does not measure anew."""
     found, _ = searched(book, CHOSEN)
     path = tmp_path / "nvidia_h200.json"
-    results.write(path, "NVIDIA H200", {}, found.results, devices.DEFAULT)
+    results.write(path, "NVIDIA H200", "measured", {}, found.results, devices.DEFAULT)
     monkeypatch.setenv("GROUPCONV_CONFIG_DIR", str(tmp_path))
     configs.reset()
     try:
@@ -353,17 +353,22 @@ def test_written_files_are_read_by_plans(book, tmp_path, monkeypatch):
     finally:
         configs.reset()
     before = json.loads(path.read_text())["entries"]
-    results.write(path, "NVIDIA H200", {}, found.results[:1], devices.DEFAULT)
+    results.write(path, "NVIDIA H200", "measured", {}, found.results[:1], devices.DEFAULT)
     assert json.loads(path.read_text())["entries"] == before
     assert [p.name for p in tmp_path.iterdir() if p.suffix == ".old"] == []
 
 
-@pytest.mark.parametrize("earlier", ["damaged", "of other kernels", "of another device"])
+@pytest.mark.parametrize("earlier", ["damaged", "of other kernels", "of another device", "of a stub clock"])
 def test_nothing_of_an_earlier_file_is_lost(book, tmp_path, earlier):
     found, _ = searched(book, CHOSEN[:1])
     path = tmp_path / "nvidia_h200.json"
     results.write(
-        path, "Another" if earlier == "of another device" else "NVIDIA H200", {}, found.results, devices.DEFAULT
+        path,
+        "Another" if earlier == "of another device" else "NVIDIA H200",
+        "stub" if earlier == "of a stub clock" else "measured",
+        {},
+        found.results,
+        devices.DEFAULT,
     )
     text = path.read_text()
     if earlier == "damaged":
@@ -373,7 +378,7 @@ def test_nothing_of_an_earlier_file_is_lost(book, tmp_path, earlier):
     path.write_text(text)
     says = pytest.warns(UserWarning, match="not continuing") if earlier == "damaged" else contextlib.nullcontext()
     with says:
-        results.write(path, "NVIDIA H200", {}, found.results[:1], devices.DEFAULT)
+        results.write(path, "NVIDIA H200", "measured", {}, found.results[:1], devices.DEFAULT)
     (aside,) = tmp_path.glob("nvidia_h200.json.*.old")
     assert aside.read_text() == text
     assert len(json.loads(path.read_text())["entries"]) == 1
@@ -428,7 +433,7 @@ def test_calibration_and_rank_correlation():
 
 
 def tune(folder, *arguments, **options):
-    command = [sys.executable, "-m", "groupconv.cli", "tune", "--stub", "--out", str(folder), *arguments]
+    command = [sys.executable, "-m", "groupconv", "tune", "--stub", "--out", str(folder), *arguments]
     return subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, **options)
 
 
@@ -465,7 +470,7 @@ def test_a_killed_run_goes_on_where_it_was(tmp_path):
     """kill -9 in the middle: nothing measured is lost or measured again, and the end is that of a run of one piece."""
     arguments = ["--quick", "--layouts", "nhwc", "nchw"]
     killed, whole = tmp_path / "killed", tmp_path / "whole"
-    command = [sys.executable, "-m", "groupconv.cli", "tune", "--stub", "--out", str(killed), *arguments]
+    command = [sys.executable, "-m", "groupconv", "tune", "--stub", "--out", str(killed), *arguments]
     path = killed / "stub.jsonl"
     for least in (40, 120):
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=ENVIRONMENT)
@@ -490,7 +495,7 @@ def test_a_killed_run_goes_on_where_it_was(tmp_path):
 
 
 def test_interrupt_leaves_the_journal_whole(tmp_path):
-    command = [sys.executable, "-m", "groupconv.cli", "tune", "--stub", "--out", str(tmp_path)]
+    command = [sys.executable, "-m", "groupconv", "tune", "--stub", "--out", str(tmp_path)]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT)
     path = tmp_path / "stub.jsonl"
     deadline = time.monotonic() + 120
@@ -511,7 +516,7 @@ def test_two_ranks_find_what_one_does(tmp_path):
     alone, together = tmp_path / "alone", tmp_path / "together"
     assert tune(alone, *arguments).returncode == 0
     command = [
-        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "groupconv.cli",
+        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "groupconv",
         "tune", "--stub", "--out", str(together), *arguments,
     ]  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, timeout=300)
@@ -550,7 +555,7 @@ def test_bad_arguments(arguments, message, tmp_path, capsys, monkeypatch):
 def test_compile_only(tmp_path):
     """Resources alone, of a GPU that is not here: nothing is written."""
     layer = ["--layers", "groups", "--groups", "1", "--channels", "16", "--kernel", "1", "--size", "7", "--batch", "1"]
-    command = [sys.executable, "-m", "groupconv.cli", "tune", "--compile-only", "--target", "sm_80", "--jobs", "2"]
+    command = [sys.executable, "-m", "groupconv", "tune", "--compile-only", "--target", "sm_80", "--jobs", "2"]
     done = subprocess.run([*command, *layer], capture_output=True, text=True, env=ENVIRONMENT, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "Worth timing on nvidia_a100_sxm (sm_80), as modelled and compiled" in done.stdout

@@ -7,14 +7,12 @@ import collections
 import contextlib
 import dataclasses
 import datetime
-import pathlib
 import sys
-from collections.abc import Callable, Iterator
 
 import torch
 import triton
 
-from .. import children, configs, devices
+from .. import children, configs, devices, progress
 from ..perf_reports import layers, rows
 from . import contenders, results, share, stub
 from .compiler import Compiler, compiled_fault, processes
@@ -24,30 +22,10 @@ from .search import Lab, Result, Search, Task, tasks
 from .summary import print_summary
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of `groupconv tune`."""
-    parser.description = (
-        "Finds the fastest algorithm and configuration of every pass of the layers on this GPU, beside F.conv2d, and "
-        "writes them to the configuration file that triton_conv reads first. Numbers are checked against float64 "
-        "before anything is timed. Every result is kept in a journal beside the file as it comes: started again, a "
-        "run goes on where it was. Under torchrun the processes share the work."
-    )
-    layers.add_arguments(parser, "suite")
-    layers.add_variants(parser)
-    add = parser.add_argument
-    add("--budget-seconds", type=float, metavar="S", help="end after this time, with what there is by then")
-    add("--out", type=pathlib.Path, metavar="DIR", help="default: the user's configuration folder")
-    add("--jobs", type=int, metavar="N", help="processes that compile (default: one a core, but one)")
-    add("--compile-only", action="store_true", help="list what compiles without spills for --target; measure nothing")
-    add("--stub", action="store_true", help="try the search without a GPU, against a pretended one; needs --out")
-    add("--target", metavar="DEVICE", help="with --compile-only or --stub: the GPU to plan for (default: nvidia_h200)")
-
-
 def run(args: argparse.Namespace) -> int:
     """Tune; ValueError for arguments that make no run, before any work."""
     deadline = rows.Deadline(args.budget_seconds)
     rows.check_budget(args.budget_seconds)
-    rows.check_installed("rich")
     if args.jobs is not None and args.jobs < 1:
         raise ValueError(f"--jobs: {args.jobs} is not a positive number")
     if args.stub and args.out is None:
@@ -72,6 +50,8 @@ def _tune(
     chosen: list[rows.Layer], lab: Lab, mine: share.Share, deadline: rows.Deadline, args: argparse.Namespace
 ) -> int:
     folder = args.out or configs.user_folder()
+    if folder is None:
+        raise ValueError("--out: there is no home with a configuration folder here, so it must name one")
     slug = devices.slugify(lab.name)
     todo = _part(tasks(chosen, lab.target), mine)
     journal_path = folder / (f"{slug}.jsonl" if mine.count == 1 else f"{slug}.rank{mine.rank}.jsonl")
@@ -80,10 +60,11 @@ def _tune(
     with contextlib.ExitStack() as stack:
         journal = stack.enter_context(Journal(journal_path, measured_with(lab)))
         compiler = None if args.stub else stack.enter_context(Compiler(lab.target, processes(args.jobs)))
-        shown = stack.enter_context(_progress(len(todo), mine.rank == 0))
+        step = stack.enter_context(progress.shown("tune", "passes", len(todo))) if mine.rank == 0 else None
 
         def on_result(task: Task, result: Result | None, note: str) -> None:
-            shown(str(task.layer))
+            if step is not None:
+                step(task.layer)
             if result is None:
                 unfinished[f"{task.layer}: {task}"] = note
 
@@ -104,9 +85,11 @@ def _tune(
         missing = {task: why for _, _, part, _ in gathered for task, why in part.items()}
         path = folder / f"{slug}.json"
         if found:
-            results.write(path, lab.name, tuned_with(), found, lab.target)
+            results.write(path, lab.name, lab.kind, tuned_with(), found, lab.target)
         print_summary(found, missing, path if found else None, [why for *_, why in gathered if why])
-    return 130 if ended == "interrupted" else 1 if ended else 0
+    if ended == "interrupted":
+        raise KeyboardInterrupt
+    return 1 if ended else 0
 
 
 def _part(todo: list[Task], mine: share.Share) -> list[Task]:
@@ -133,17 +116,6 @@ def tuned_with() -> dict:
     return {**{name: environment[name] for name in ("torch", "triton", "cudnn", "driver", "commit")}, "utc": now}
 
 
-@contextlib.contextmanager
-def _progress(total: int, visible: bool) -> Iterator[Callable[[str], None]]:
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=Console(stderr=True), disable=not visible) as progress:
-        bar = progress.add_task("tune", total=total)
-        yield lambda what: progress.update(bar, advance=1, description=what)
-
-
 def _compile_only(todo: list[Task], target: devices.Target, deadline: rows.Deadline, jobs: int | None) -> int:
     """A table of what compiles, and why the rest would not be timed."""
     from rich.console import Console
@@ -154,7 +126,7 @@ def _compile_only(todo: list[Task], target: devices.Target, deadline: rows.Deadl
         table.add_column(name, no_wrap=name != "left out because")
     kept = left = 0
     every = [(task, each) for task in todo for each in contenders.ours(task.problem, task.pass_, target)]
-    with Compiler(target, processes(jobs)) as compiler, _progress(len(every), True) as shown:
+    with Compiler(target, processes(jobs)) as compiler, progress.shown("tune", "configurations", len(every)) as step:
         for task, each in every:
             compiler.submit(task.problem, task.pass_, each)
         for task, each in every:
@@ -163,7 +135,7 @@ def _compile_only(todo: list[Task], target: devices.Target, deadline: rows.Deadl
             except TimeoutError:
                 break
             why_not, used = compiled_fault(answer, target)
-            shown(task.layer)
+            step(task.layer)
             kept, left = kept + (why_not is None), left + (why_not is not None)
             figures = [f"{each.modelled_us:.1f}", *(str(used.get(name, "-")) for name in ("registers", "shared_bytes"))]
             table.add_row(task.layer, task.pass_, each.name, *figures, why_not or "")

@@ -81,7 +81,7 @@ class Journal:
                     ours = record["measured_with"] == self._measured_with
                 elif ours:
                     self._know(record)
-            except (ValueError, TypeError, KeyError, AttributeError):
+            except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError):
                 damaged += 1
         if damaged:
             warnings.warn(f"groupconv: {path}: passing over {damaged} damaged lines", stacklevel=4)

@@ -112,8 +112,10 @@ def model_correlations(results: list[Result]) -> dict[str, tuple[float | None, f
     }
 
 
-def write(path: pathlib.Path, device: str, tuned_with: dict, results: list[Result], target: Target) -> list[dict]:
-    """Write a device's file, whole at every moment, and return its entries.
+def write(
+    path: pathlib.Path, device: str, kind: str, tuned_with: dict, results: list[Result], target: Target
+) -> list[dict]:
+    """Write a device's file, whole at every moment, and return its entries. kind: what its times are, of configs.KINDS.
 
     Entries of an earlier file that still hold and that nothing new takes the place of stay. An earlier file that has
     more than that, or is none of ours, is kept beside it under another name.
@@ -122,7 +124,7 @@ def write(path: pathlib.Path, device: str, tuned_with: dict, results: list[Resul
     keys = {json.dumps(each["key"], sort_keys=True) for each in fresh}
     kept, factors = [], calibration(results, target)
     if path.exists():
-        before = _earlier(path, device)
+        before = _earlier(path, device, kind)
         if before is None or before.stale:
             rows.put_aside(path)
         if before is not None:
@@ -134,7 +136,7 @@ def write(path: pathlib.Path, device: str, tuned_with: dict, results: list[Resul
             )
     made = sorted([*fresh, *kept], key=lambda each: json.dumps(each["key"], sort_keys=True))
     head = {
-        "schema": configs.SCHEMA, "device": device, "kernels_sha256": configs.kernels_sha256(),
+        "schema": configs.SCHEMA, "device": device, "kind": kind, "kernels_sha256": configs.kernels_sha256(),
         "tuned_with": tuned_with, "calibration": dataclasses.asdict(factors),
     }  # fmt: skip
     lines = ",\n".join(f"  {json.dumps(each)}" for each in made)
@@ -145,11 +147,11 @@ def write(path: pathlib.Path, device: str, tuned_with: dict, results: list[Resul
     return made
 
 
-def _earlier(path: pathlib.Path, device: str) -> configs.DeviceFile | None:
-    """The file as it is; None if it is damaged or of another device."""
+def _earlier(path: pathlib.Path, device: str, kind: str) -> configs.DeviceFile | None:
+    """The file as it is; None if it is damaged, or of another device or clock."""
     try:
         found = configs.parse_device(path.read_text(encoding="utf-8"), str(path))
     except (configs.DamagedFile, OSError, UnicodeDecodeError) as error:
         warnings.warn(f"groupconv: not continuing a configuration file: {error}", stacklevel=3)
         return None
-    return found if found.device == device else None
+    return found if (found.device, found.kind) == (device, kind) else None

@@ -14,10 +14,9 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Protocol
 
 from ..algorithms import able
-from ..configs import PLANNED
 from ..devices import Target
 from ..perf_reports.rows import Deadline
-from ..problem import ConvProblem
+from ..problem import PLANNED, ConvProblem
 from . import contenders as contenders_
 from .compiler import Compiler, compiled_fault
 from .contenders import Contender
@@ -43,6 +42,7 @@ class Lab(Protocol):
     """Where subjects are measured: lab.Lab, stub.StubLab."""
 
     name: str
+    kind: str
     target: Target
 
     def subject(self, problem: ConvProblem) -> contextlib.AbstractContextManager[Any]: ...

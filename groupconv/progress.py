@@ -1,0 +1,46 @@
+"""How far a command is: a bar on a terminal, elsewhere a line now and then."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import time
+from collections.abc import Callable, Iterator
+
+SECONDS = 10.0  # at least, from a line to the next
+
+
+@contextlib.contextmanager
+def shown(
+    command: str, unit: str, total: int | None = None, clock: Callable[[], float] = time.monotonic
+) -> Iterator[Callable[[str], None]]:
+    """What to call, with what was done, after each of `total` (None: it is not known how many) units of work."""
+    with (_bar if sys.stderr.isatty() else _lines)(command, unit, total, clock) as step:
+        yield step
+
+
+@contextlib.contextmanager
+def _bar(command: str, unit: str, total: int | None, clock: Callable[[], float]) -> Iterator[Callable[[str], None]]:
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=Console(stderr=True)) as progress:
+        bar = progress.add_task(command, total=total)
+        yield lambda what: progress.update(bar, advance=1, description=what)
+
+
+@contextlib.contextmanager
+def _lines(command: str, unit: str, total: int | None, clock: Callable[[], float]) -> Iterator[Callable[[str], None]]:
+    began = told = clock()
+    done = 0
+
+    def step(what: str) -> None:
+        nonlocal done, told
+        done += 1
+        if clock() - told >= SECONDS:
+            told = clock()
+            of = "" if total is None else f" of {total}"
+            print(f"{command}: {done}{of} {unit}, {told - began:.0f} s", file=sys.stderr, flush=True)
+
+    yield step
