@@ -92,8 +92,8 @@ def explain(
     """How triton_conv would run a call: the plan of each pass, where it came from and why, and what it must cost.
 
     Args: as triton_conv. Tensors may be fake or meta ones; only shapes, strides, dtypes and devices are read.
-        target: a device ("nvidia_h200", "NVIDIA H200") or architecture ("sm_90", "gfx942") to plan for. By default
-            the tensors' GPU, or nvidia_h200 where there is none.
+        target: a device ("NVIDIA H200", "h200", "RTX 4090") or architecture ("sm_90", "gfx942") to plan for, with or
+            without maker and separators. By default the tensors' GPU, or nvidia_h200 where there is none.
 
     Returns:
         A Plan: `fprop`, `dgrad` and `wgrad` with algorithm, configuration, source, reason, FLOPs, bytes and floor.
