@@ -6,7 +6,8 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 __all__ = [
-    "Conv2d", "ConvProblem", "PassPlan", "Plan", "convert", "explain", "set_fp32_precision", "triton_conv",
+    "Conv2d", "ConvProblem", "ConversionSummary", "PassPlan", "Plan", "convert", "explain", "revert",
+    "set_fp32_precision", "summarize", "triton_conv",
 ]  # fmt: skip
 __version__ = "0.1.0"
 
@@ -23,7 +24,7 @@ def _is_command_line() -> bool:
 if TYPE_CHECKING or not _is_command_line():
     from .api import explain, triton_conv
     from .dispatch import PassPlan, Plan
-    from .modules import Conv2d, convert
+    from .modules import Conv2d, ConversionSummary, convert, revert, summarize
     from .ops import set_fp32_precision
     from .problem import ConvProblem
 else:

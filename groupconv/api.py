@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.overrides import handle_torch_function, has_torch_function_variadic
 
-from . import devices, dispatch, ops
+from . import devices, dispatch, equivalents, ops
+
+equivalents.register()
 
 
 def triton_conv(
@@ -51,12 +55,25 @@ def triton_conv(
         bitwise repeatable on a device. ||error|| / ||result|| against float64: fp16 5e-4, bf16 4e-3, tf32 1e-3, fp32
         2^-23 * sqrt(terms), bf16x3 1e-5 more.
 
-    Autocast and torch.compile are followed. Source: own derivation, no code adapted.
+    Autocast and torch.compile are followed. Tensor subclasses, modes and torch.fx meet triton_conv by
+    __torch_function__; torch.jit traces, and what torch.onnx exports, hold F.conv2d. Source: own derivation, no code
+    adapted.
     """
+    if has_torch_function_variadic(input, weight, bias) and _overrides_are_on():
+        return handle_torch_function(
+            triton_conv, (input, weight, bias), input, weight, bias, stride, padding, dilation, groups,
+            activation=activation, residual=residual, shuffle_groups=shuffle_groups, backend=backend,
+        )  # fmt: skip
     if activation is not None or residual is not None or shuffle_groups != 1:
         raise NotImplementedError("triton_conv: activation, residual and shuffle_groups are not implemented yet")
     if backend not in dispatch.BACKENDS:
         raise ValueError(f"triton_conv: backend is {backend!r}, but must be one of {', '.join(dispatch.BACKENDS)}")
+    if torch._C._get_tracing_state() is not None:
+        if backend not in ("auto", "torch"):
+            raise NotImplementedError(
+                f"triton_conv: backend={backend!r} cannot run this convolution: torch.jit traces F.conv2d"
+            )
+        return F.conv2d(input, weight, bias, stride, padding, dilation, groups)
     return ops.conv2d(input, weight, bias, stride, padding, dilation, groups, backend)
 
 
@@ -75,8 +92,8 @@ def explain(
     """How triton_conv would run a call: the plan of each pass, where it came from and why, and what it must cost.
 
     Args: as triton_conv. Tensors may be fake or meta ones; only shapes, strides, dtypes and devices are read.
-        target: a device ("nvidia_h200", "NVIDIA H200") or architecture ("sm_90", "gfx942") to plan for. By default
-            the tensors' GPU, or nvidia_h200 where there is none.
+        target: a device ("NVIDIA H200", "h200", "RTX 4090") or architecture ("sm_90", "gfx942") to plan for, with or
+            without maker and separators. By default the tensors' GPU, or nvidia_h200 where there is none.
 
     Returns:
         A Plan: `fprop`, `dgrad` and `wgrad` with algorithm, configuration, source, reason, FLOPs, bytes and floor.
@@ -84,6 +101,11 @@ def explain(
 
     Raises: what triton_conv raises for the same call; ValueError for an unknown target. Source: own derivation.
     """
+    if has_torch_function_variadic(input, weight, bias) and _overrides_are_on():
+        return handle_torch_function(
+            explain, (input, weight, bias), input, weight, bias, stride, padding, dilation, groups,
+            backend=backend, target=target,
+        )  # fmt: skip
     if backend not in dispatch.BACKENDS:
         raise ValueError(f"explain: backend is {backend!r}, but must be one of {', '.join(dispatch.BACKENDS)}")
     x = input.unsqueeze(0) if input.dim() == 3 else input
@@ -99,3 +121,10 @@ def explain(
         backend,
         why_not,
     )
+
+
+def _overrides_are_on() -> bool:
+    """What has_torch_function_variadic has asked already, but not under torch.compile: __torch_function__'s own
+    implementation calls the function again with overrides off.
+    """
+    return torch._C._is_torch_function_enabled() or torch._C._is_torch_function_mode_enabled()

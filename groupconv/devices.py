@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import functools
 import re
 
@@ -100,22 +101,33 @@ REPRESENTATIVES = (
     _datasheet("amd_instinct_mi355x", "hip", "gfx950", 256, 163840, 2.4, 8000, 12000, 2500, 2500, 157, 157),
     _datasheet("amd_radeon_rx_7900_xtx", "hip", "gfx1100", 96, 65536, 2.5, 960, 3500, 123, 123, 61, 61),
 )  # fmt: skip
-BY_SLUG = {t.slug: t for t in REPRESENTATIVES}
+# More devices of those architectures. L2 rates are the representative's by multiprocessor and clock.
+OTHERS = (
+    _datasheet("nvidia_a100_pcie", "cuda", 80, 108, 166912, 1.41, 1935, 4000, 312, 312, 156, 19.5),
+    _datasheet("nvidia_a100_40gb", "cuda", 80, 108, 166912, 1.41, 1555, 4000, 312, 312, 156, 19.5),
+    _datasheet("nvidia_a10", "cuda", 86, 72, 101376, 1.695, 600, 2200, 125, 125, 62.5, 31.2),
+    _datasheet("nvidia_l4", "cuda", 89, 58, 101376, 2.04, 300, 1300, 121, 121, 60, 30.3),
+    _datasheet("nvidia_geforce_rtx_4080", "cuda", 89, 76, 101376, 2.505, 716.8, 2100, 97.5, 97.5, 48.7, 48.7),
+    _datasheet("nvidia_geforce_rtx_4090", "cuda", 89, 128, 101376, 2.52, 1008, 3600, 165.2, 165.2, 82.6, 82.6),
+    _datasheet("nvidia_h100_sxm", "cuda", 90, 132, 232448, 1.98, 3350, 5500, 989, 989, 494.5, 67),
+    _datasheet("nvidia_h100_pcie", "cuda", 90, 114, 232448, 1.755, 2000, 4200, 756, 756, 378, 51),
+    _datasheet("nvidia_h100_nvl", "cuda", 90, 132, 232448, 1.785, 3900, 5000, 835.5, 835.5, 417.5, 60),
+    _datasheet("nvidia_h200_nvl", "cuda", 90, 132, 232448, 1.785, 4800, 5000, 835.5, 835.5, 417.5, 60),
+    _datasheet("amd_instinct_mi300a", "hip", "gfx942", 228, 65536, 2.1, 5300, 7500, 980.6, 980.6, 490.3, 122.6),
+)
+BY_SLUG = {t.slug: t for t in (*REPRESENTATIVES, *OTHERS)}
 BY_ARCH = {t.arch_name: t for t in REPRESENTATIVES}
 DEFAULT = BY_SLUG["nvidia_h200"]
 
 # A device's marketing name, reduced by `slugify`, to the slug of its configuration file: boards that differ only in
 # what does not matter here share a file.
 ALIASES = {
-    "nvidia_a100_sxm4_40gb": "nvidia_a100_sxm",
+    "nvidia_a100_sxm4_40gb": "nvidia_a100_40gb",
     "nvidia_a100_sxm4_80gb": "nvidia_a100_sxm",
     "nvidia_a100_sxm_64gb": "nvidia_a100_sxm",
-    "nvidia_a100_pcie_40gb": "nvidia_a100_pcie",
+    "nvidia_a100_pcie_40gb": "nvidia_a100_40gb",
     "nvidia_a100_80gb_pcie": "nvidia_a100_pcie",
     "nvidia_h100_80gb_hbm3": "nvidia_h100_sxm",
-    "nvidia_h100_pcie": "nvidia_h100_pcie",
-    "nvidia_h100_nvl": "nvidia_h100_nvl",
-    "nvidia_h200_nvl": "nvidia_h200_nvl",
     "tesla_t4": "nvidia_t4",
     "amd_instinct_mi300x_oam": "amd_instinct_mi300x",
     "amd_instinct_mi300x_vf": "amd_instinct_mi300x",
@@ -130,13 +142,53 @@ def slugify(name: str) -> str:
     return ALIASES.get(slug, slug)
 
 
+# What people say, reduced by `_reduced`, where it is no slug or alias: the common board of a family.
+FAMILIES = {
+    "a100": "nvidia_a100_sxm",
+    "a10080gb": "nvidia_a100_sxm",
+    "a100sxm4": "nvidia_a100_sxm",
+    "h100": "nvidia_h100_sxm",
+    "h10080gb": "nvidia_h100_sxm",
+    "h100sxm5": "nvidia_h100_sxm",
+    "h200sxm": "nvidia_h200",
+}
+TOO_OLD = ("p100", "v100", "sm60", "sm61", "sm70", "sm72")
+
+
+def _reduced(name: str) -> str:
+    """A name without case, separators, makers and series: "RTX 4090" -> "4090", "sm_90a" and "9.0" -> "sm90"."""
+    name = name.lower().split(":")[0]  # as in "gfx942:sramecc+:xnack-"
+    words = re.sub(r"nvidia|amd|geforce|tesla|quadro|rtx|instinct|radeon|rx|[^a-z0-9]", "", name)
+    arch = re.fullmatch(r"(?:sm|compute)?(\d{2}|1\d{2})[af]?", words)
+    return f"sm{arch[1]}" if arch else words
+
+
+@functools.cache
+def _by_reduced_name() -> dict[str, Target]:
+    slugs = ALIASES | {slug: slug for slug in BY_SLUG}
+    found = {_reduced(name): BY_SLUG[slug] for name, slug in slugs.items()}
+    found |= {name: BY_SLUG[slug] for name, slug in FAMILIES.items()}
+    return found | {_reduced(arch): target for arch, target in BY_ARCH.items()}
+
+
 def named(target: str) -> Target:
-    """The target called by a slug ("nvidia_h200"), device name ("NVIDIA H200") or architecture ("sm_90", "gfx942")."""
-    found = BY_SLUG.get(target) or BY_ARCH.get(target) or BY_SLUG.get(slugify(target))
-    if found is None:
-        known = ", ".join(sorted(BY_SLUG) + sorted(BY_ARCH))
-        raise ValueError(f"target {target!r} is not known; it is one of {known}")
-    return found
+    """The target called by a slug ("nvidia_h200"), device name ("NVIDIA H200", "h200", "RTX 4090") or architecture
+    ("sm_90", "sm_90a", "90", "gfx942"), with or without maker and separators.
+
+    Raises: ValueError for any other, with those that come near.
+    """
+    reduced = _reduced(target)
+    known = _by_reduced_name()
+    if reduced in known:
+        return known[reduced]
+    if reduced.startswith(TOO_OLD):
+        raise ValueError(f"target {target!r} is not supported: NVIDIA GPUs are from sm_75 on")
+    message = f"target {target!r} is not known; it is one of {', '.join(sorted(BY_SLUG) + sorted(BY_ARCH))}"
+    near = dict.fromkeys(
+        known[name].arch_name if name.startswith(("sm", "gfx")) else known[name].slug
+        for name in difflib.get_close_matches(reduced, known)
+    )
+    raise ValueError(f"{message}. Did you mean {' or '.join(near)}?" if near else message)
 
 
 @functools.cache

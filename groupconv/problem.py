@@ -21,16 +21,14 @@ def suggests_channels_last(shape, strides) -> bool:
     if strides[1] == 0:
         return False
     least = 0
-    for d in (1, 3, 2, 0):
+    for d in (1, 3, 2):
         if shape[d] == 0 or strides[d] < least:
             return False
-        # An N111 tensor fits both formats; ATen takes it for contiguous.
-        if d == 0 and least == strides[1]:
-            return False
-        least = strides[d]
-        if shape[d] > 1:
-            least *= shape[d]
-    return True
+        least = strides[d] * max(1, shape[d])
+    # An N111 tensor fits both formats; ATen takes it for contiguous. A batch that only data will tell is not an empty
+    # one to PyTorch's compilers.
+    empty = isinstance(shape[0], int) and shape[0] == 0
+    return not (empty or strides[0] < least or strides[1] == least)
 
 
 def channels_innermost(shape, strides) -> bool:
@@ -53,7 +51,7 @@ def meaningful_strides(shape, strides) -> tuple[int, ...]:
 
 def dense_strides(shape, channels_last: bool) -> tuple[int, int, int, int]:
     """Element strides of a dense NCHW tensor of `shape`, in memory order NHWC if `channels_last`."""
-    _, c, h, w = (max(1, size) for size in shape)
+    c, h, w = (max(1, size) for size in shape[1:])
     return (c * h * w, 1, w * c, c) if channels_last else (c * h * w, h * w, w, 1)
 
 

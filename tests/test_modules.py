@@ -2,16 +2,18 @@
 
 import copy
 import functools
+import logging
 import pickle
 
 import cases
 import pytest
 import torch
 from torch import nn
-from torch.nn.utils import parametrizations
+from torch.ao.nn import quantized
+from torch.nn.utils import parametrizations, parametrize
 
 import groupconv
-from groupconv import convert, modules, triton_conv
+from groupconv import ConversionSummary, convert, modules, revert, summarize, triton_conv
 
 pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same'")
 FORMS = {
@@ -202,3 +204,127 @@ def test_copies_are_ours(copied, calls):
     assert copy_[2].weight is not model[2].weight
     assert torch.equal(copy_(pixels()), model(pixels()))
     assert len(calls) == 4
+
+
+# --- What was converted, and back ------------------------------------------------------------------------------------
+
+
+class Bare(nn.Conv2d):
+    """A subclass without a forward of its own."""
+
+
+class Unpadded(nn.Conv2d):
+    """A subclass that overrides what forward calls."""
+
+    def _conv_forward(self, input, weight, bias):
+        return super()._conv_forward(input, weight, bias)
+
+
+def every_kind():
+    """A model of layers that are ours to convert and of all that are not, some in two places."""
+    grouped = functools.partial(nn.Conv2d, 4, 4, 3, groups=2)
+    shared = grouped()
+    waiting = grouped()
+    waiting.qconfig = object()
+    return nn.ModuleDict(
+        {
+            "stem": nn.Conv2d(4, 4, 1),
+            "block": nn.Sequential(grouped(), nn.Sequential(shared, nn.ReLU())),
+            "again": shared,
+            "scaled": Scaled(4, 4, 3, groups=2),
+            "bare": Bare(4, 4, 3, groups=2),
+            "unpadded": Unpadded(4, 4, 3, groups=2),
+            "normed": parametrizations.weight_norm(grouped()),
+            "lazy": nn.LazyConv2d(4, 3, groups=2),
+            "quantised": quantized.Conv2d(4, 4, 3, groups=2),
+            "waiting": waiting,
+            "scripted": torch.jit.script(grouped()),
+            "script": torch.jit.script(nn.Sequential(grouped(), nn.ReLU())),
+            "others": nn.Sequential(nn.Conv1d(4, 4, 3, groups=2), nn.ConvTranspose2d(4, 4, 3, groups=2)),
+            "others_quantised": nn.Sequential(quantized.Conv1d(4, 4, 3), quantized.ConvTranspose2d(4, 4, 3)),
+        }
+    )
+
+
+LEFT = {
+    "stem": "one group",
+    "scaled": "test_modules.Scaled, a subclass with its own forward",
+    "bare": "test_modules.Bare, a subclass",
+    "unpadded": "test_modules.Unpadded, a subclass with its own forward",
+    "normed": "parametrized: convert first",
+    "lazy": "lazy until its first call",
+    "quantised": "quantised",
+    "waiting": "to be quantised: it has a qconfig",
+    "scripted": "compiled by torch.jit",
+    "script.0": "compiled by torch.jit",
+}
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore:Lazy modules")
+def test_summary_of_every_kind():
+    model = every_kind()
+    mine = ("block.0", "block.1.0")
+    kinds = [type(module) for module in model.modules()]
+    before = summarize(model)
+    assert before == ConversionSummary((), LEFT | dict.fromkeys(mine, "not converted yet"))
+    assert summarize(convert(model)) == ConversionSummary(mine, LEFT)
+    assert model["again"] is model["block"][1][0]
+    assert type(model["again"]) is groupconv.Conv2d
+    assert revert(model) is model
+    assert [type(module) for module in model.modules()] == kinds
+    assert summarize(model) == before
+
+
+def test_summary_in_words():
+    assert str(summarize(convert(network()))) == (
+        "2 of 4 2-D convolutions by groupconv\n"
+        "  converted: 1.0, 2\n"
+        "  one group: 0\n"
+        "  test_modules.Scaled, a subclass with its own forward: 3"
+    )
+    assert str(summarize(convert(nn.Conv2d(4, 4, 3, groups=2)))) == (
+        "1 of 1 2-D convolutions by groupconv\n  converted: the model itself"
+    )
+    assert str(summarize(nn.Linear(2, 2))) == "0 of 0 2-D convolutions by groupconv"
+
+
+def test_convert_says_so_once_to_the_logger(caplog, capfd):
+    with caplog.at_level(logging.INFO, "groupconv"):
+        model = convert(network())
+        (record,) = caplog.records
+        summarize(model)
+        revert(model)
+        assert len(caplog.records) == 1
+    assert (record.name, record.levelno) == ("groupconv", logging.INFO)
+    assert record.getMessage() == f"convert: {summarize(convert(network()))}"
+    with caplog.at_level(logging.WARNING, "groupconv"):
+        convert(network())
+    assert len(caplog.records) == 1
+    assert capfd.readouterr() == ("", "")
+
+
+def test_revert_keeps_everything_but_the_class(calls):
+    model = convert(network())
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    kept, names = [id(tensor) for tensor in model.state_dict(keep_vars=True).values()], list(model.state_dict())
+    expected = model(pixels())
+    assert len(calls) == 2
+    assert torch.equal(revert(model)(pixels()), expected)
+    assert len(calls) == 2
+    assert [id(tensor) for tensor in model.state_dict(keep_vars=True).values()] == kept
+    assert list(model.state_dict()) == names
+    assert {id(p) for group in optimizer.param_groups for p in group["params"]} == set(map(id, model.parameters()))
+    assert [type(m) for m in model.modules()] == [type(m) for m in network().modules()]
+    assert summarize(revert(convert(model))) == summarize(network())
+
+
+def test_layer_converted_and_then_parametrized_counts_as_ours():
+    layer = parametrizations.weight_norm(convert(nn.Conv2d(4, 4, 3, groups=2)))
+    assert summarize(layer).converted == ("",)
+    assert isinstance(revert(layer), groupconv.Conv2d)
+    parametrize.remove_parametrizations(layer, "weight")
+    assert type(revert(layer)) is nn.Conv2d
+
+
+def test_our_own_layer_of_one_group_is_ours():
+    assert summarize(groupconv.Conv2d(4, 4, 3)) == ConversionSummary(("",), {})

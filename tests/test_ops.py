@@ -638,7 +638,8 @@ def test_meta_tensors():
 
 def test_public_names():
     assert set(groupconv.__all__) == {
-        "Conv2d", "ConvProblem", "PassPlan", "Plan", "convert", "explain", "set_fp32_precision", "triton_conv",
+        "Conv2d", "ConvProblem", "ConversionSummary", "PassPlan", "Plan", "convert", "explain", "revert",
+        "set_fp32_precision", "summarize", "triton_conv",
     }  # fmt: skip
     with contextlib.suppress(AttributeError):
         assert groupconv.__version__

@@ -1,0 +1,36 @@
+"""What our operators are equivalent to, for tools that read a program's operators: FLOP counters, ONNX's exporter."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch._decomp import register_decomposition
+from torch.utils import flop_counter
+
+
+def register() -> None:
+    """Tell PyTorch of the operators' FLOPs and of the convolution in the other terms; they must be defined by now."""
+    operators = torch.ops.groupconv
+    flop_counter.register_flop_formula(operators.conv2d)(_forward_flops)
+    flop_counter.register_flop_formula(operators.conv2d_backward)(_backward_flops)
+    register_decomposition(operators.conv2d.default)(_decomposed)
+
+
+def _forward_flops(x_shape, w_shape, *_, out_shape) -> int:
+    return flop_counter.conv_flop_count(x_shape, w_shape, out_shape)
+
+
+def _backward_flops(dy_shape, x_shape, w_shape, stride, padding, dilation, groups, mask, backend, *, out_shape) -> int:
+    """PyTorch's own formula, which leaves the groups out of wgrad: figures are there to be compared with F.conv2d's."""
+    found = iter(out_shape)
+    grads = [next(found) if needed else None for needed in mask]
+    return flop_counter.flop_registry[torch.ops.aten.convolution_backward](
+        dy_shape, x_shape, w_shape, None, stride, (0, 0), dilation, False, (0, 0), groups, mask, out_val=grads
+    )
+
+
+def _decomposed(x, w, bias, stride, padding, dilation, groups, backend):
+    top, bottom, left, right = padding
+    if (top, left) != (bottom, right):
+        x, top, left = F.pad(x, (left, right, top, bottom)), 0, 0
+    return F.conv2d(x, w, bias, stride, (top, left), dilation, groups)

@@ -1,0 +1,538 @@
+"""PyTorch's tools around a model that calls us: FLOP counters, function overrides, tracers, exporters, quantization."""
+
+import contextlib
+import copy
+import functools
+import itertools
+import pickle
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import fx, nn
+from torch._decomp import decomposition_table
+from torch._subclasses import FakeTensorMode
+from torch.ao import quantization
+from torch.fx.experimental import optimization
+from torch.overrides import TorchFunctionMode, has_torch_function_variadic
+from torch.utils.flop_counter import FlopCounterMode
+
+import groupconv
+from groupconv import convert, explain, revert, triton_conv
+
+pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same'")
+by_kernels = functools.partial(triton_conv, backend="triton")
+
+
+def operands(device="cpu", groups=4):
+    """x, w and bias of a convolution with an even kernel."""
+    torch.manual_seed(0)
+    return [torch.randn(shape, device=device) for shape in ((2, 8, 7, 6), (12, 8 // groups, 4, 2), (12,))]
+
+
+# --- FLOP counters ---------------------------------------------------------------------------------------------------
+
+FORMS = [{}, {"padding": "same"}, {"stride": (2, 1), "padding": (1, 0), "dilation": (1, 2)}]
+MASKS = list(itertools.product((False, True), repeat=3))
+
+
+def first_order(conv, tensors, mask, **keywords):
+    """FLOPs of a call and of the gradients that the mask names."""
+    tensors = [t.requires_grad_(needed) for t, needed in zip(tensors, mask, strict=True)]
+    with FlopCounterMode(display=False) as forward:
+        y = conv(*tensors, **keywords)
+    with FlopCounterMode(display=False) as both:
+        y = conv(*tensors, **keywords)
+        if y.requires_grad:
+            torch.autograd.grad(y, [t for t in tensors if t.requires_grad], torch.ones_like(y))
+    return forward.get_total_flops(), both.get_total_flops()
+
+
+@pytest.mark.parametrize("mask", MASKS, ids=str)
+@pytest.mark.parametrize("keywords", FORMS, ids=str)
+def test_flops(keywords, mask, device):
+    found = first_order(by_kernels, operands(device), mask, groups=4, **keywords)
+    assert found == first_order(F.conv2d, operands(device), mask, groups=4, **keywords)
+    assert found[0] > 0
+    assert (found[1] > found[0]) == any(mask[:2])
+
+
+@pytest.mark.parametrize("compiler", ["eager", "aot_eager"])
+def test_flops_of_compiled_code(compiler, device):
+    """Under a dispatch mode PyTorch runs compiled functions as they were written, unless they must be one graph."""
+
+    def compiled(conv):
+        torch._dynamo.reset()
+        return torch.compile(lambda *t: conv(*t, groups=4, padding="same"), backend=compiler)
+
+    mask = (True, True, True)
+    found = first_order(compiled(by_kernels), operands(device), mask)
+    assert found == first_order(compiled(F.conv2d), operands(device), mask)
+    assert found == first_order(F.conv2d, operands(device), mask, groups=4, padding="same")
+
+
+def second_order(conv, groups, device):
+    """FLOPs of the gradients of a function of both gradients, by x, w and dy."""
+    x, w, _ = (t.requires_grad_() for t in operands(device, groups))
+    with FlopCounterMode(display=False) as counter:
+        y = conv(x, w, groups=groups)
+        dy = torch.ones_like(y, requires_grad=True)
+        dx, dw = torch.autograd.grad(y, (x, w), dy, create_graph=True)
+        before = counter.get_total_flops()
+        torch.autograd.grad(dx.square().sum() + dw.square().sum(), (x, w, dy))
+    return counter.get_total_flops() - before
+
+
+def test_flops_of_second_derivatives(device):
+    """Four convolutions. PyTorch's formula counts a gradient by w as if it had one group; its own second derivative
+    has another convolution in its place, so that the figures are the same for one group alone.
+    """
+    assert second_order(by_kernels, 1, device) == second_order(F.conv2d, 1, device) > 0
+    one = first_order(F.conv2d, operands(device), (False,) * 3, groups=4)[0]
+    assert second_order(F.conv2d, 4, device) == 4 * one
+    assert second_order(by_kernels, 4, device) == (3 + 4) * one
+
+
+# --- Overrides of functions ------------------------------------------------------------------------------------------
+
+
+class Default(torch.Tensor):
+    """A subclass that overrides nothing."""
+
+
+class Named(torch.Tensor):
+    """A subclass that keeps the functions it is asked for, and knows one of them."""
+
+    asked: list = []  # noqa: RUF012 shared on purpose
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        if func in (triton_conv, explain, F.conv2d):
+            cls.asked.append(func)
+        if func is triton_conv and args[0].dim() == 3:
+            return "known"
+        return super().__torch_function__(func, types, args, kwargs)
+
+
+class Duck:
+    """No tensor at all."""
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        return func, types, args, kwargs
+
+
+class Functions(TorchFunctionMode):
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        self.seen.append(func)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.usefixtures("ieee")
+@pytest.mark.parametrize("backend", ["auto", "triton", "torch"])
+@pytest.mark.parametrize("which", [(0,), (1,), (2,), (0, 1, 2)], ids=str)
+def test_subclass_that_overrides_nothing(which, backend, device):
+    """The result is of the type that F.conv2d's is, also where overrides are off, and its gradient too."""
+    plain = operands(device)
+    tensors = [t.as_subclass(Default) if i in which else t for i, t in enumerate(plain)]
+    expected = F.conv2d(*tensors, groups=4)
+    y = triton_conv(*tensors, groups=4, backend=backend)
+    assert type(y) is type(expected) is Default
+    torch.testing.assert_close(y.as_subclass(torch.Tensor), F.conv2d(*plain, groups=4))
+    with torch._C.DisableTorchFunctionSubclass():
+        assert type(triton_conv(*tensors, groups=4, backend=backend)) is type(F.conv2d(*tensors, groups=4))
+    for t in tensors:
+        t.requires_grad_()
+    found, native = (conv(*tensors, groups=4).square().sum() for conv in (triton_conv, F.conv2d))
+    for out, ref in zip(torch.autograd.grad(found, tensors), torch.autograd.grad(native, tensors), strict=True):
+        assert type(out) is type(ref)
+        torch.testing.assert_close(out, ref)
+
+
+def test_subclass_hears_of_the_public_functions(device):
+    x, w, bias = operands(device)
+    Named.asked.clear()
+    assert type(triton_conv(x, w.as_subclass(Named), bias, groups=4)) is Named
+    assert triton_conv(x[0].as_subclass(Named), w, bias, groups=4) == "known"
+    assert explain(x.as_subclass(Named), w, bias, groups=4).problem == explain(x, w, bias, groups=4).problem
+    assert Named.asked == [triton_conv, triton_conv, explain]
+
+
+def test_what_an_override_is_given(device):
+    _, w, bias = operands(device)
+    x = Duck()
+    func, types, args, kwargs = triton_conv(x, w, bias, padding="same", groups=4, backend="triton")
+    assert (func, types) == (triton_conv, (Duck, torch.Tensor))
+    assert args[0] is x
+    assert args[1] is w
+    assert args[3:] == (1, "same", 1, 4)
+    assert kwargs["backend"] == "triton"
+    assert explain(x, w, target="sm_90")[3] == {"backend": "auto", "target": "sm_90"}
+
+
+def test_parameters_and_tensors_are_not_asked():
+    assert not has_torch_function_variadic(torch.ones(1), nn.Parameter(torch.ones(1)), None)
+
+
+@pytest.mark.usefixtures("ieee")
+@pytest.mark.parametrize("backend", ["auto", "triton"])
+def test_function_mode(backend, device):
+    tensors = operands(device)
+    with Functions() as outer, Functions() as inner:
+        y = triton_conv(*tensors, groups=4, backend=backend)
+        explain(*tensors, groups=4)
+    for mode in (outer, inner):
+        assert mode.seen.count(triton_conv) == mode.seen.count(explain) == 1
+    torch.testing.assert_close(y, F.conv2d(*tensors, groups=4))
+
+
+@pytest.mark.usefixtures("ieee")
+def test_default_device_is_a_mode(device):
+    """torch.set_default_device is a function mode of PyTorch's own."""
+    tensors = operands(device)
+    with torch.device("meta"):
+        y = triton_conv(*tensors, groups=4, backend="triton")
+    torch.testing.assert_close(y, F.conv2d(*tensors, groups=4))
+
+
+@pytest.mark.usefixtures("ieee")
+@pytest.mark.parametrize("backend", ["auto", "triton"])
+@pytest.mark.parametrize("kind", ["plain", "fake", "subclass", "in a mode", "mode inside"])
+def test_compiled_in_one_graph(kind, backend, device):
+    torch._dynamo.reset()
+
+    def conv(*tensors):
+        if kind == "mode inside":
+            with Functions():
+                return triton_conv(*tensors, groups=4, backend=backend)
+        return triton_conv(*tensors, groups=4, backend=backend)
+
+    # PyTorch's aot_eager fails for such a subclass with F.conv2d too.
+    compiled = torch.compile(conv, fullgraph=True, backend="eager" if kind == "subclass" else "aot_eager")
+    tensors = operands(device)
+    expected = F.conv2d(*tensors, groups=4)
+    if kind == "fake":
+        with FakeTensorMode() as mode:
+            y = compiled(*(mode.from_tensor(t) for t in tensors))
+        assert (y.shape, y.stride(), y.dtype) == (expected.shape, expected.stride(), expected.dtype)
+        return
+    if kind == "subclass":
+        tensors[0] = tensors[0].as_subclass(Default)
+    with Functions() if kind == "in a mode" else contextlib.nullcontext():
+        y = compiled(*tensors)
+    assert type(y) is (Default if kind == "subclass" else torch.Tensor)
+    torch.testing.assert_close(y.as_subclass(torch.Tensor), expected)
+
+
+# --- Tracers ---------------------------------------------------------------------------------------------------------
+
+
+class Features(nn.Module):
+    """A network in small: layers of ours and of PyTorch's, and a call with no layer around it."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.stem = nn.Conv2d(4, 8, 1)
+        self.block = nn.Sequential(nn.Conv2d(8, 8, 3, groups=4, padding=1), nn.BatchNorm2d(8), nn.ReLU())
+        self.depthwise = nn.Conv2d(8, 8, (2, 3), groups=8, padding="same", padding_mode="reflect")
+        self.filters = nn.Parameter(torch.randn(8, 2, 2, 2))
+        self.convolve = triton_conv
+
+    def forward(self, x):
+        x = self.depthwise(self.block(self.stem(x)))
+        return self.convolve(x, self.filters, padding="same", groups=4)
+
+
+class Layers(Features):
+    """What torch.jit.script takes: layers alone."""
+
+    def forward(self, x):
+        return self.depthwise(self.block(self.stem(x)))
+
+
+def pixels(batch=2):
+    return torch.randn(batch, 4, 7, 6, generator=torch.Generator().manual_seed(1))
+
+
+def features(kind=Features, **submodules):
+    model = convert(kind().eval())
+    for name, module in submodules.items():
+        setattr(model, name, module)
+    return model
+
+
+def loaded_without_us(path, tmp_path):
+    """The output of a saved script in a process that has never heard of this package."""
+    torch.save(pixels(), tmp_path / "x.pt")
+    code = f"""
+import sys, torch
+y = torch.jit.load({str(path)!r})(torch.load({str(tmp_path / "x.pt")!r}))
+assert "groupconv" not in sys.modules
+torch.save(y.detach(), {str(tmp_path / "y.pt")!r})
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
+    return torch.load(tmp_path / "y.pt")
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_jit_trace(training, tmp_path):
+    model = features()
+    if not training:
+        model.requires_grad_(False)
+    traced = torch.jit.trace(model, pixels())
+    operators = {node.kind() for node in traced.inlined_graph.nodes()}
+    assert operators <= {
+        node.kind() for node in torch.jit.trace(features(convolve=F.conv2d), pixels()).inlined_graph.nodes()
+    }
+    assert "aten::_convolution" in operators
+    assert torch.equal(traced(pixels(3)), model(pixels(3)))
+    traced.save(tmp_path / "traced.pt")
+    torch.testing.assert_close(loaded_without_us(tmp_path / "traced.pt", tmp_path), model(pixels()).detach())
+
+
+def test_jit_trace_of_forced_kernels():
+    with pytest.raises(NotImplementedError, match=r"'triton' cannot run this .*: torch\.jit traces F\.conv2d"):
+        torch.jit.trace(features(convolve=by_kernels), pixels())
+
+
+def test_jit_script(tmp_path):
+    model = features(Layers)
+    scripted = torch.jit.script(model)
+    assert type(model.depthwise) is groupconv.Conv2d
+    assert torch.equal(scripted(pixels()), model(pixels()))
+    assert torch.equal(scripted(pixels()[0].unsqueeze(0)), model(pixels()[:1]))
+    scripted.save(tmp_path / "scripted.pt")
+    torch.testing.assert_close(loaded_without_us(tmp_path / "scripted.pt", tmp_path), model(pixels()).detach())
+
+
+@pytest.mark.parametrize(
+    "options", [{"padding": "same"}, {"padding": (1, 0)}, {"padding_mode": "circular", "padding": 1}]
+)
+def test_jit_script_of_a_layer(options):
+    layer = groupconv.Conv2d(4, 4, 3, groups=2, **options)
+    assert torch.equal(torch.jit.script(layer)(pixels()), layer(pixels()))
+
+
+def onnx_convolutions(model, dynamo, tmp_path):
+    """The attribute `group` of each convolution of a model as it is exported."""
+    onnx = pytest.importorskip("onnx")
+    path = tmp_path / "model.onnx"
+    if dynamo:
+        pytest.importorskip("onnxscript")
+        torch.onnx.export(model, (pixels(),), path, dynamo=True, verbose=False)
+    else:
+        torch.onnx.export(model, (pixels(),), path, dynamo=False)
+    graph = onnx.load(path).graph
+    assert {node.domain for node in graph.node} == {""}
+    found = [node for node in graph.node if node.op_type == "Conv"]
+    return [next((a.i for a in node.attribute if a.name == "group"), 1) for node in found]
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("dynamo", [False, True])
+def test_onnx(dynamo, tmp_path):
+    assert onnx_convolutions(features(), dynamo, tmp_path) == [1, 4, 8, 4]
+
+
+def test_onnx_of_our_operator(tmp_path):
+    """What is exported by PyTorch with our operator in it, as for a GPU, is a convolution for ONNX."""
+    model = features(convolve=by_kernels)
+    program = torch.export.export(model, (pixels(),))
+    assert torch.ops.groupconv.conv2d.default in {node.target for node in program.graph.nodes}
+    assert onnx_convolutions(model, True, tmp_path) == [1, 4, 8, 4]
+    table = torch.export.default_decompositions()
+    table[torch.ops.groupconv.conv2d.default] = decomposition_table[torch.ops.groupconv.conv2d.default]
+    decomposed = program.run_decompositions(table)
+    assert torch.ops.groupconv.conv2d.default not in {node.target for node in decomposed.graph.nodes}
+    torch.testing.assert_close(decomposed.module()(pixels()), features()(pixels()))
+
+
+def calls(graph):
+    return [(node.op, node.target) for node in graph.nodes if node.op.startswith("call")]
+
+
+EXPECTED = [
+    *(("call_module", name) for name in ("stem", "block.0", "block.1", "block.2", "depthwise")),
+    ("call_function", triton_conv),
+]
+
+
+def test_fx_holds_our_layers_and_calls():
+    model = features()
+    traced = fx.symbolic_trace(model)
+    assert calls(traced.graph) == EXPECTED
+    assert type(traced.get_submodule("depthwise")) is groupconv.Conv2d
+    assert not [node for node in traced.graph.nodes if node.op == "get_attr" and node.target != "filters"]
+    for made in (traced, copy.deepcopy(traced), pickle.loads(pickle.dumps(traced))):
+        assert torch.equal(made(pixels()), model(pixels()))
+
+
+class Extractor(fx.Tracer):
+    """A tracer as feature extractors make them: it keeps the layer that each node comes from, and chooses leaves."""
+
+    def __init__(self, leaves):
+        super().__init__()
+        self.leaves, self.layer, self.names = leaves, "", {}
+
+    def is_leaf_module(self, m, qualname):
+        return isinstance(m, self.leaves)
+
+    def call_module(self, m, forward, args, kwargs):
+        before, self.layer = self.layer, self.path_of_module(m)
+        try:
+            if self.is_leaf_module(m, self.layer):
+                return self.create_proxy("call_module", self.layer, args, kwargs)
+            return forward(*args, **kwargs)
+        finally:
+            self.layer = before
+
+    def create_proxy(self, *args, **kwargs):
+        proxy = super().create_proxy(*args, **kwargs)
+        self.names[self.layer] = proxy.node.op
+        return proxy
+
+
+@pytest.mark.parametrize("leaves", [(nn.Conv2d, nn.BatchNorm2d, nn.ReLU), (nn.Sequential,), (nn.BatchNorm2d,)], ids=str)
+def test_fx_with_leaves_chosen(leaves):
+    """The nodes and names are those of a model of nn.Conv2d, but for the functions that are called."""
+    model = features()
+    ours, theirs = Extractor(leaves), Extractor(leaves)
+    found = ours.trace(model)
+    native = theirs.trace(revert(features(convolve=F.conv2d)))
+    assert [node.op for node in found.nodes] == [node.op for node in native.nodes]
+    assert ours.names == theirs.names
+    assert torch.equal(fx.GraphModule(model, found)(pixels()), model(pixels()))
+
+
+class Twice(groupconv.Conv2d):
+    def forward(self, input):
+        return 2 * super().forward(input)
+
+
+def test_fx_looks_into_a_forward_of_another_class():
+    model = nn.Sequential(Twice(4, 4, 3, groups=2), nn.ReLU())
+    traced = fx.symbolic_trace(model)
+    assert [op for op, _ in calls(traced.graph)] == ["call_function", "call_function", "call_module"]
+    assert torch.equal(traced(pixels()), model(pixels()))
+
+
+def test_fx_of_a_lone_layer():
+    layer = groupconv.Conv2d(4, 4, 3, groups=2)
+    traced = fx.symbolic_trace(layer)
+    assert calls(traced.graph) == [("call_function", triton_conv)]
+    assert torch.equal(traced(pixels()), layer(pixels()))
+
+
+@pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.parametrize("conv", [triton_conv, by_kernels], ids=["auto", "triton"])
+def test_export_with_a_batch_of_any_size(conv, strict):
+    model = features(convolve=conv)
+    program = torch.export.export(model, (pixels(),), dynamic_shapes=({0: torch.export.Dim("batch")},), strict=strict)
+    for batch in (2, 5):
+        torch.testing.assert_close(program.module()(pixels(batch)), model(pixels(batch)))
+
+
+@pytest.mark.usefixtures("ieee")
+@pytest.mark.parametrize("view", [torch.contiguous_format, torch.channels_last], ids=str)
+@pytest.mark.parametrize("conv", [triton_conv, by_kernels], ids=["auto", "triton"])
+def test_compiled_with_a_batch_that_data_tells(conv, view, device):
+    torch._dynamo.reset()
+
+    def chosen(conv, x, w, bias, mask):
+        return conv(x[mask], w, bias, groups=4, padding="same")
+
+    compiled = torch.compile(functools.partial(chosen, conv), fullgraph=True, backend="aot_eager")
+    for mask in ([True, False, True], [False, True, False]):
+        mask = torch.tensor(mask, device=device)
+        x, w, bias = operands(device)
+        leaves = [t.detach().requires_grad_() for t in (x.repeat(2, 1, 1, 1)[:3].to(memory_format=view), w, bias)]
+        with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True):
+            y = compiled(*leaves, mask)
+        expected = chosen(F.conv2d, *leaves, mask)
+        torch.testing.assert_close(y, expected)
+        for out, ref in zip(*(torch.autograd.grad(t.square().sum(), leaves) for t in (y, expected)), strict=True):
+            torch.testing.assert_close(out, ref, rtol=1e-4, atol=1e-4)
+
+
+# --- Fusion and quantization -----------------------------------------------------------------------------------------
+
+
+class Quantizable(nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.quant, self.dequant = quantization.QuantStub(), quantization.DeQuantStub()
+        self.first, self.norm, self.relu = nn.Conv2d(4, 8, 3, groups=4), nn.BatchNorm2d(8), nn.ReLU()
+        self.second, self.norm2 = nn.Conv2d(8, 8, 3, groups=8), nn.BatchNorm2d(8)
+        self.third, self.relu3 = nn.Conv2d(8, 4, 1, groups=2), nn.ReLU()
+        self.alone = nn.Conv2d(4, 4, 1, groups=2)
+
+    def forward(self, x):
+        x = self.relu(self.norm(self.first(self.quant(x))))
+        x = self.relu3(self.third(self.norm2(self.second(x))))
+        return self.dequant(self.alone(x))
+
+
+LISTS = [["first", "norm", "relu"], ["second", "norm2"], ["third", "relu3"]]
+
+
+def quantized(model, qat):
+    model = model.train(qat)
+    engine = torch.backends.quantized.engine
+    if qat:
+        model = quantization.fuse_modules_qat(model, LISTS)
+        model.qconfig = quantization.get_default_qat_qconfig(engine)
+        model = quantization.prepare_qat(model)
+    else:
+        model = quantization.fuse_modules(model, LISTS)
+        model.qconfig = quantization.get_default_qconfig(engine)
+        model = quantization.prepare(model)
+    model(pixels())
+    return model, quantization.convert(model.eval())
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
+@pytest.mark.parametrize("qat", [False, True])
+def test_eager_quantization(qat):
+    """Fused, prepared and converted as a model of nn.Conv2d; the model itself stays as it was."""
+    model = convert(Quantizable())
+    prepared, found = quantized(model, qat)
+    native, expected = quantized(Quantizable(), qat)
+    assert [type(m) for m in prepared.modules()] == [type(m) for m in native.modules()]
+    assert [type(m) for m in found.modules()] == [type(m) for m in expected.modules()]
+    assert torch.equal(found(pixels()), expected(pixels()))
+    assert len(groupconv.summarize(model).converted) == 4
+    assert set(groupconv.summarize(found).left.values()) == {"quantised"}
+
+
+def test_layer_without_a_qconfig_stays_ours():
+    model = convert(Quantizable().eval())
+    model.alone.qconfig = None
+    assert type(model.alone) is groupconv.Conv2d
+    model.qconfig = quantization.get_default_qconfig(torch.backends.quantized.engine)
+    prepared = quantization.prepare(model)
+    assert groupconv.summarize(prepared).converted == ("alone",)
+    layer = Twice(4, 4, 3, groups=2)
+    layer.qconfig = model.qconfig
+    assert type(layer) is Twice
+
+
+def test_folding_a_normalization_into_a_layer():
+    """By nn.utils for our layers too; torch.fx's own pass goes by exact type, and wants `revert` first."""
+    model = features(Layers)
+    nn.init.uniform_(model.block[1].running_mean)
+    folded = nn.utils.fuse_conv_bn_eval(model.block[0], model.block[1])
+    assert type(folded) is groupconv.Conv2d
+    x = pixels().repeat(1, 2, 1, 1)
+    torch.testing.assert_close(folded(x), model.block[:2](x))
+    for made, norms in ((model, 1), (revert(copy.deepcopy(model)), 0)):
+        fused = optimization.fuse(made)
+        assert sum(isinstance(m, nn.BatchNorm2d) for m in fused.modules()) == norms
+        torch.testing.assert_close(fused(pixels()), model(pixels()))
