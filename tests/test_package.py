@@ -6,6 +6,8 @@ import pathlib
 import subprocess
 import sys
 
+import pytest
+
 import groupconv
 
 ENVIRONMENT = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
@@ -88,3 +90,90 @@ def test_no_call_reads_the_environment_or_prints(capfd):
     for _ in range(2):
         groupconv.triton_conv(x, w, groups=2)
     assert capfd.readouterr() == ("", "")
+
+
+WITHOUT = """
+import sys, warnings
+class Hidden:
+    def find_spec(self, name, path=None, target=None):
+        if name == "triton" or name.startswith("triton."):
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+sys.meta_path.insert(0, Hidden())
+"""
+TOO_OLD = """
+import sys, types, importlib.machinery
+old = types.ModuleType("triton")
+old.__version__, old.__path__ = "3.2.0", []
+old.__spec__ = importlib.machinery.ModuleSpec("triton", None, is_package=True)
+sys.modules["triton"] = old
+"""
+BROKEN = """
+import sys, importlib.abc, importlib.machinery
+class Broken(importlib.abc.MetaPathFinder, importlib.abc.Loader):
+    def find_spec(self, name, path=None, target=None):
+        return importlib.machinery.ModuleSpec(name, self, is_package=True) if name == "triton" else None
+    def create_module(self, spec):
+        return None
+    def exec_module(self, module):
+        raise OSError("libtriton.so: cannot open shared object file")
+sys.meta_path.insert(0, Broken())
+"""
+SERVES = """
+import torch, torch.nn.functional as F, groupconv
+from groupconv import triton_conv, explain
+x, w = torch.randn(1, 4, 5, 5, requires_grad=True), torch.randn(4, 2, 3, 3, requires_grad=True)
+y = triton_conv(x, w, groups=2)
+assert torch.equal(y, F.conv2d(x, w, groups=2))
+y.sum().backward()
+layer = groupconv.convert(torch.nn.Sequential(torch.nn.Conv2d(4, 4, 3, groups=2)))
+assert layer(x).shape == (1, 4, 3, 3)
+plan = explain(x, w, groups=2, target="nvidia_h200")
+assert {each.algorithm for each in plan.passes} == {"torch"} and plan.backward is None
+assert explain(x, w, groups=2).fprop.source == "fallback"
+try:
+    triton_conv(x, w, groups=2, backend=sys.argv[1])
+except NotImplementedError as error:
+    print(plan.fprop.reason, "|", error)
+"""
+
+
+@pytest.mark.parametrize("backend", ["triton", "triton:row_march"])
+@pytest.mark.parametrize(
+    ("how", "says"),
+    [
+        (WITHOUT, "Triton is not installed"),
+        (TOO_OLD, "Triton 3.2.0 cannot be used"),
+        (BROKEN, "cannot be used (OSError: libtriton.so: cannot open shared object file)"),
+    ],
+    ids=["missing", "too old", "broken"],
+)
+def test_imports_and_serves_without_a_triton_that_works(how, says, backend, tmp_path):
+    """F.conv2d does it, explain says why, and a backend of ours says the same in NotImplementedError."""
+    done = subprocess.run(
+        [sys.executable, "-W", "error::UserWarning:groupconv", "-c", how + SERVES, backend],
+        capture_output=True, text=True, cwd=tmp_path, env=ENVIRONMENT,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    reason, error = done.stdout.split("|")
+    assert says in reason
+    assert says in error
+
+
+def test_a_newer_triton_is_one_line_of_explain(monkeypatch):
+    import torch
+
+    from groupconv import algorithms
+
+    x, w = torch.randn(1, 4, 5, 5), torch.randn(4, 2, 3, 3)
+    before = str(groupconv.explain(x, w, groups=2, target="sm_90"))
+    monkeypatch.setattr(algorithms, "triton_version", lambda: "4.1.0+git123")
+    algorithms.newer_triton.cache_clear()
+    try:
+        after = str(groupconv.explain(x, w, groups=2, target="sm_90"))
+    finally:
+        monkeypatch.undo()
+        algorithms.newer_triton.cache_clear()
+    added = after.removeprefix(before).strip()
+    assert after.startswith(before)
+    assert added.startswith("Triton 4.1.0+git123 is newer than 3.9.0")
+    assert "\n" not in added

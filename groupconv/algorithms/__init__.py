@@ -23,7 +23,6 @@ from __future__ import annotations
 
 import functools
 import importlib
-import importlib.util
 from types import ModuleType
 
 from .. import launcher
@@ -39,11 +38,11 @@ TESTED_TRITON = ("3.6.0", "3.9.0")  # the oldest that can serve, and the newest 
 
 def _loaded() -> tuple[dict[str, ModuleType], str | None]:
     """The algorithms by name; none of them, and why, where Triton is missing, too old or broken."""
-    if importlib.util.find_spec("triton") is None:
-        return {}, "Triton is not installed"
     try:
         return {name: importlib.import_module(f"{__name__}.{name}") for name in NAMES}, None
     except Exception as error:  # whatever an old or broken one raises, F.conv2d serves
+        if isinstance(error, ModuleNotFoundError) and error.name == "triton":
+            return {}, "Triton is not installed"
         what = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
         return {}, f"Triton {triton_version() or ''} cannot be used ({what}); {TESTED_TRITON[0]} or newer is needed"
 
