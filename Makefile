@@ -5,13 +5,21 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 INSTALLED := $(VENV)/.installed
 OLDEST_TRITON := $(VENV)/triton-3.6.0
+NEWEST_TRITON := $(VENV)/triton-3.9.0
+# Of the numeric tests, some of every algorithm and pass.
+NEWEST_SLICE := test_pass and bf16 and (k3x3 or k7x7) and x_nhwc-w_nhwc-dy_nhwc
 
-.PHONY: report test lint gpu-test gpu ship clean
+.PHONY: report test test-newest lint gpu-test gpu ship clean
 report: $(INSTALLED)
 	$(BIN)/groupconv report $(ARGS)
 
 test: $(INSTALLED) $(OLDEST_TRITON)
 	GROUPCONV_OLDEST_TRITON=$(abspath $(OLDEST_TRITON)) $(BIN)/python -m pytest -n auto $(ARGS)
+
+# A slice of the interpreter, and what is compiled, with the newest Triton that is supported.
+test-newest: $(INSTALLED) $(NEWEST_TRITON)
+	PYTHONPATH=$(abspath $(NEWEST_TRITON)) $(BIN)/python -m pytest -n auto tests/test_numerics.py -k "$(NEWEST_SLICE)"
+	PYTHONPATH=$(abspath $(NEWEST_TRITON)) $(BIN)/python -m pytest -n auto tests/test_compile.py -k "vectorised or wide"
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
@@ -34,9 +42,9 @@ $(INSTALLED): pyproject.toml constraints.txt
 	$(PIP) install --quiet --constraint constraints.txt --editable '.[dev]'
 	touch $@
 
-# The oldest Triton that is supported, beside the pinned one: only the compile checks use it, through PYTHONPATH.
-$(OLDEST_TRITON): $(INSTALLED)
-	$(PIP) install --quiet --no-deps --upgrade --target $@ triton==3.6.0
+# The oldest and the newest Triton that are supported, beside the pinned one: found through PYTHONPATH.
+$(OLDEST_TRITON) $(NEWEST_TRITON): $(INSTALLED)
+	$(PIP) install --quiet --no-deps --upgrade --target $@ triton==$(subst $(VENV)/triton-,,$@)
 	touch $@
 
 clean:
