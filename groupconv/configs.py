@@ -295,11 +295,16 @@ def user_folder() -> pathlib.Path | None:
     return folder if folder.is_absolute() else None  # "~" without a home stays "~"
 
 
+def shipped_folder() -> Traversable:
+    """Where the device files lie that the package has."""
+    return importlib.resources.files("groupconv.autotune_configs")
+
+
 @functools.cache
 def device_files(slug: str) -> tuple[DeviceFile, ...]:
     """The files of a device, the user's first. One that cannot be trusted is named in a warning, and skipped."""
     found = []
-    for folder in (user_folder(), importlib.resources.files("groupconv.autotune_configs")):
+    for folder in (user_folder(), shipped_folder()):
         if folder is None:
             continue
         file = folder.joinpath(f"{slug}.json")

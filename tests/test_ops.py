@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch._subclasses import FakeTensorMode
 
 import groupconv
-from groupconv import devices, explain, launcher, ops, triton_conv
+from groupconv import algorithms, devices, explain, ops, triton_conv
 from groupconv.algorithms import REGISTRY
 from groupconv.problem import PASSES
 
@@ -329,7 +329,7 @@ def test_triton_names_what_it_lacks(dtype, device):
 
 
 def test_triton_on_cpu_tensors_without_the_interpreter(monkeypatch):
-    monkeypatch.setattr(launcher, "interpreting", lambda kernel: False)
+    monkeypatch.setattr(algorithms, "INTERPRETED", False)
     ops.reset()
     try:
         x, w, bias = operands("cpu")
