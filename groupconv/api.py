@@ -60,10 +60,15 @@ def triton_conv(
     adapted.
     """
     if has_torch_function_variadic(input, weight, bias) and _overrides_are_on():
-        return handle_torch_function(
-            triton_conv, (input, weight, bias), input, weight, bias, stride, padding, dilation, groups,
-            activation=activation, residual=residual, shuffle_groups=shuffle_groups, backend=backend,
-        )  # fmt: skip
+        try:
+            return handle_torch_function(
+                triton_conv, (input, weight, bias), input, weight, bias, stride, padding, dilation, groups,
+                activation=activation, residual=residual, shuffle_groups=shuffle_groups, backend=backend,
+            )  # fmt: skip
+        except TypeError as error:  # a type may know F.conv2d, but not us
+            if backend != "auto" or not str(error).startswith("no implementation found for"):
+                raise
+            return F.conv2d(input, weight, bias, stride, padding, dilation, groups)
     if activation is not None or residual is not None or shuffle_groups != 1:
         raise NotImplementedError("triton_conv: activation, residual and shuffle_groups are not implemented yet")
     if backend not in dispatch.BACKENDS:

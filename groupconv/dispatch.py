@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Mapping
 
 from . import configs, cost
-from .algorithms import NAMES, REGISTRY, newer_triton
+from .algorithms import NAMES, REGISTRY, lack, newer_triton
 from .devices import Target
 from .problem import PASSES, ConvProblem
 
@@ -100,11 +100,11 @@ def _able(problem: ConvProblem, pass_: str, target: Target, backend: str) -> tup
     """The algorithms that a backend allows and that can serve, and why the others cannot."""
     able, refusals = [], []
     for name in [backend.removeprefix("triton:")] if backend.startswith("triton:") else REGISTRY:
-        lack = REGISTRY[name].supports(problem, pass_, target)
-        if lack is None:
+        why_not = lack(name, problem, pass_, target)
+        if why_not is None:
             able.append(name)
         else:
-            refusals.append(f"{name}: {lack}")
+            refusals.append(f"{name}: {why_not}")
     return able, refusals
 
 

@@ -7,6 +7,7 @@ import itertools
 import math
 
 import cases
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -643,3 +644,80 @@ def test_public_names():
     }  # fmt: skip
     with contextlib.suppress(AttributeError):
         assert groupconv.__version__
+
+
+ABSURD = {
+    "depthwise, stride 10^5": ((2, 64, 33, 33), (64, 1, 3, 3), {"stride": 10**5, "groups": 64}),
+    "depthwise, stride 2^31": ((2, 64, 33, 33), (64, 1, 3, 3), {"stride": 2**31, "groups": 64}),
+    "grouped, stride 2^31": ((2, 64, 33, 33), (64, 4, 3, 3), {"stride": 2**31, "groups": 16}),
+    "1x1, dilation 2^31": ((2, 64, 33, 33), (64, 4, 1, 1), {"dilation": 2**31, "groups": 16}),
+    "1x1, dilation 10^6": ((2, 64, 33, 33), (64, 1, 1, 1), {"dilation": 10**6, "groups": 64}),
+    "3x3, dilation and padding 10^5": ((1, 8, 9, 9), (8, 1, 3, 3), {"dilation": 10**5, "padding": 10**5, "groups": 8}),
+}
+
+
+@pytest.mark.timeout(20)
+@pytest.mark.parametrize(("x", "w", "kwargs"), ABSURD.values(), ids=ABSURD)
+def test_absurd_arguments_are_planned_at_once(x, w, kwargs):
+    """They are F.conv2d's, and explain says so."""
+    x, w = (torch.empty(shape, dtype=torch.bfloat16, device="meta") for shape in (x, w))
+    plan = explain(x, w, target="nvidia_h200", **kwargs)
+    assert {each.algorithm for each in plan.passes} == {"torch"}
+    assert "are F.conv2d's" in plan.fprop.reason
+
+
+INTEGERS = {
+    "numpy's groups": {"padding": 1, "groups": np.int64(4)},
+    "numpy's padding": {"padding": (np.int64(1), np.int32(1)), "groups": 4},
+    "numpy's stride": {"padding": 1, "stride": np.int32(2), "groups": 4},
+    "numpy's dilation": {"padding": 2, "dilation": np.uint8(2), "groups": 4},
+    "torch.Size": {"padding": torch.Size((1, 1)), "groups": 4},
+    "a tensor": {"padding": torch.tensor(1), "stride": torch.tensor([2]), "groups": torch.tensor(4)},
+    "a list of one": {"padding": [1], "groups": 4},
+}
+
+
+@pytest.mark.parametrize("kwargs", INTEGERS.values(), ids=INTEGERS)
+def test_integers_that_conv2d_takes(kwargs, device):
+    x, w = random(2, 8, 7, 6, device=device), random(8, 2, 3, 3, device=device, seed=1)
+    assert close(triton_conv(x, w, **kwargs, backend="triton"), F.conv2d(x.double(), w.double(), **kwargs))
+    assert explain(x, w, **kwargs, target="nvidia_h200").problem.groups == 4
+
+
+BAD_VALUES = [True, 1.0, np.bool_(True), torch.tensor(1.0), (True, 1), None, (1, 1, 1), "1"]
+
+
+@pytest.mark.parametrize("bad", BAD_VALUES, ids=repr)
+@pytest.mark.parametrize("place", range(4), ids=["stride", "padding", "dilation", "groups"])
+def test_values_that_conv2d_does_not_take(place, bad, device):
+    x, w = random(2, 8, 7, 6, device=device), random(8, 2, 3, 3, device=device, seed=1)
+    args = [1, 0, 1, 4]
+    args[place] = bad
+    with pytest.raises((TypeError, RuntimeError, ValueError)) as expected:
+        F.conv2d(x, w, None, *args)
+    with pytest.raises(type(expected.value)) as found:
+        triton_conv(x, w, None, *args, backend="triton")
+    assert str(found.value) == str(expected.value)
+
+
+@pytest.mark.parametrize("axis", [2, 3])
+def test_sequences_seen_as_maps_are_planned_as_they_lie(axis):
+    """[N, L, C] with an axis of one put in: its channels are neighbours, wherever that axis is."""
+    x = torch.empty(8, 2048, 256, dtype=torch.bfloat16, device="meta").transpose(1, 2).unsqueeze(axis)
+    w = torch.empty(256, 1, 4, dtype=torch.bfloat16, device="meta").unsqueeze(axis)
+    padding = (0, 3) if axis == 2 else (3, 0)
+    plan = explain(x, w, padding=padding, groups=256, target="nvidia_h200")
+    assert plan.problem.layout == "nhwc"
+    assert plan.fprop.config["BLOCK_C"] >= 16
+
+
+def test_sequences_seen_as_maps(device):
+    """Their numbers, and y in F.conv2d's format, whichever way the axis of one was put in."""
+    t, w1 = random(2, 11, 8, device=device).transpose(1, 2), random(8, 2, 3, device=device, seed=1)
+    for axis in (2, 3):
+        x, w = t.unsqueeze(axis), w1.unsqueeze(axis)
+        padding = (0, 1) if axis == 2 else (1, 0)
+        y = triton_conv(x, w, padding=padding, groups=4, backend="triton")
+        expected = F.conv2d(x.double(), w.double(), padding=padding, groups=4)
+        assert close(y, expected)
+        assert y.stride() == cases.format_strides(y.shape, x, w)

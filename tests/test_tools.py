@@ -536,3 +536,18 @@ def test_folding_a_normalization_into_a_layer():
         fused = optimization.fuse(made)
         assert sum(isinstance(m, nn.BatchNorm2d) for m in fused.modules()) == norms
         torch.testing.assert_close(fused(pixels()), model(pixels()))
+
+
+class OnlyConv2d:
+    """A type that knows F.conv2d, and nothing else."""
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        return "F.conv2d's" if func in (F.conv2d, torch.conv2d) else NotImplemented
+
+
+def test_a_type_that_knows_only_conv2d():
+    w = torch.randn(4, 2, 3, 3)
+    assert triton_conv(OnlyConv2d(), w, groups=2) == "F.conv2d's"
+    with pytest.raises(TypeError, match="no implementation found for"):
+        triton_conv(OnlyConv2d(), w, groups=2, backend="triton")

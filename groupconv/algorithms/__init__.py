@@ -74,6 +74,16 @@ def _numbers(version: str) -> tuple[int, ...]:
     return tuple(int(part) for part in version.split(".")[:2] if part.isdigit())
 
 
+LARGEST = 2**14  # pixels: beyond, the taps of a phase are too many to count while a caller waits
+
+
+def lack(name: str, problem: ConvProblem, pass_: str, target: Target) -> str | None:
+    """Why an algorithm cannot serve a pass, or None."""
+    if max(*problem.stride, *problem.dilation, *problem.pad) > LARGEST:
+        return f"strides, dilations and padding above {LARGEST} are F.conv2d's"
+    return REGISTRY[name].supports(problem, pass_, target)
+
+
 def able(problem: ConvProblem, pass_: str, target: Target) -> list[str]:
     """The algorithms that can serve a pass."""
-    return [name for name, algorithm in REGISTRY.items() if algorithm.supports(problem, pass_, target) is None]
+    return [name for name in REGISTRY if lack(name, problem, pass_, target) is None]
