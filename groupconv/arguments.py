@@ -34,6 +34,8 @@ def pair(value) -> tuple[int, int] | None:
     """An integer, a pair, or a sequence of one, as PyTorch takes them; None for anything else."""
     if type(value) is int:
         return value, value
+    if type(value) is tuple and len(value) == 2 and type(value[0]) is type(value[1]) is int:
+        return value
     if isinstance(value, (tuple, list)):
         sizes = [integer(v) for v in value]
         return (sizes[0], sizes[-1]) if len(sizes) in (1, 2) and None not in sizes else None  # type: ignore[return-value]

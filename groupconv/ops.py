@@ -7,7 +7,6 @@ the operators groupconv::conv2d and groupconv::conv2d_backward, which end in the
 
 from __future__ import annotations
 
-import contextlib
 import functools
 from collections.abc import Callable
 
@@ -107,11 +106,10 @@ def _seen(tensor: Tensor | None):
     """
     if tensor is None:
         return None
-    near = ON_HIP and tensor.untyped_storage().nbytes() < 2**31
-    return (
-        type(tensor), tensor.shape, tensor.stride(), tensor.dtype, tensor.device,
-        tensor.data_ptr() % 16 == 0, tensor.is_neg(), near,
-    )  # fmt: skip
+    address: object = tensor.data_ptr() & 15 == 0
+    if ON_HIP:
+        address = address, tensor.untyped_storage().nbytes() < 2**31
+    return type(tensor), tensor.shape, tensor.stride(), tensor.dtype, tensor.device, address, tensor.is_neg()
 
 
 class Call:
@@ -143,11 +141,9 @@ class Call:
         prepare = REGISTRY[plan.algorithm].prepare
         return prepare(self.problem, pass_, plan.config, self.plan.target, self.strides | strides)
 
-    def _on_device(self):
-        """The device guard that launches need, where the current device is another."""
-        if self.device is None or self.device == torch._C._cuda_getDevice():
-            return _NO_GUARD
-        return torch.cuda.device(self.device)
+    def _elsewhere(self) -> bool:
+        """Whether the current device is another than that of the tensors, which launches want."""
+        return self.device is not None and self.device != torch._C._cuda_getDevice()
 
     def forward(self, x: Tensor, w: Tensor, bias: Tensor | None) -> Tensor:
         """y of tensors that this call was looked up for."""
@@ -162,8 +158,10 @@ class Call:
             self._forward = run
         if self.copy_bias and bias is not None:
             bias = bias.contiguous()
-        with self._on_device():
-            return run(x, w, bias)
+        if self._elsewhere():
+            with torch.cuda.device(self.device):
+                return run(x, w, bias)
+        return run(x, w, bias)
 
     def backward(self, dy: Tensor, x: Tensor | None, w: Tensor | None, needs: tuple[bool, bool, bool]):
         """(dx, dw, db), each None unless needed; None instead of them where no launch of this call is for such tensors.
@@ -180,8 +178,10 @@ class Call:
             if not self._fits(dy, x, w):
                 return None
             run = self._backward[key] = self._prepare_backward(dy, *needs)
-        with self._on_device():
-            return run(dy, x, w)
+        if self._elsewhere():
+            with torch.cuda.device(self.device):
+                return run(dy, x, w)
+        return run(dy, x, w)
 
     def _fits(self, dy: Tensor, x: Tensor | None, w: Tensor | None) -> bool:
         """Whether x and w are as they were in the forward pass, and dy is a plain tensor of y's shape and kind."""
@@ -230,7 +230,6 @@ class Call:
         return need_w or (need_x and self.torch_dgrad), need_x or (need_w and self.torch_wgrad)
 
 
-_NO_GUARD = contextlib.nullcontext()
 _CALLS: dict[tuple, Call] = {}
 
 
@@ -297,11 +296,12 @@ class _ConvFunction(torch.autograd.Function):
 
 def _wanted(ctx) -> tuple[bool, bool, bool]:
     """Which of dx, dw and db the engine is going to use: autograd.grad(y, x) has no need of dw."""
-    needs = ctx.needs_input_grad[:3]
-    if sum(needs) < 2:  # it would not have come for nothing
-        return needs
-    nodes = (*(node for node, _ in ctx.next_functions), None)[:3]  # of no bias there is none
-    need_x, need_w, need_b = (need and _runs(node) for need, node in zip(needs, nodes, strict=True))
+    need_x, need_w, need_b, _ = ctx.needs_input_grad
+    if need_x + need_w + need_b > 1:  # it would not have come for nothing
+        nodes = ctx.next_functions
+        need_x = need_x and _runs(nodes[0][0])
+        need_w = need_w and _runs(nodes[1][0])
+        need_b = need_b and _runs(nodes[2][0])
     return need_x, need_w, need_b
 
 
