@@ -170,11 +170,11 @@ with stub_driver.active("sm_90"):
     step()
     first = len(compiled)
     step()
-    assert first == 3 and len(compiled) == 3, compiled
+    assert 3 <= len(compiled) == first, compiled  # forward, one or two gradients, the sum of the splits
     assert len(ops._CALLS) == 1
     groupconv.triton_conv(torch.randn(5, 32, 11, 9, dtype=torch.float16).contiguous(memory_format=torch.channels_last),
                           w.detach(), padding=1, groups=8, backend="triton")
-    assert len(compiled) == 3, "another batch and map size compiled anew"
+    assert len(compiled) == first, "another batch and map size compiled anew"
 print("ok")
 """
     assert python(code).strip() == "ok"
