@@ -37,7 +37,7 @@ def allocate(shape, strides, like: torch.Tensor, dtype: torch.dtype | None = Non
 def adds_half_a_constant(ptx: str) -> bool:
     """Whether code adds a constant of two 16-bit halves, one of them zero, to two numbers at once.
 
-    ptxas 12.8 to 13.4 may then add nothing for sm_90: on an H200 (2026-11-26) one tap in 16 came out wrong.
+    ptxas 12.8 to 13.0 may then add nothing on sm_90 (13.4 adds it): one tap in 16 was wrong on an H200, 2026-11-26.
     """
     if ".s16x2" not in ptx:
         return False

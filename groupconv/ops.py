@@ -109,7 +109,7 @@ def _seen(tensor: Tensor | None):
     address: object = tensor.data_ptr() & 15 == 0
     if ON_HIP:
         address = address, tensor.untyped_storage().nbytes() < 2**31
-    return type(tensor), tensor.shape, tensor.stride(), tensor.dtype, tensor.device, address, tensor.is_neg()
+    return type(tensor) in PLAIN, tensor.shape, tensor.stride(), tensor.dtype, tensor.device, address, tensor.is_neg()
 
 
 class Call:
@@ -133,6 +133,7 @@ class Call:
         self.torch_wgrad = plan.wgrad.algorithm == "torch"
         self.copy_bias = bias is not None and not bias.is_contiguous()
         self._x, self._w = _seen(x), _seen(w)
+        self._kind = x.dtype, x.device
         self._forward: Callable | None = None
         self._backward: dict[tuple, Callable] = {}
 
@@ -187,8 +188,7 @@ class Call:
         """Whether x and w are as they were in the forward pass, and dy is a plain tensor of y's shape and kind."""
         if any(t is not None and _seen(t) != seen for t, seen in ((x, self._x), (w, self._w))):
             return False
-        _, _, _, dtype, device, *_ = self._x
-        alike = dy.shape == self.problem.y_shape and dy.dtype is dtype and dy.device == device
+        alike = dy.shape == self.problem.y_shape and (dy.dtype, dy.device) == self._kind
         return alike and type(dy) in PLAIN and dy.layout is torch.strided and not dy.is_neg()
 
     def _prepare_backward(self, dy: Tensor, need_x: bool, need_w: bool, need_b: bool) -> Callable:
@@ -222,7 +222,7 @@ class Call:
 
     def unread(self, shape) -> Tensor:
         """A tensor of an operand's shape that takes no memory and has no values."""
-        _, _, _, dtype, device, *_ = self._x
+        dtype, device = self._kind
         return torch.empty((), dtype=dtype, device=device).expand(shape)
 
     def saves(self, need_x: bool, need_w: bool) -> tuple[bool, bool]:
@@ -469,8 +469,9 @@ def _conv2d_backward_op(dy, x, w, stride, padding, dilation, groups, mask, backe
     call = _op_call(x, w, None, args, backend) if fitting else None
     grads = None if call is None else call.backward(dy, x, w, needs)
     dx, dw, db = _torch_gradients(dy, x, w, args, needs) if grads is None else grads
-    dx = None if dx is None else _like(dx, _dx_strides(x, w))
-    dw = None if dw is None else _like(dw, _dw_strides(w))
+    strides = {"dx": _dx_strides(x, w), "dw": _dw_strides(w)} if call is None else call.strides
+    dx = None if dx is None else _like(dx, strides["dx"])
+    dw = None if dw is None else _like(dw, strides["dw"])
     return [grad for grad in (dx, dw, db) if grad is not None]
 
 
