@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 
 from .row_block import first_row, many_zeros, meetings, products, row_step, source_count, source_of, source_row
-from .tiles import as_mask, index, mma, narrow, phase_taps
+from .tiles import as_mask, index, mma, narrow, phase_taps, touched
 
 SIZES = ("batch", "h_in", "w_in", "h_out", "w_out", "row_blocks", "column_tiles", "image_tiles")
 
@@ -26,6 +26,16 @@ def load_lanes(desc, group, row, column, image, channel, BLOCK_I: tl.constexpr, 
         return desc.load([group, image, row, column, channel]).reshape(LANES, K)
     else:
         return desc.load([group, row, column, image, channel]).reshape(LANES, K)
+
+
+@triton.jit
+def landed(acc, COUNT: tl.constexpr, LANDED: tl.constexpr):
+    """The COUNT sums of a step, LANDED: its products waited for.
+
+    Where the loop over tiles is flattened, a tile's end reads sums that no other wait covers: ptxas then waits after each
+    product. And lanes of two axes are read from registers, which the next step loads anew while products read them.
+    """
+    return acc[: COUNT - 1] + (touched(acc[COUNT - 1]),) if LANDED else acc
 
 
 @triton.jit
@@ -68,7 +78,7 @@ def fprop_kernel(
     CONV_STRIDE_H: tl.constexpr, CONV_STRIDE_W: tl.constexpr, PAD_H: tl.constexpr, PAD_W: tl.constexpr,
     DIL_H: tl.constexpr, DIL_W: tl.constexpr, HAS_BIAS: tl.constexpr, VIEW_W: tl.constexpr,
     Y_ALIGN: tl.constexpr, INDEX_64: tl.constexpr, PRECISION: tl.constexpr, EMULATE_BF16: tl.constexpr,
-    PART_N: tl.constexpr,
+    PART_N: tl.constexpr, LANDED: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_I: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
@@ -111,6 +121,7 @@ def fprop_kernel(
                 at = phase * GROUPS + group
                 sources = sources + (load_lanes(x_desc, at, row, column, image_first, c, BLOCK_I, BLOCK_M, BLOCK_K),)
             acc = products(acc, sources, weights, MET, BLOCK_R, PARTS, PRECISION, EMULATE_BF16)
+            acc = landed(acc, BLOCK_R * PARTS, LANDED)
 
         if HAS_BIAS:
             sums = ()
@@ -136,7 +147,7 @@ def dgrad_kernel(
     CONV_STRIDE_H: tl.constexpr, CONV_STRIDE_W: tl.constexpr, PAD_H: tl.constexpr, PAD_W: tl.constexpr,
     DIL_H: tl.constexpr, DIL_W: tl.constexpr, COMMON_W: tl.constexpr, INVERSE_W: tl.constexpr,
     DX_ALIGN: tl.constexpr, INDEX_64: tl.constexpr, PRECISION: tl.constexpr, EMULATE_BF16: tl.constexpr,
-    PART_N: tl.constexpr,
+    PART_N: tl.constexpr, LANDED: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_I: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
@@ -185,6 +196,7 @@ def dgrad_kernel(
                 dy = load_lanes(dy_desc, group, row, column, image_first, o, BLOCK_I, BLOCK_M, BLOCK_K)
                 sources = sources + (dy,)
             acc = products(acc, sources, weights, MET, BLOCK_R, PARTS, PRECISION, EMULATE_BF16)
+            acc = landed(acc, BLOCK_R * PARTS, LANDED)
 
         tw, image = lanes_of(t_first, image_first, BLOCK_I, BLOCK_M, INDEX_64)
         iw = tw * CONV_STRIDE_W + phase
@@ -203,6 +215,7 @@ def wgrad_kernel(
     CONV_STRIDE_H: tl.constexpr, CONV_STRIDE_W: tl.constexpr, PAD_H: tl.constexpr, PAD_W: tl.constexpr,
     DIL_H: tl.constexpr, DIL_W: tl.constexpr, VIEW_W: tl.constexpr,
     INDEX_64: tl.constexpr, PRECISION: tl.constexpr, EMULATE_BF16: tl.constexpr, PART_N: tl.constexpr,
+    LANDED: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_I: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
@@ -248,6 +261,7 @@ def wgrad_kernel(
                     x = tl.trans(sources[source_of(MET, i, r)])
                     sums = sums + (mma(x, dys[j], acc[r * PARTS + j], PRECISION, EMULATE_BF16),)
             acc = sums
+        acc = landed(acc, KH * PARTS, LANDED)
 
     c = c_first + tl.arange(0, BLOCK_M)
     for r in tl.static_range(KH):

@@ -50,6 +50,44 @@ def any_met(first, count, phase, stride, pad, dilation, kernel):
 
 
 @triton.jit
+def apart(tile, ROWS: tl.constexpr, COUNT: tl.constexpr, COLS: tl.constexpr):
+    """The COUNT tiles, a power of two of them, that lie side by side in one."""
+    if COUNT == 1:
+        return (tile,)
+    else:
+        halves = tl.permute(tl.reshape(tile, (ROWS, 2, COUNT // 2 * COLS)), (0, 2, 1))
+        left, right = tl.split(halves)
+        return apart(left, ROWS, COUNT // 2, COLS) + apart(right, ROWS, COUNT // 2, COLS)
+
+
+@triton.constexpr_function
+def beside(product, tiles, most):
+    """How many of `tiles` tiles lie side by side in a product: `most`, or in the last as many as hold the rest."""
+    return min(most, triton.next_power_of_2(tiles - product * most))
+
+
+@triton.jit
+def wide_zeros(TILES: tl.constexpr, MOST: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr):
+    """fp32 zeros for the sums of TILES tiles, as many side by side as `beside` says."""
+    sums = ()
+    for product in tl.static_range(ceil_div(TILES, MOST)):
+        sums = sums + (tl.zeros((ROWS, beside(product, TILES, MOST) * COLS), tl.float32),)
+    return sums
+
+
+@triton.jit
+def added(tiles, sums, TILES: tl.constexpr, MOST: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr):
+    """The tiles with the sums of products added, which lie side by side as `beside` says."""
+    parts = ()
+    for product in tl.static_range(ceil_div(TILES, MOST)):
+        parts = parts + apart(sums[product], ROWS, beside(product, TILES, MOST), COLS)
+    total = ()
+    for i in tl.static_range(TILES):
+        total = total + (tiles[i] + parts[i],)
+    return total
+
+
+@triton.jit
 def lane(p, width, DIL_H: tl.constexpr):
     """(image, class of rows, column) of a lane number."""
     return p // (width * DIL_H), p // width % DIL_H if DIL_H > 1 else 0, p % width
@@ -83,6 +121,33 @@ def store_output_row(
     tl.store(y_ptr + (y_at + row), y, mask=mask)
 
 
+@triton.constexpr_function
+def row_met(product, most, live, i, conv_stride, kernel):
+    """Whether any of the result rows of a product meets source row i of a step, in fprop."""
+    last = min((product + 1) * most, live) - 1
+    return (live - 1 - last) * conv_stride + i < kernel
+
+
+@triton.jit
+def fprop_weights(
+    wgt_ptr, tile, c, number, stride_wgt_o, stride_wgt_c, stride_wgt_h: tl.constexpr, stride_wgt_w: tl.constexpr,
+    GROUPS: tl.constexpr, CIN_G: tl.constexpr, COUT_G: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr,
+    CONV_STRIDE_H: tl.constexpr, LIVE: tl.constexpr, INDEX_64: tl.constexpr,
+    STEP_C: tl.constexpr, BLOCK_C: tl.constexpr, FIRST: tl.constexpr, COUNT: tl.constexpr, TAP: tl.constexpr,
+    I: tl.constexpr,
+):  # fmt: skip
+    """Weights from the taps TAP + `number` of a source row I to COUNT result rows side by side, from FIRST on."""
+    n = tl.arange(0, COUNT * BLOCK_C)
+    o = tile * STEP_C + n % BLOCK_C
+    LAST_R: tl.constexpr = (LIVE - 1 - FIRST) * CONV_STRIDE_H + I  # the kernel row of the first of them
+    MISSED: tl.constexpr = ceil_div(max(0, LAST_R + 1 - KH), CONV_STRIDE_H)  # of them, that row I does not reach
+    live = (n % BLOCK_C < STEP_C) & (o < GROUPS * COUT_G) & (n >= MISSED * BLOCK_C) & (n < (LIVE - FIRST) * BLOCK_C)
+    own = below(o[None, :] - (c // CIN_G * COUT_G)[:, None], COUT_G) & live[None, :] & (number < KW - TAP)[:, None]
+    at = (c % CIN_G * stride_wgt_c + (number + TAP) * stride_wgt_w)[:, None]
+    at += (index(o, INDEX_64) * stride_wgt_o - n // BLOCK_C * (CONV_STRIDE_H * stride_wgt_h))[None, :]
+    return tl.load(wgt_ptr + LAST_R * stride_wgt_h + at, mask=own, other=0.0)
+
+
 @triton.jit(do_not_specialize=SIZES + ("begin", "end"))
 def fprop_kernel(
     x_ptr, wgt_ptr, bias_ptr, y_ptr,
@@ -97,7 +162,7 @@ def fprop_kernel(
     X_ALIGN: tl.constexpr, Y_ALIGN: tl.constexpr, C_ALIGN: tl.constexpr, INDEX_64: tl.constexpr,
     PRECISION: tl.constexpr, EMULATE_BF16: tl.constexpr,
     STEP_C: tl.constexpr, READ_C: tl.constexpr, BLOCK_K: tl.constexpr,
-    BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr,
+    BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     """One program: `steps` output rows of BLOCK_P lanes (batch x classes x w_out) by STEP_C of y's channels.
 
@@ -108,6 +173,7 @@ def fprop_kernel(
     """
     LIVE: tl.constexpr = (KH - 1) // CONV_STRIDE_H + 1
     CHUNKS: tl.constexpr = ceil_div(KW, BLOCK_S)
+    PRODUCTS: tl.constexpr = ceil_div(LIVE, BLOCK_R)
     C_TILES: tl.constexpr = ceil_div(GROUPS * COUT_G, STEP_C)
     pid = tl.program_id(0)
     tile = pid % C_TILES
@@ -123,15 +189,17 @@ def fprop_kernel(
     first = segment * steps
     last = tl.minimum(first + steps, (h_out + DIL_H - 1) // DIL_H)
 
-    own = ((c // CIN_G)[:, None] == (o // COUT_G)[None, :]) & live_o[None, :]
-    wgt_k = c % CIN_G * stride_wgt_c + number * stride_wgt_w
-    wgt_ptr += wgt_k[:, None] + index(o, INDEX_64)[None, :] * stride_wgt_o
     weights = ()
-    for r in tl.static_range(KH):
+    for i in tl.static_range(min(CONV_STRIDE_H, KH)):
         for chunk in tl.static_range(CHUNKS):
-            tap = own & (number < KW - chunk * BLOCK_S)[:, None]
-            wgt_at = wgt_ptr + (r * stride_wgt_h + chunk * BLOCK_S * stride_wgt_w)
-            weights = weights + (tl.load(wgt_at, mask=tap, other=0.0),)
+            for j in tl.static_range(PRODUCTS):
+                weights = weights + (
+                    fprop_weights(
+                        wgt_ptr, tile, c, number, stride_wgt_o, stride_wgt_c, stride_wgt_h, stride_wgt_w,
+                        GROUPS, CIN_G, COUT_G, KH, KW, CONV_STRIDE_H, LIVE, INDEX_64, STEP_C, BLOCK_C,
+                        j * BLOCK_R, beside(j, LIVE, BLOCK_R), chunk * BLOCK_S, i,
+                    ),
+                )  # fmt: skip
     if HAS_BIAS:
         bias = tl.load(bias_ptr + o, mask=live_o, other=0.0).to(tl.float32)[None, :]
 
@@ -150,6 +218,7 @@ def fprop_kernel(
     acc = zeros(LIVE, BLOCK_P, BLOCK_C)
     stop = tl.minimum(last + LIVE - 1, end)
     for t in tl.range(tl.maximum(first, begin), stop):
+        sums = acc if BLOCK_R == 1 else wide_zeros(LIVE, BLOCK_R, BLOCK_P, BLOCK_C)
         for i in tl.static_range(min(CONV_STRIDE_H, KH)):
             step = (t * CONV_STRIDE_H + i) * DIL_H
             width = rows(tl.where(below(in_row + step, h_in), w_in, 0), X_PIXELS_LAST)
@@ -160,13 +229,14 @@ def fprop_kernel(
                 at = pointers(x_ptr, x_at, x_row, chunk * BLOCK_S * DIL_W * stride_x_w, X_ALIGN)
                 x = turned(tl.load(at, mask=inside, other=0.0), X_PIXELS_LAST)
                 met = ()
-                for a in tl.static_range(LIVE):
-                    if (LIVE - 1 - a) * CONV_STRIDE_H + i < KH:
-                        wgt = weights[((LIVE - 1 - a) * CONV_STRIDE_H + i) * CHUNKS + chunk]
-                        met = met + (mma(x, wgt, acc[a], PRECISION, EMULATE_BF16),)
+                for j in tl.static_range(PRODUCTS):
+                    if row_met(j, BLOCK_R, LIVE, i, CONV_STRIDE_H, KH):
+                        wgt = weights[(i * CHUNKS + chunk) * PRODUCTS + j]
+                        met = met + (mma(x, wgt, sums[j], PRECISION, EMULATE_BF16),)
                     else:
-                        met = met + (acc[a],)
-                acc = met
+                        met = met + (sums[j],)
+                sums = met
+        acc = sums if BLOCK_R == 1 else added(acc, sums, LIVE, BLOCK_R, BLOCK_P, BLOCK_C)
         y = acc[0] + bias if HAS_BIAS else acc[0]
         store_output_row(
             y_ptr, y_at, live_y, y, t - (LIVE - 1), first, last, row_class, h_out, stride_y_h,
@@ -219,6 +289,33 @@ def store_input_rows(
             tl.store(at, out, mask=below(iw + phase, width) & live_c)
 
 
+@triton.constexpr_function
+def tile_met(product, most, tiles, first_shift, shifts, conv_stride, pad, dilation, kernel):
+    """Whether a tap joins the shifts numbered from `first_shift` with any of the result tiles of a product, in dgrad."""
+    phases = {i % conv_stride for i in range(product * most, min((product + 1) * most, tiles))}
+    return any(any_met(first_shift, shifts, phase, conv_stride, pad, dilation, kernel) for phase in phases)
+
+
+@triton.jit
+def dgrad_weights(
+    wgt_ptr, tile, o, q, stride_wgt_o, stride_wgt_c, stride_wgt_h: tl.constexpr, stride_wgt_w: tl.constexpr,
+    GROUPS: tl.constexpr, CIN_G: tl.constexpr, COUT_G: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr,
+    CONV_STRIDE_W: tl.constexpr, PAD_W: tl.constexpr, DIL_W: tl.constexpr, INDEX_64: tl.constexpr,
+    STEP_C: tl.constexpr, BLOCK_C: tl.constexpr, FIRST: tl.constexpr, COUNT: tl.constexpr,
+):  # fmt: skip
+    """Weights from output columns shifted by q to COUNT tiles of dx side by side, from number FIRST on."""
+    n = tl.arange(0, COUNT * BLOCK_C)
+    c = tile * STEP_C + n % BLOCK_C
+    i = FIRST + n // BLOCK_C
+    r = i // CONV_STRIDE_W
+    reach = (i % CONV_STRIDE_W + PAD_W)[None, :] - (q * CONV_STRIDE_W)[:, None]
+    live = (n % BLOCK_C < STEP_C) & (c < GROUPS * CIN_G) & (r < KH)
+    inner = c[None, :] - (o // COUT_G * CIN_G)[:, None]  # the number of a channel in its group
+    own = below(inner, CIN_G) & live[None, :] & (reach >= 0) & (reach < KW * DIL_W)
+    at = (index(o, INDEX_64) * stride_wgt_o)[:, None] + (inner * stride_wgt_c + (r * stride_wgt_h)[None, :])
+    return tl.load(wgt_ptr + (at + reach // DIL_W * stride_wgt_w), mask=own, other=0.0)
+
+
 @triton.jit(do_not_specialize=SIZES + ("end", "blocks"))
 def backward_kernel(
     dy_ptr, x_ptr, wgt_ptr, dx_ptr, part_ptr,
@@ -234,7 +331,7 @@ def backward_kernel(
     DY_ALIGN: tl.constexpr, X_ALIGN: tl.constexpr, DX_ALIGN: tl.constexpr, C_ALIGN: tl.constexpr,
     INDEX_64: tl.constexpr, PRECISION: tl.constexpr, EMULATE_BF16: tl.constexpr,
     STEP_C: tl.constexpr, READ_C: tl.constexpr, BLOCK_K: tl.constexpr,
-    BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr,
+    BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     """One program: STEP_C input channels of `steps` * CONV_STRIDE_H input rows, in `blocks` blocks of BLOCK_P lanes.
 
@@ -259,6 +356,8 @@ def backward_kernel(
     CHUNKS: tl.constexpr = ceil_div(shift_count(CONV_STRIDE_W, PAD_W, DIL_W, KW), BLOCK_S)
     C_TILES: tl.constexpr = ceil_div(GROUPS * CIN_G, STEP_C)
     DW_TILES: tl.constexpr = KH * CONV_STRIDE_W * CHUNKS
+    DX_TILES: tl.constexpr = LIVE * CONV_STRIDE_W
+    PRODUCTS: tl.constexpr = ceil_div(DX_TILES, BLOCK_R)
     pid = tl.program_id(0)
     tile = pid % C_TILES
     segment = pid // C_TILES % segments
@@ -271,15 +370,17 @@ def backward_kernel(
     live_o = cols((k % BLOCK_K < READ_C) & (o < GROUPS * COUT_G), DY_PIXELS_LAST)
 
     if WANT_DX:
-        wgt_ptr += (index(o, INDEX_64) * stride_wgt_o)[:, None] + (c % CIN_G * stride_wgt_c)[None, :]
         weights = ()
-        for r in tl.static_range(KH):
-            for phase in tl.static_range(CONV_STRIDE_W):
-                for chunk in tl.static_range(CHUNKS):
-                    reach = phase + PAD_W - (SHIFT + (chunk * BLOCK_S + number) * SHIFT_STEP) * CONV_STRIDE_W
-                    tap = own & ((reach >= 0) & (reach < KW * DIL_W))[:, None]
-                    wgt_at = wgt_ptr + (r * stride_wgt_h + reach // DIL_W * stride_wgt_w)[:, None]
-                    weights = weights + (tl.load(wgt_at, mask=tap, other=0.0),)
+        for chunk in tl.static_range(CHUNKS):
+            for j in tl.static_range(PRODUCTS):
+                weights = weights + (
+                    dgrad_weights(
+                        wgt_ptr, tile, o, SHIFT + (chunk * BLOCK_S + number) * SHIFT_STEP,
+                        stride_wgt_o, stride_wgt_c, stride_wgt_h, stride_wgt_w,
+                        GROUPS, CIN_G, COUT_G, KH, KW, CONV_STRIDE_W, PAD_W, DIL_W, INDEX_64, STEP_C, BLOCK_C,
+                        j * BLOCK_R, beside(j, DX_TILES, BLOCK_R),
+                    ),
+                )  # fmt: skip
     if WANT_DW:
         dw = zeros(DW_TILES, BLOCK_S * BLOCK_K, BLOCK_C)
 
@@ -305,7 +406,7 @@ def backward_kernel(
             dx_p = image * stride_dx_n + in_row * stride_dx_h + tw * CONV_STRIDE_W * stride_dx_w
             dx_p = rows(tl.multiple_of(dx_p, DX_ALIGN), DX_PIXELS_LAST)
             dx_at = dx_p + cols(index(c, INDEX_64) * stride_dx_c, DX_PIXELS_LAST)
-            dx = zeros(LIVE * CONV_STRIDE_W, BLOCK_P, BLOCK_C)
+            dx = zeros(DX_TILES, BLOCK_P, BLOCK_C)
         if WANT_DW:
             x_p = image * stride_x_n + in_row * stride_x_h + tw * CONV_STRIDE_W * stride_x_w
             x_p = rows(tl.multiple_of(x_p, X_ALIGN), X_PIXELS_LAST)
@@ -324,6 +425,8 @@ def backward_kernel(
                     first * CONV_STRIDE_H, last * CONV_STRIDE_H, h_in, w_in, stride_x_h, stride_x_w,
                     t * CONV_STRIDE_H + KH - FRESH, FRESH, CONV_STRIDE_W, DIL_H, X_PIXELS_LAST, X_ALIGN, INDEX_64,
                 )  # fmt: skip
+            if WANT_DX:
+                sums = dx if BLOCK_R == 1 else wide_zeros(DX_TILES, BLOCK_R, BLOCK_P, BLOCK_C)
             for chunk in tl.static_range(CHUNKS):
                 inside = below(ow + chunk * BLOCK_S * SHIFT_STEP, width) & live_o
                 if chunk * BLOCK_S + BLOCK_S > shift_count(CONV_STRIDE_W, PAD_W, DIL_W, KW):
@@ -333,14 +436,15 @@ def backward_kernel(
                 d = turned(tl.load(at, mask=inside, other=0.0), DY_PIXELS_LAST)
                 if WANT_DX:
                     met = ()
-                    for i in tl.static_range(LIVE * CONV_STRIDE_W):
-                        if i < KH * CONV_STRIDE_W and any_met(
-                            chunk * BLOCK_S, BLOCK_S, i % CONV_STRIDE_W, CONV_STRIDE_W, PAD_W, DIL_W, KW
+                    for j in tl.static_range(PRODUCTS):
+                        if tile_met(
+                            j, BLOCK_R, KH * CONV_STRIDE_W, chunk * BLOCK_S, BLOCK_S, CONV_STRIDE_W, PAD_W, DIL_W, KW
                         ):
-                            met = met + (mma(d, weights[i * CHUNKS + chunk], dx[i], PRECISION, EMULATE_BF16),)
+                            wgt = weights[chunk * PRODUCTS + j]
+                            met = met + (mma(d, wgt, sums[j], PRECISION, EMULATE_BF16),)
                         else:
-                            met = met + (dx[i],)
-                    dx = met
+                            met = met + (sums[j],)
+                    sums = met
                 if WANT_DW:
                     # The last rows first: theirs is the tile of x that came in this step, which Triton refills as if
                     # the product that reads it had ended. The waits for the products of carried tiles see to that.
@@ -356,6 +460,7 @@ def backward_kernel(
                             met = (dw[DW_TILES - back],) + met
                     dw = met
             if WANT_DX:
+                dx = sums if BLOCK_R == 1 else added(dx, sums, DX_TILES, BLOCK_R, BLOCK_P, BLOCK_C)
                 store_input_rows(
                     dx_ptr, dx_at, dx, rows(iw, DX_PIXELS_LAST), cols(in_tile, DX_PIXELS_LAST), in_row,
                     first * CONV_STRIDE_H, last * CONV_STRIDE_H, h_in, w_in, stride_dx_h, stride_dx_w,

@@ -255,7 +255,9 @@ def config(algorithm, problem: ConvProblem, pass_: str, on, tiles: str) -> dict:
 
     if algorithm.NAME == "row_march" and INTERPRETED and tiles == "few":
         lanes = problem.batch * problem.dilation[0] * max(problem.w_in, problem.w_out)
-        blocks = {"BLOCK_P": min(256, max(16, triton.next_power_of_2(lanes))), "BLOCK_C": 64, "BLOCK_S": 4}
+        lanes = min(256, max(16, triton.next_power_of_2(lanes)))
+        beside = 1 if pass_ == "wgrad" else (1, 2, 4, 8)[(problem.h_in + problem.groups) % 4]
+        blocks = {"BLOCK_P": lanes, "BLOCK_C": 64, "BLOCK_S": 4, "BLOCK_R": beside}
         return blocks | {"num_warps": 4, "num_stages": 2}
 
     def programs(candidate):

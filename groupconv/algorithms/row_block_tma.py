@@ -159,10 +159,10 @@ def _columns(n: int) -> list[int]:
 def registers(problem: ConvProblem, pass_: str, config: dict, target: Target) -> int:
     """An estimate of what a thread takes: its sums, and where lanes have two axes the rows that a product reads."""
     step, threads = _step(problem, pass_, config), target.warp_size * config["num_warps"]
-    lanes = config["BLOCK_K" if pass_ == "wgrad" else "BLOCK_M"]
-    two_axes = config["BLOCK_I"] not in (1, lanes)
     parts = config["BLOCK_N"] // _part(config["BLOCK_N"])
-    return math.ceil(38 + 5 * parts + step.sums / threads + two_axes * 0.5 * step.source / threads)
+    two_axes = _two_axes(pass_, config)
+    deep = 30 * (two_axes and parts > 2 and config["BLOCK_K"] > 32)  # found by compiling: two or less, or 32, take less
+    return math.ceil(38 + 5 * parts + deep + (step.sums + two_axes * 0.5 * step.source) / threads)
 
 
 def shared_bytes(problem: ConvProblem, pass_: str, config: dict, target: Target) -> int:
@@ -300,6 +300,17 @@ def _weights(problem: ConvProblem, strides, outs: int, ins: int) -> _Operand:
     return _Operand(problem.w_shape, strides, view, packed=True)
 
 
+def _two_axes(pass_: str, config: dict) -> bool:
+    """Whether lanes have two axes: a product's rows are then in registers."""
+    return config["BLOCK_I"] not in (1, config["BLOCK_K" if pass_ == "wgrad" else "BLOCK_M"])
+
+
+def _landed(problem: ConvProblem, pass_: str, config: dict, target: Target) -> bool:
+    """Whether a step's products must be waited for; see kernels/row_block_tma.py."""
+    flattened = pass_ == "fprop" or (pass_ == "dgrad" and problem.stride[1] == 1)
+    return target.matrix_unit == "wgmma" and (flattened or _two_axes(pass_, config))
+
+
 def prepare(problem: ConvProblem, pass_: str, config: dict, target: Target, strides: dict):
     splits, chunk = _splits(problem, tuple(config.items()), target) if pass_ == "wgrad" else (1, 0)
     lanes, part = _lanes(problem, pass_, config), _part(config["BLOCK_N"])
@@ -314,7 +325,7 @@ def prepare(problem: ConvProblem, pass_: str, config: dict, target: Target, stri
         "INDEX_64": index_64(problem, strides, splits * problem.params),
         "PRECISION": target.precision(problem.dtype),
         "EMULATE_BF16": emulate_bf16(kernel, problem),
-        "PART_N": part, **blocks,
+        "PART_N": part, "LANDED": _landed(problem, pass_, config, target), **blocks,
     }  # fmt: skip
     tiles = _tiles(problem, pass_, config)
     places = target.multiprocessors * _resident(problem, pass_, config, target)

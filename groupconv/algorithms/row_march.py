@@ -27,10 +27,11 @@ from .calls import (
 )
 
 NAME = "row_march"
-BLOCKS = {"BLOCK_P": (16, 512), "BLOCK_C": (16, 256), "BLOCK_S": (1, 16)}
+BLOCKS = {"BLOCK_P": (16, 512), "BLOCK_C": (16, 256), "BLOCK_S": (1, 16), "BLOCK_R": (1, 8)}
 MOST_WIDTH = 64  # of a group; wider ones fill a matrix instruction alone
 MOST_TAPS = 49
 MOST_REGISTERS = 195  # as estimated: some compile to more, and 255 are there
+MOST_COLUMNS = 256  # of a product of a warp group
 MOST_SEGMENTS = 16
 ENOUGH = 8  # programs for each multiprocessor: no more are made by cutting the rows
 
@@ -146,19 +147,28 @@ def _cut(problem: ConvProblem, pass_: str, block_c: int) -> _Channels:
 class _Size:
     """What a program handles: elements of its tiles, and how many products."""
 
-    products: int  # of a step; in backward as many for dgrad, and for wgrad
+    products: int  # of a step that make wgrad's sums,
+    joint: int  # and those that make fprop's or dgrad's, each of BLOCK_R tiles of the result,
+    columns: int  # with so many columns together
     wide: int  # source channels of a tile, BLOCK_S taps side by side
-    weight: int  # of a weight tile
+    weight: int  # of a tile of dw, or of the weights for one tile of the result
     result: int  # of a tile of the result
     loaded: int  # in a step
 
 
 def _size(problem: ConvProblem, pass_: str, config: dict) -> _Size:
-    march, made = _march(problem, pass_), _cut(problem, pass_, config["BLOCK_C"])
+    march, made, most = _march(problem, pass_), _cut(problem, pass_, config["BLOCK_C"]), config["BLOCK_R"]
     chunks, wide = math.ceil(march.shifts / config["BLOCK_S"]), config["BLOCK_S"] * made.block_k
     result = config["BLOCK_P"] * config["BLOCK_C"]
+    joint = tiles = march.products
+    if most > 1:  # as in kernels/row_march.py: `beside`
+        each = [min(most, triton.next_power_of_2(march.sums - first)) for first in range(0, march.sums, most)]
+        joint, tiles = march.rows_loaded * len(each), march.rows_loaded * sum(each)
     loaded = march.rows_loaded * chunks * config["BLOCK_P"] * wide + march.fresh * result
-    return _Size(march.products * chunks, wide, wide * config["BLOCK_C"], result, loaded)
+    return _Size(
+        products=march.products * chunks, joint=joint * chunks, columns=tiles * chunks * config["BLOCK_C"],
+        wide=wide, weight=wide * config["BLOCK_C"], result=result, loaded=loaded,
+    )  # fmt: skip
 
 
 def _registers(problem: ConvProblem, pass_: str, config: dict, target: Target) -> int:
@@ -166,10 +176,12 @@ def _registers(problem: ConvProblem, pass_: str, config: dict, target: Target) -
     march, size = _march(problem, pass_), _size(problem, pass_, config)
     bytes_, threads = problem.element_bytes, target.warp_size * config["num_warps"]
     taken = (1.75 * march.sums - 0.55 * march.stored + 0.75 * march.held * bytes_) * size.result
+    if config["BLOCK_R"] > 1:  # sums that lie side by side, and weights, before backward's loop, which takes more
+        taken += 0.5 * config["BLOCK_R"] * (size.result + size.weight * (march.held == 0))
     taken += (1.25 * size.products * (march.held > 0) + 0.5 * (march.sums > 0)) * size.weight
     taken += (3.5 * bytes_ / 16 if problem.layout == "nhwc" else 1.6) * size.loaded
     if target.backend == "hip":  # each wave holds all weights
-        taken += size.products * size.weight * bytes_ / 4 * config["num_warps"] * (march.sums > 0)
+        taken += size.columns * size.wide * bytes_ / 4 * config["num_warps"] * (march.sums > 0)
     return math.ceil(taken / threads + 20)
 
 
@@ -178,8 +190,9 @@ def _shared(problem: ConvProblem, pass_: str, config: dict, target: Target) -> i
     march, size, stages = _march(problem, pass_), _size(problem, pass_, config), config["num_stages"]
     if target.backend == "hip":
         return size.loaded * problem.element_bytes * max(1, stages - 1)
-    weights = size.products * size.weight if march.sums else 0
+    weights = size.columns * size.wide if march.sums else 0
     held = weights + size.loaded * stages + (march.held - march.fresh) * size.result
+    held += size.result * (march.held == 0)  # on its way from registers to memory
     return math.ceil(held * problem.element_bytes * (1.5 if target.matrix_unit == "tcgen05" else 1))
 
 
@@ -205,6 +218,10 @@ def _fits(problem: ConvProblem, pass_: str, config: dict, target: Target) -> boo
     if long and size.wide > 32:  # and these weights pass through many registers
         return False
     most = MOST_REGISTERS - 30 * mma_sync - 25 * long
+    if config["BLOCK_R"] > 1:  # the estimate is high for products of several tiles
+        most += 110 if pass_ == "backward" and config["BLOCK_R"] <= 4 else 45
+    if target.matrix_unit == "wmma" and pass_ == "backward":  # it takes over twice the estimate there
+        most = 100
     return _registers(problem, pass_, config, target) <= most and not _spills(problem, pass_, config, target)
 
 
@@ -215,9 +232,22 @@ def _spills(problem: ConvProblem, pass_: str, config: dict, target: Target) -> b
     if target.matrix_unit == "tcgen05":
         deep = pass_ == "backward" and config["num_stages"] > 2
         return deep or (problem.layout == "nchw" and config["BLOCK_P"] * config["BLOCK_C"] > 1024)
+    if target.matrix_unit == "wgmma" and pass_ == "backward":
+        return _size(problem, pass_, config).wide > 128
     if target.matrix_unit == "mma.sync" and pass_ in ("wgrad", "backward"):
         return config["BLOCK_P"] != 64 or (problem.element_bytes == 4 and config["num_stages"] > 2)
     return False
+
+
+def _beside(problem: ConvProblem, pass_: str, block_c: int, warps: int, target: Target) -> int:
+    """Tiles of the result that one product makes.
+
+    A product of a warp group (four warps) runs on while registers are moved, unless they are its own sums: ptxas then waits
+    after each. So sums are carried along apart from it, and it makes all tiles that a row of the source meets.
+    """
+    if target.matrix_unit != "wgmma" or warps < 4 or pass_ == "wgrad" or _by_multiply_adds(problem, target):
+        return 1
+    return min(triton.next_power_of_2(_march(problem, pass_).sums), BLOCKS["BLOCK_R"][1], MOST_COLUMNS // block_c)
 
 
 @functools.lru_cache(256)  # `supports` and the plan both ask
@@ -229,12 +259,15 @@ def candidates(problem: ConvProblem, pass_: str, target: Target) -> list[dict]:
         if made.block_c != block_c:  # a narrower tile holds as much
             continue
         wide = math.gcd(made.step, 16 // problem.element_bytes) if problem.layout == "nhwc" else 1
-        spans = sorted({1, widest})
+        spans = [1] if target.matrix_unit == "wgmma" else sorted({1, widest})  # no others won on an H200, 2026-11-26
         if pass_ in ("wgrad", "backward") and not _by_multiply_adds(problem, target):
             spans = [max(widest, 64 // made.block_k)]  # 64 rows for four warps
-        for span, warps, stages in itertools.product(spans, (4, 8), (3, 2)):  # the first of equals is taken
+        for span, warps, stages in itertools.product(spans, (4, 8, 2), (3, 2)):  # the first of equals is taken
+            if warps == 2 and not (target.matrix_unit == "wgmma" and pass_ in ("fprop", "dgrad")):
+                continue
             config = {
-                "BLOCK_P": block_p, "BLOCK_C": block_c, "BLOCK_S": span, "num_warps": warps, "num_stages": stages,
+                "BLOCK_P": block_p, "BLOCK_C": block_c, "BLOCK_S": span,
+                "BLOCK_R": _beside(problem, pass_, block_c, warps, target), "num_warps": warps, "num_stages": stages,
             }  # fmt: skip
             if _fits(problem, pass_, config, target):
                 found.setdefault(wide, []).append(config)
@@ -297,15 +330,19 @@ def _tiling(problem: ConvProblem, pass_: str, config: dict, target: Target, grid
     instructions = 40 * threads + (march.sums + march.stored + march.held) * size.result
     instructions += access * (size.loaded + march.stored * size.result)
     flops = shared = 0.0
-    for m, n, k, wanted in ((block_p, block_c, size.wide, march.sums), (size.wide, block_c, block_p, march.held)):
-        if wanted:
-            warpgroups = target.has_warpgroups and m >= 64
-            flops += 2 * m * n * k * size.products * (2 if target.has_warpgroups and not warpgroups else 1)
+    for m, n, k, count in (
+        (block_p, size.columns, size.wide, size.joint * (march.sums > 0)),
+        (size.wide, size.products * block_c, block_p, size.products * (march.held > 0)),
+    ):
+        if count:
+            warpgroups = target.has_warpgroups and m >= 64 and config["num_warps"] >= 4
+            flops += 2 * m * n * k * (2 if target.has_warpgroups and not warpgroups else 1)
             # The left operand is read once a product, and the right one for each 64 rows; mma.sync keeps both.
-            shared += m * k * size.products + (m / 64 * k * n * size.products if warpgroups else 0)
-            instructions += size.products * m * k / 8 * (5 if warpgroups else n / 4)
+            shared += m * k * count + (m / 64 * k * n if warpgroups else 0)
+            instructions += m * k / 8 * (5 * count if warpgroups else n / 4)
     shared += size.loaded + (2 * march.stored + march.held - march.fresh) * size.result
-    once = size.products * size.weight * 6 + 100 * threads
+    weights = max(size.columns * size.wide * (march.sums > 0), size.products * size.weight * (march.held > 0))
+    once = weights * 6 + 100 * threads
     return Tiling(
         programs=programs,
         matrix_flops=walked * flops,
