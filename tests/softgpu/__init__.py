@@ -19,6 +19,6 @@ from .parser import Unsupported
 from .report import profile, totals
 
 __all__ = [
-    "SOFT", "TOLERATED", "Fault", "Session", "Unsupported", "View", "active", "compiler", "launch", "load", "profile",
+    "SCRATCH", "SOFT", "TOLERATED", "Fault", "Session", "Unsupported", "View", "active", "compiler", "launch", "load", "profile",
     "totals",
 ]  # fmt: skip

@@ -117,10 +117,11 @@ static void run_group(void) {
         case OP_LDS: op_ldst(I, M, 1, 0); break;
         case OP_STS: op_ldst(I, M, 1, 1); break;
         case OP_LDPARAM: op_ldparam(I, M); break;
-        case OP_PARAMADDR: {
-          u64 *d = REG(u64, 0);
-          WLOOP({ d[t] = (u64)L->params + A(1); }) break;
-        }
+        case OP_PARAMADDR:
+          for (int w = 0; w < NW; w++)
+            for (int l = 0; l < 32; l++)
+              if (M[w] >> l & 1) reg_set(A(0), I->i0, w * 32 + l, PARAM_BASE + A(1));
+          break;
         case OP_CPASYNC: op_cpasync(I, M); break;
         case OP_CPCOMMIT:
           whole(active, "cp.async.commit_group");

@@ -231,7 +231,7 @@ def view_of(tensor: torch.Tensor, argument: int) -> View:
 
 def _tensor_map(descriptor, meta) -> TensorMap:
     """A descriptor as cuTensorMapEncodeTiled would take it, with its checks."""
-    if meta.get("fp4_padded") or descriptor.round_f32_to_tf32:
+    if meta.get("fp4_padded") or getattr(descriptor, "round_f32_to_tf32", False):
         raise NotImplementedError("tensor maps that convert")
     size, swizzle, box = meta["elem_size"], meta["swizzle"], list(meta["block_size"])
     shape, address = list(descriptor.shape), descriptor.base.data_ptr()

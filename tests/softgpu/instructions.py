@@ -70,7 +70,7 @@ def _move(low: Lowering, s: Statement, head: str, mods: list[str]) -> None:
         sources = [low.source(name, s.scope, width // len(names)) for name in names]
         low.arithmetic(s, f"_pack{len(names)}", result, sources)
     elif of in low.params:
-        low.emit(s, "PARAMADDR", [result[0], low.params[of]], [result[0]])
+        low.emit(s, "PARAMADDR", [result[0], low.params[of]], [result[0]], values=(result[1],))
     else:
         op = f"mov.b{8 * result[1]}" if result[1] > 1 else "mov.pred"
         low.arithmetic(s, op, result, [low.source(of, s.scope, result[1])])

@@ -175,11 +175,10 @@ static void op_ldmatrix(const Ins *I, const u32 *M, int store) {
 
 /* ---------------------------------------------------------------- TMA */
 static const TMap *tmap_of(u64 addr, int t) {
-  u64 rec[2];
-  if (addr < (u64)L->params || addr + 128 > (u64)L->params + L->parambytes)
-    fail(E_TMA, t, addr, "tensor map is no kernel parameter");
-  if (addr % 64) fail(E_TMA, t, addr, "tensor map is not aligned");
-  memcpy(rec, (void *)addr, 16);
+  u64 rec[2], at = addr - PARAM_BASE;
+  if (addr < PARAM_BASE || at + 128 > (u64)L->parambytes) fail(E_TMA, t, addr, "tensor map is no kernel parameter");
+  if (at % 64) fail(E_TMA, t, addr, "tensor map is not aligned");
+  memcpy(rec, L->params + at, 16);
   if (rec[0] != 0x50414d545f475321ull || rec[1] >= (u64)L->ntmaps) fail(E_TMA, t, addr, "no tensor map there");
   return &L->tmaps[rec[1]];
 }

@@ -84,6 +84,7 @@ static i32 ctaid[3];
 static i32 *thread_pc;
 static u8 *thread_state;                   /* per thread: pc, state */
 enum { RUN = 0, DONE = 255, YIELD = 254 }; /* else 1 + barrier it waits at */
+#define PARAM_BASE 0x40000000ull /* parameters have addresses from here on, of which only tensor maps are read */
 #define SBASE 0x400u                       /* shared addresses begin here */
 
 /* ---------------------------------------------------------------- errors */

@@ -7,7 +7,7 @@ import torch
 
 import softgpu
 from softgpu import kernels, machine_code
-from softgpu.kernels import nan
+from softgpu.kernels import UNFENCED, nan
 
 HALF = "{ .reg .pred q; .reg .b32 t; mov.u32 t, %tid.x; setp.lt.u32 q, t, 32; @q bar.sync 0; }"
 
@@ -33,7 +33,7 @@ def replaced(pattern, by, count=0):
         ("sm_90", without(r"cp\.async\.wait_group[^;]*;"), "in flight|never written"),
         ("sm_90", without(r"bar\.sync[^;]*;"), "race|overwrite"),
         ("sm_90", without(r"wgmma\.wait_group[^;]*;"), "overwrite in flight|register in flight"),
-        ("sm_90", without(r"fence\.proxy\.async[^;]*;"), "proxy fence"),
+        ("sm_90", None if UNFENCED else without(r"fence\.proxy\.async[^;]*;"), "proxy fence"),
         ("sm_80", replaced(r"(cp\.async\.c[ag]\.shared\.global \[ %r\d+ \+ )0", r"\g<1>4"), "misaligned"),
         ("sm_80", replaced(r"(cp\.async\.c[ag]\.shared\.global \[ %r\d+ \+ )0", r"\g<1>65536"), "shared access out"),
         ("sm_80", replaced(r"(st\.global\S* \[ %rd\d+ \+ )0", r"\g<1>16777216"), "global access out of range"),
@@ -41,7 +41,8 @@ def replaced(pattern, by, count=0):
     ],
 )
 def test_faults_are_found(target, edit, kind):
-    with softgpu.active(target, edit=edit), pytest.raises(softgpu.Fault) as caught:
+    soft = () if kind == "proxy fence" else UNFENCED
+    with softgpu.active(target, edit=edit, soft=soft), pytest.raises(softgpu.Fault) as caught:
         kernels.matmul(torch.float16, 64, 64, 160)
     assert re.search(kind, caught.value.kind), str(caught.value)
     assert caught.value.line > 0
@@ -52,7 +53,10 @@ def test_faults_are_found(target, edit, kind):
 @pytest.mark.parametrize(
     ("edit", "kind"),
     [
-        (without(r"waitLoop:\s*mbarrier\.try_wait[^;]*;\s*@!complete bra\.uni waitLoop;"), "in flight"),
+        (
+            without(r"waitLoop:(\s*\.loc[^\n]*)?\s*mbarrier\.try_wait[^;]*;\s*@!complete bra\.uni waitLoop;"),
+            "in flight",
+        ),
         (replaced(r"(expect_tx[^;]*), (\d+);", r"\1, 64;"), "mbarrier"),
         (without(r"@%p\d+ cp\.async\.bulk\.tensor\.2d\.shared::c[^;]*;", 1), "mbarrier|never written"),
         (without(r"cp\.async\.bulk\.wait_group[^;]*;"), "overwrite in flight"),

@@ -6,7 +6,7 @@ import triton
 
 import softgpu
 from softgpu import kernels
-from softgpu.kernels import nan
+from softgpu.kernels import UNFENCED, nan
 
 TARGETS = ("sm_80", "sm_90")
 BOUNDS = {torch.float16: 5e-4, torch.bfloat16: 4e-3, torch.float32: 1e-3}
@@ -41,7 +41,7 @@ def test_sum(axis):
 @pytest.mark.parametrize("dtype", BOUNDS, ids=str)
 @pytest.mark.parametrize(("ta", "tb"), [(False, False), (True, True), (False, True)])
 def test_matmul(target, dtype, ta, tb):
-    with softgpu.active(target) as session:
+    with softgpu.active(target, soft=UNFENCED) as session:
         assert kernels.matmul(dtype, ta=ta, tb=tb) <= BOUNDS[dtype]
     (result,) = session.results
     assert softgpu.totals(result)["wgmma_flops" if target == "sm_90" else "mma_flops"] == 2 * 2 * 2 * 64 * 64 * 96
@@ -75,7 +75,7 @@ def test_results_do_not_depend_on_checks(checks):
 
 @pytest.mark.parametrize("dtype", BOUNDS, ids=str)
 def test_late_products_are_the_same(dtype):
-    with softgpu.active("sm_90", late=True):
+    with softgpu.active("sm_90", late=True, soft=UNFENCED):
         assert kernels.matmul(dtype) <= BOUNDS[dtype]
 
 
