@@ -19,6 +19,6 @@ from .parser import Unsupported
 from .report import profile, totals
 
 __all__ = [
-    "SCRATCH", "SOFT", "TOLERATED", "Fault", "Session", "Unsupported", "View", "active", "compiler", "launch", "load", "profile",
-    "totals",
+    "SCRATCH", "SOFT", "TOLERATED", "Fault", "Session", "Unsupported", "View", "active", "compiler", "launch", "load",
+    "profile", "totals",
 ]  # fmt: skip

@@ -57,8 +57,3 @@ def of_text(code: str) -> WarpGroupCode:
         elif op.split(".")[0] in ("BRA", "EXIT", "RET"):
             open_ = False
     return WarpGroupCode(products, awaited, waits)
-
-
-def waits_in_ptx(ptx: str) -> int:
-    """How many waits for products of warp groups PTX has."""
-    return len(re.findall(r"wgmma\.wait_group", ptx))

@@ -338,7 +338,7 @@ static void wg_wait(int wg, u32 n) {
       if (chk)
         for (u32 g = p->chunk << 4 >> granule; g <= ((p->chunk << 4) + 15) >> granule; g++) {
           gtouch(g);
-          for (int w = wg * 4; w < wg * 4 + 4; w++) last_reads[(u64)g * NW + w] = clocks[w][w] << 6 | ALL;
+          for (int w = wg * 4; w < wg * 4 + 4; w++) last_reads[(u64)g * NW + w] = clocks[w][w] << 6 | WAITED;
         }
     } else {
       if (k != j) reads[k] = *p;

@@ -35,7 +35,7 @@ static const char *state_name(int s) {
 static void race(const char *what, int w, int lane, u32 off, u32 other_w, u32 other_l) {
   soft(E_RACE, w * 32 + (lane & 31), SBASE + off,
        "shared-memory race: %s by warp %d%s, not ordered with that of warp %u lane %d%s, at offset %u", what, w,
-       lane == ALL ? " (all lanes)" : "", other_w, other_l == ALL ? -1 : (int)other_l, other_w == ASY ? " (TMA)" : "",
+       lane == ALL ? " (all lanes)" : "", other_w, other_l >= WAITED ? -1 : (int)other_l, other_w == ASY ? " (TMA)" : "",
        off);
 }
 static inline void sh_read(u32 off, u32 W, int w, int lane) {
@@ -86,6 +86,7 @@ static inline void sh_write(u32 off, u32 W, int w, int lane, const u8 *data, int
     for (int q = 0; q < NW; q++)
       if (r[q]) {
         u32 c = r[q] >> 6, l = r[q] & 63;
+        if (l == WAITED && q >> 2 == w >> 2) continue; /* the wait ends the wgmma for all of the warpgroup */
         if (q == w) {
           if (l != (u32)lane && c >= me) race("write after read", w, lane, g << granule, q, l);
         } else if (c > clocks[w][q]) race("write after read", w, lane, g << granule, q, l);

@@ -12,6 +12,7 @@
 #define MAXW 31                    /* warps of a CTA */
 #define ASY 31                     /* the async proxy, as a writer */
 #define ALL 63                     /* a whole warp, as a lane */
+#define WAITED 62                  /* a whole warpgroup that waited for its wgmma, as a lane of each of its warps */
 
 typedef struct {
   i32 op, guard, gneg, target, arg, nargs, chk, nd, nr, flags, i0, i1, i2, i3, i4, line;
