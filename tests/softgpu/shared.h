@@ -35,8 +35,8 @@ static const char *state_name(int s) {
 static void race(const char *what, int w, int lane, u32 off, u32 other_w, u32 other_l) {
   soft(E_RACE, w * 32 + (lane & 31), SBASE + off,
        "shared-memory race: %s by warp %d%s, not ordered with that of warp %u lane %d%s, at offset %u", what, w,
-       lane == ALL ? " (all lanes)" : "", other_w, other_l >= WAITED ? -1 : (int)other_l, other_w == ASY ? " (TMA)" : "",
-       off);
+       lane == ALL ? " (all lanes)" : "", other_w, other_l >= WAITED ? -1 : (int)other_l,
+       other_w == ASY ? " (TMA)" : "", off);
 }
 static inline void sh_read(u32 off, u32 W, int w, int lane) {
   if (!chk) return;
