@@ -60,13 +60,13 @@ class Job:
 
 
 def shrunk(problem: ConvProblem, images: int = 2, pixels: int = 14, groups: int = 4) -> ConvProblem:
-    """Fewer images, smaller maps with sizes of the same parity, and fewer groups: 16 times as many if narrow."""
+    """Fewer images, smaller maps with sizes of the same parity, and fewer groups: more of narrow ones, less of wide."""
 
     def size(whole, kernel, dilation):
         least = max(pixels, (kernel - 1) * dilation // 2 + 1)
         return whole if whole <= least + 1 else least + (whole - least) % 2
 
-    kept = min(problem.groups, groups * (1 if problem.cin_g > 4 else 16))
+    kept = min(problem.groups, groups * 16 if problem.cin_g <= 4 else groups if problem.cin_g < 128 else 2)
     return dataclasses.replace(
         problem, batch=images, groups=kept, c_in=problem.cin_g * kept, c_out=problem.cout_g * kept,
         h_in=size(problem.h_in, problem.kh, problem.dilation[0]),
@@ -109,11 +109,6 @@ def run_pass(
         each: cases.error(result, expected[each]) / cases.bound(problem.dtype, cases.terms(problem, each))
         for each, result in zip(made, out if isinstance(out, tuple) else (out,), strict=True)
     }, session
-
-
-def has_warp_group_products(session: softgpu.Session) -> bool:
-    """Whether some launch had a wgmma, so that late reads differ from early ones."""
-    return any("wgmma_flops" in softgpu.totals(result) for result in session.results)
 
 
 def against_model(results, tiling, target: devices.Target) -> dict[str, tuple[float, float]]:
@@ -193,6 +188,10 @@ def outcome(job: Job, checks: str) -> dict:
             "programs": [result.programs for result in session.results],
             "findings": [str(finding) for result in session.results for finding in result.findings],
         }
+        if not varied:
+            on = devices.named(job.target)
+            tiling = REGISTRY[job.algorithm].tiling(problem, job.pass_, job.config, on)
+            row["counted, modelled"] = against_model(session.results, tiling, on)
         bad += [f"{way}: {each}: error {error:.3g} of its bound" for each, error in errors.items() if not error <= 1]
         bad += [f"{way}: {fault.count} times {fault}" for fault in faults]
     return row | {"bad": "\n".join(bad) or None, "seconds": round(time.monotonic() - began, 1)}

@@ -3,6 +3,7 @@
 Runs with TRITON_INTERPRET=0 (`make test-compiled`).
 """
 
+import json
 import re
 
 import compiled_code
@@ -31,7 +32,7 @@ LAYERS = {
 ON_SM_80 = {
     "implicit_gemm": ("bf16x3", "nhwc"),
     "row_block": ("fp16", "nhwc"),
-    "row_march": ("tf32", "nchw"),
+    "row_march": ("fp16", "nchw"),
     "depthwise_direct": ("fp32", "nhwc"),
     "depthwise_toeplitz": ("tf32", "nhwc"),
     "depthwise_plane": ("fp16", "nchw"),
@@ -123,6 +124,26 @@ def test_planted_faults_are_found(edit, kind):
         compiled_code.run_pass(problem, "fprop", "implicit_gemm", found.config, "sm_90", varied=True, edit=edit)
     assert re.search(kind, caught.value.kind), str(caught.value)
     assert "implicit_gemm.py:" in caught.value.source or "tiles.py:" in caught.value.source
+
+
+@needs_a_compiler
+def test_the_command_goes_on_and_lists_what_is_bad(tmp_path, capsys):
+    layer = ["--layers", "mobilenetv2_100.b5", "--targets", "sm_80", "--dtypes", "bf16", "--layouts", "nhwc"]
+    command = ["run", *layer, "--passes", "fprop", "--jobs", "1", "--out", str(tmp_path)]
+    assert compiled_code.main(command) == 0
+    assert "1 jobs, 1 to run" in capsys.readouterr().out
+    assert compiled_code.main(command) == 0
+    assert "1 jobs, 0 to run" in capsys.readouterr().out
+    (path,) = tmp_path.iterdir()
+    (row,) = map(json.loads, path.read_text().splitlines())
+    assert row["padded, late"]["error over bound"]["fprop"] <= 1
+    counted, modelled = row["counted, modelled"]["dram_bytes"]
+    assert 0.5 < counted / modelled < 4
+    path.write_text(json.dumps(row | {"bad": "a planted fault"}) + "\n")
+    assert compiled_code.main(command) == 1
+    told = capsys.readouterr().out
+    assert "1 are bad:" in told
+    assert "a planted fault" in told
 
 
 # --- Waits -----------------------------------------------------------------------------------------------------------

@@ -92,7 +92,7 @@ def active(target: str = "sm_90", **options):
         triton.runtime.driver._active = before
 
 
-@functools.lru_cache(512)
+@functools.lru_cache(64)
 def load(text: str, threads: int) -> machine.Loaded:
     """The program of a kernel's PTX."""
     return machine.Loaded(text, threads)
