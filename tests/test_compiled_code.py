@@ -30,9 +30,9 @@ LAYERS = {
     "depthwise_plane": ("mobilenetv2_100.b5",),
 }
 ON_SM_80 = {
-    "implicit_gemm": ("bf16x3", "nhwc"),
+    "implicit_gemm": ("bf16x3", "nchw"),
     "row_block": ("fp16", "nhwc"),
-    "row_march": ("fp16", "nchw"),
+    "row_march": ("fp16", "nhwc"),
     "depthwise_direct": ("fp32", "nhwc"),
     "depthwise_toeplitz": ("tf32", "nhwc"),
     "depthwise_plane": ("fp16", "nchw"),
