@@ -9,17 +9,34 @@ NEWEST_TRITON := $(VENV)/triton-3.9.0
 # Of the numeric tests, some of every algorithm and pass.
 NEWEST_SLICE := test_pass and bf16 and (k3x3 or k7x7) and x_nhwc-w_nhwc-dy_nhwc
 
-.PHONY: report test test-newest lint gpu-test gpu ship clean
+# What compiles kernels in its own process, and so cannot be where they are interpreted.
+COMPILED := tests/softgpu tests/test_compiled_code.py
+
+.PHONY: report test test-compiled test-newest softgpu waits lint gpu-test gpu ship clean
 report: $(INSTALLED)
 	$(BIN)/groupconv report $(ARGS)
 
 test: $(INSTALLED) $(OLDEST_TRITON)
 	GROUPCONV_OLDEST_TRITON=$(abspath $(OLDEST_TRITON)) $(BIN)/python -m pytest -n auto $(ARGS)
+	$(if $(ARGS),,$(MAKE) test-compiled)
+
+# Compiled kernels on a software GPU, and their machine code.
+test-compiled: $(INSTALLED)
+	TRITON_INTERPRET=0 $(BIN)/python -m pytest -n auto $(COMPILED) $(ARGS)
 
 # A slice of the interpreter, and what is compiled, with the newest Triton that is supported.
 test-newest: $(INSTALLED) $(NEWEST_TRITON)
 	PYTHONPATH=$(abspath $(NEWEST_TRITON)) $(BIN)/python -m pytest -n auto tests/test_numerics.py -k "$(NEWEST_SLICE)"
 	PYTHONPATH=$(abspath $(NEWEST_TRITON)) $(BIN)/python -m pytest -n auto tests/test_compile.py -k "vectorised or wide"
+	PYTHONPATH=$(abspath $(NEWEST_TRITON)) TRITON_INTERPRET=0 $(BIN)/python -m pytest -n auto tests/softgpu
+
+# Every configuration that is planned for the suite, on the software GPU; run again, it goes on.
+softgpu: $(INSTALLED)
+	$(BIN)/python tests/compiled_code.py run $(ARGS)
+
+# Whether machine code waits for products of warp groups more often than its PTX.
+waits: $(INSTALLED)
+	$(BIN)/python tests/compiled_code.py waits $(ARGS)
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

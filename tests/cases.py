@@ -14,7 +14,7 @@ import triton
 from torch import nn
 from torch._prims_common import suggest_memory_format
 
-from groupconv import launcher, ops, triton_conv
+from groupconv import compile_check, launcher, ops, triton_conv
 from groupconv.algorithms import REGISTRY, calls
 from groupconv.kernels import implicit_gemm as general_kernels
 from groupconv.problem import PASSES, ConvProblem
@@ -83,6 +83,7 @@ def lay_out(values: torch.Tensor, view: str) -> torch.Tensor:
     found = {
         "slice": lambda: inside(n, c + 5, h, w)[:, 3 : 3 + c],
         "nhwc-slice": lambda: inside(n, h, w, c + 5).permute(0, 3, 1, 2)[:, 2 : 2 + c],
+        "nhwc-padded": lambda: inside(n, h, w, c + 16).permute(0, 3, 1, 2)[:, 8 : 8 + c],  # as aligned as nhwc
         "permuted": lambda: inside(n, h, w, c).permute(0, 3, 1, 2),
         "turned": lambda: inside(n, c, w, h).transpose(2, 3),
         "batches": lambda: inside(2 * n, c, h + 1, w + 2)[::2, :, 1:, 1:-1],
@@ -173,7 +174,7 @@ class Operands:
 
 def operands(case: Case, device: str = "cpu", seed: int = 0) -> Operands:
     """Random operands of a case; the same on every device."""
-    p, dtype = case.problem, MODES[case.problem.dtype]
+    p, dtype = case.problem, compile_check.TORCH_DTYPES[case.problem.dtype]
     generator = torch.Generator().manual_seed(seed)
 
     def random(shape, view):

@@ -1,0 +1,180 @@
+"""The library's compiled kernels: a slice of them on the software GPU, and the waits in their machine code.
+
+Runs with TRITON_INTERPRET=0 (`make test-compiled`).
+"""
+
+import json
+import re
+
+import compiled_code
+import pytest
+import softgpu
+
+from groupconv import devices, dispatch
+from groupconv.algorithms import NAMES, lack
+from groupconv.perf_reports import layers
+from groupconv.problem import PLANNED
+
+needs_a_compiler = pytest.mark.skipif(
+    softgpu.compiler() is None, reason="no C compiler: neither $CC nor cc nor gcc; the software GPU is in C"
+)
+
+# Layers of the suite. On sm_90 in bf16 and channels_last, where tensor cores take most; on sm_80 as below.
+LAYERS = {
+    "implicit_gemm": ("regnety_160.s1d", "shufflenet_g3.s2c"),
+    "row_block": ("regnetx_040.s3", "regnetx_032.s1d"),
+    "row_block_tma": ("eca_nfnet_l0.s2", "regnety_016.s1d"),
+    "row_march": ("resnext50_32x4d.s1", "resnext50_32x4d.s2d"),
+    "depthwise_direct": ("mobilenetv2_100.b1d",),
+    "depthwise_toeplitz": ("efficientnet_b0.b4",),
+    "depthwise_plane": ("mobilenetv2_100.b5",),
+}
+ON_SM_80 = {
+    "implicit_gemm": ("bf16x3", "nchw"),
+    "row_block": ("fp16", "nhwc"),
+    "row_march": ("fp16", "nhwc"),
+    "depthwise_direct": ("fp32", "nhwc"),
+    "depthwise_toeplitz": ("tf32", "nhwc"),
+    "depthwise_plane": ("fp16", "nchw"),
+}
+
+
+def job(layer: str, pass_: str, target: str, algorithm: str, dtype="bf16", layout="nhwc", **config):
+    """A pass of a layer as an algorithm would be planned for it, but for what `config` changes; None if it cannot."""
+    (problem,) = (row.problem for row in layers.suite(dtype, layout) if row.name == layer)
+    if lack(algorithm, problem, pass_, devices.named(target)) is not None:
+        return None
+    planned = dispatch.modelled(problem, pass_, devices.named(target), algorithm)[1]
+    return compiled_code.Job(layer, problem, pass_, target, algorithm, planned | config)
+
+
+def _slice():
+    for algorithm, names in LAYERS.items():
+        for pass_ in PLANNED:
+            yield from (job(name, pass_, "sm_90", algorithm) for name in names)
+            if algorithm in ON_SM_80:
+                yield job(names[0], pass_, "sm_80", algorithm, *ON_SM_80[algorithm])
+    # Lanes of images and columns at once; a part of a width too narrow for warp groups, in few rows, by two groups.
+    for pass_ in ("fprop", "dgrad"):
+        yield job("regnetx_080.s3", pass_, "sm_90", "row_block_tma", BLOCK_M=64, BLOCK_I=4)
+    narrow = {"BLOCK_R": 2, "BLOCK_M": 128, "BLOCK_N": 40, "BLOCK_K": 32, "num_warps": 8, "num_stages": 2}
+    yield job("regnetx_040.s3", "wgrad", "sm_90", "row_block", **narrow)
+    yield job("shufflenet_g3.s2c", "wgrad", "sm_80", "row_block")
+
+
+SLICE = {job.key: job for job in _slice() if job is not None}
+
+
+def test_the_slice_has_every_algorithm_and_pass():
+    for target in compiled_code.TARGETS:
+        on = devices.named(target)
+        for algorithm in NAMES:
+            rows = [row.problem for layout in ("nhwc", "nchw") for row in layers.suite("bf16", layout)]
+            able = {pass_ for pass_ in PLANNED if any(lack(algorithm, p, pass_, on) is None for p in rows)}
+            there = {job.pass_ for job in SLICE.values() if (job.target, job.algorithm) == (target, algorithm)}
+            assert there == able, (target, algorithm)
+
+
+@needs_a_compiler
+@pytest.mark.parametrize("job", SLICE.values(), ids=SLICE)
+def test_slice(job):
+    """No fault, and the numbers of float64, read early and late, from dense tensors and from views with gaps."""
+    problem = compiled_code.shrunk(job.problem, pixels=9, groups=2)
+    for varied in (False, True):
+        errors, _ = compiled_code.run_pass(problem, job.pass_, job.algorithm, job.config, job.target, varied)
+        assert max(errors.values()) <= 1, (errors, varied)
+
+
+@needs_a_compiler
+@pytest.mark.parametrize("pass_", ["fprop", "dgrad", "wgrad"])
+@pytest.mark.parametrize("algorithm", NAMES)
+def test_offsets_of_64_bits(algorithm, pass_):
+    found = job(LAYERS[algorithm][0], pass_, "sm_90", algorithm)
+    problem = compiled_code.shrunk(found.problem, pixels=7, groups=2)
+    with compiled_code.wide_offsets():
+        errors, session = compiled_code.run_pass(problem, pass_, algorithm, found.config, "sm_90", varied=True)
+    assert max(errors.values()) <= 1
+    kernel = session.results[0].loaded.kernel
+    assert any(".s64" in s.op or ".u64" in s.op for s in kernel.body if not isinstance(s, tuple))
+
+
+def replaced(pattern, by):
+    def edit(name, text):
+        text, found = re.subn(pattern, by, text)
+        assert found or "sum_splits" in name
+        return text
+
+    return edit
+
+
+@needs_a_compiler
+@pytest.mark.parametrize(
+    ("edit", "kind"),
+    [
+        (replaced(r"cp\.async\.wait_group[^;]*;", ""), "in flight|never written"),
+        (replaced(r"wgmma\.wait_group[^;]*;", ""), "register in flight|overwrite in flight"),
+        (replaced(r"(cp\.async\.cg\.shared\.global \[[^\]]*\], \[ %rd\d+ \+ )0", r"\g<1>16"), "gap between elements"),
+        (replaced(r"(st\.global\S* \[ %rd\d+ \+ )0", r"\g<1>1073741824"), "global access out of range"),
+    ],
+)
+def test_planted_faults_are_found(edit, kind):
+    found = job("regnety_160.s1d", "fprop", "sm_90", "implicit_gemm")
+    problem = compiled_code.shrunk(found.problem, pixels=7, groups=2)
+    with pytest.raises(softgpu.Fault) as caught:
+        compiled_code.run_pass(problem, "fprop", "implicit_gemm", found.config, "sm_90", varied=True, edit=edit)
+    assert re.search(kind, caught.value.kind), str(caught.value)
+    assert "implicit_gemm.py:" in caught.value.source or "tiles.py:" in caught.value.source
+
+
+@needs_a_compiler
+def test_the_command_goes_on_and_lists_what_is_bad(tmp_path, capsys):
+    layer = ["--layers", "mobilenetv2_100.b5", "--targets", "sm_80", "--dtypes", "bf16", "--layouts", "nhwc"]
+    command = ["run", *layer, "--passes", "fprop", "--jobs", "1", "--out", str(tmp_path)]
+    assert compiled_code.main(command) == 0
+    assert "1 jobs, 1 to run" in capsys.readouterr().out
+    assert compiled_code.main(command) == 0
+    assert "1 jobs, 0 to run" in capsys.readouterr().out
+    (path,) = tmp_path.iterdir()
+    (row,) = map(json.loads, path.read_text().splitlines())
+    assert row["padded, late"]["error over bound"]["fprop"] <= 1
+    counted, modelled = row["counted, modelled"]["dram_bytes"]
+    assert 0.5 < counted / modelled < 4
+    path.write_text(json.dumps(row | {"bad": "a planted fault"}) + "\n")
+    assert compiled_code.main(command) == 1
+    told = capsys.readouterr().out
+    assert "1 are bad:" in told
+    assert "a planted fault" in told
+
+
+# --- Waits -----------------------------------------------------------------------------------------------------------
+
+COUNTED = (
+    "resnext50_32x4d.s1", "resnext50_32x4d.s2d", "dpn92.s2", "resnext101_32x8d.s4d", "regnety_016.s1d",
+    "regnetx_040.s3", "regnetx_080.s3", "regnety_160.s3", "shufflenet_g3.s2c", "regnety_2560.s2",
+)  # fmt: skip
+PLANS = {
+    f"{job.layer}-{job.pass_}-{job.algorithm}": job
+    for layer in layers.suite("bf16", "nhwc")
+    if layer.name in COUNTED
+    for pass_ in PLANNED
+    for job in compiled_code.planned(layer, pass_, "sm_90")
+}
+
+
+@pytest.mark.parametrize("job", PLANS.values(), ids=PLANS)
+def test_machine_code_waits_no_more_than_ptx(job):
+    found = compiled_code.waits_of(job)
+    assert found is not None, "no products of warp groups"
+    assert not found.added, found
+    assert not found.serialised, found
+
+
+@pytest.mark.parametrize(
+    ("ptx", "code", "added"),
+    [((8, 2), (8, 2), False), ((8, 2), (40, 6), False), ((8, 2), (8, 3), True), ((8, 2), (8, 8), True)],
+)
+def test_waits_that_ptxas_added(ptx, code, added):
+    """(products, waits) in PTX and in machine code, where ptxas may have doubled a loop."""
+    counted = dict(zip(("ptx_products", "ptx_waits", "products", "waits"), (*ptx, *code), strict=True))
+    found = compiled_code.Waits(None, **counted, serialised=False, registers=0, spill_bytes=0)
+    assert found.added is added
