@@ -13,7 +13,7 @@ import pathlib
 import re
 import stat
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
 from . import devices
@@ -141,7 +141,7 @@ def parse_device(text: str, path: str) -> DeviceFile:
     _require(isinstance(data.get("entries"), list), path, "entries must be a list")
     entries, stale = [], 0
     for number, raw in enumerate(data["entries"]):
-        made = _entry(raw, path, f"entry {number}")
+        made = _entry(raw, path, f"entry {number}", outdated)
         if outdated(made.algorithm):
             stale += 1
         else:
@@ -153,7 +153,7 @@ def parse_device(text: str, path: str) -> DeviceFile:
     return DeviceFile(path, data["device"], kind, tuple(entries), Calibration(ours, torch), stale)
 
 
-def _entry(raw, path: str, where: str) -> Entry:
+def _entry(raw, path: str, where: str, outdated: Callable[[str], bool]) -> Entry:
     _require(isinstance(raw, dict) and isinstance(raw.get("key"), dict), path, f"{where} has no key")
     key = raw["key"]
     _require(sorted(key) == sorted(KEY_FIELDS), path, f"{where}: key must have exactly {', '.join(KEY_FIELDS)}")
@@ -166,7 +166,7 @@ def _entry(raw, path: str, where: str) -> Entry:
         _require(pair, path, f"{where}: {field} must be two positive integers")
     algorithm, config = raw.get("algorithm"), raw.get("config", {})
     _require(_is_name(algorithm), path, f"{where} has no algorithm")
-    if algorithm in REGISTRY:  # plans pass over the entries of others
+    if algorithm in REGISTRY and not outdated(algorithm):  # plans pass over the entries of others
         _check_config(algorithm, config, path, where)
     _require(isinstance(config, dict), path, f"{where}: config must be an object")
     time, torch_time = raw.get("time_us"), raw.get("torch_time_us")

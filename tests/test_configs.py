@@ -404,6 +404,18 @@ def test_entries_of_other_kernels_are_left_out(user_file):
         assert plan(DEPTHWISE).source == "modelled"
 
 
+def test_entries_of_other_kernels_may_have_other_configurations(user_file):
+    """A tile size that a later version has named does not make an earlier version's file a damaged one."""
+    hashes = configs.kernels_sha256() | {"row_march.py": "0" * 64}
+    before = entry(algorithm="row_march", config={"BLOCK_P": 64, "num_warps": 4, "num_stages": 2})
+    user_file(file_text(before, direct("fprop"), kernels_sha256=hashes))
+    with pytest.warns(UserWarning, match="skipping 1 entries that were measured with other kernels"):
+        assert plan(DEPTHWISE).source == "exact"
+    damaged = file_text(before, direct("fprop"))
+    with pytest.raises(configs.DamagedFile, match="config of row_march must have exactly"):
+        configs.parse_device(damaged, "a file")
+
+
 def test_entry_without_a_kernel_of_ours(user_file):
     user_file(file_text(entry(algorithm="torch", config={}, time=30.0, torch_time=30.0)))
     assert (plan().algorithm, plan().source) == ("torch", "exact")
