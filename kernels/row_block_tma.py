@@ -32,8 +32,8 @@ def load_lanes(desc, group, row, column, image, channel, BLOCK_I: tl.constexpr, 
 def landed(acc, COUNT: tl.constexpr, LANDED: tl.constexpr):
     """The COUNT sums of a step, LANDED: its products waited for.
 
-    Where the loop over tiles is flattened, a tile's end reads sums that no other wait covers: ptxas then waits after each
-    product. And lanes of two axes are read from registers, which the next step loads anew while products read them.
+    Where the loop over tiles is flattened, a tile's end reads sums that no other wait covers: ptxas then waits after
+    each product. And lanes of two axes are read from registers, which the next step loads anew while products run.
     """
     return acc[: COUNT - 1] + (touched(acc[COUNT - 1]),) if LANDED else acc
 

@@ -8,6 +8,9 @@ tiles are made once, before the loop.
 
 BLOCK_S column taps lie side by side in one tile: they lengthen the reduction of fprop and dgrad, and are the rows of
 wgrad's product, which would be too few of one tap.
+BLOCK_R tiles of the result that meet a row of the source are made by one product, their weights side by side, and added
+to the sums carried along. So no sum is moved between registers while a product makes it, which would have ptxas wait
+after every product of a warp group. With BLOCK_R = 1 products add to the carried sums themselves.
 Rows DIL_H apart are a class of their own, and a lane of the tile is one (image, class, column).
 A tile lies with its contiguous axis last: *_PIXELS_LAST says that this is the columns (NCHW) and not the channels
 (NHWC). *_ALIGN is the power of two that divides a tensor's strides of pixels, as in implicit_gemm.py, and C_ALIGN that
@@ -134,13 +137,13 @@ def fprop_weights(
     GROUPS: tl.constexpr, CIN_G: tl.constexpr, COUT_G: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr,
     CONV_STRIDE_H: tl.constexpr, LIVE: tl.constexpr, INDEX_64: tl.constexpr,
     STEP_C: tl.constexpr, BLOCK_C: tl.constexpr, FIRST: tl.constexpr, COUNT: tl.constexpr, TAP: tl.constexpr,
-    I: tl.constexpr,
+    ROW: tl.constexpr,
 ):  # fmt: skip
-    """Weights from the taps TAP + `number` of a source row I to COUNT result rows side by side, from FIRST on."""
+    """Weights from the taps TAP + `number` of a source row ROW to COUNT result rows side by side, from FIRST on."""
     n = tl.arange(0, COUNT * BLOCK_C)
     o = tile * STEP_C + n % BLOCK_C
-    LAST_R: tl.constexpr = (LIVE - 1 - FIRST) * CONV_STRIDE_H + I  # the kernel row of the first of them
-    MISSED: tl.constexpr = ceil_div(max(0, LAST_R + 1 - KH), CONV_STRIDE_H)  # of them, that row I does not reach
+    LAST_R: tl.constexpr = (LIVE - 1 - FIRST) * CONV_STRIDE_H + ROW  # the kernel row of the first of them
+    MISSED: tl.constexpr = ceil_div(max(0, LAST_R + 1 - KH), CONV_STRIDE_H)  # of them, that ROW does not reach
     live = (n % BLOCK_C < STEP_C) & (o < GROUPS * COUT_G) & (n >= MISSED * BLOCK_C) & (n < (LIVE - FIRST) * BLOCK_C)
     own = below(o[None, :] - (c // CIN_G * COUT_G)[:, None], COUT_G) & live[None, :] & (number < KW - TAP)[:, None]
     at = (c % CIN_G * stride_wgt_c + (number + TAP) * stride_wgt_w)[:, None]
@@ -291,7 +294,7 @@ def store_input_rows(
 
 @triton.constexpr_function
 def tile_met(product, most, tiles, first_shift, shifts, conv_stride, pad, dilation, kernel):
-    """Whether a tap joins the shifts numbered from `first_shift` with any of the result tiles of a product, in dgrad."""
+    """Whether a tap joins the shifts numbered from `first_shift` with any result tile of a product, in dgrad."""
     phases = {i % conv_stride for i in range(product * most, min((product + 1) * most, tiles))}
     return any(any_met(first_shift, shifts, phase, conv_stride, pad, dilation, kernel) for phase in phases)
 

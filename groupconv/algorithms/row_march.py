@@ -242,8 +242,8 @@ def _spills(problem: ConvProblem, pass_: str, config: dict, target: Target) -> b
 def _beside(problem: ConvProblem, pass_: str, block_c: int, warps: int, target: Target) -> int:
     """Tiles of the result that one product makes.
 
-    A product of a warp group (four warps) runs on while registers are moved, unless they are its own sums: ptxas then waits
-    after each. So sums are carried along apart from it, and it makes all tiles that a row of the source meets.
+    A product of a warp group (four warps) runs on while registers are moved, unless they are its own sums: ptxas then
+    waits after each. So sums are carried along apart from it, and it makes all tiles that a row of the source meets.
     """
     if target.matrix_unit != "wgmma" or warps < 4 or pass_ == "wgrad" or _by_multiply_adds(problem, target):
         return 1
