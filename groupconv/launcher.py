@@ -34,6 +34,10 @@ def allocate(shape, strides, like: torch.Tensor, dtype: torch.dtype | None = Non
     return like.new_empty_strided(shape, strides, dtype=dtype)
 
 
+class Miscompiled(RuntimeError):
+    """A kernel that NVIDIA's assembler would get wrong in every way that was tried."""
+
+
 def adds_half_a_constant(ptx: str) -> bool:
     """Whether code adds a constant of two 16-bit halves, one of them zero, to two numbers at once.
 
@@ -104,7 +108,5 @@ class Launch:
             self.options["num_stages"] = 1
             self.compiled = self.kernel[self.grid](*tensors, *self.scalars, **self.options)
             if adds_half_a_constant(self.compiled.asm["ptx"]):
-                raise RuntimeError(
-                    f"groupconv: ptxas would miscompile {self.kernel.fn.__name__}; backend='torch' works"
-                )
+                raise Miscompiled(f"groupconv: ptxas would miscompile {self.kernel.fn.__name__}; backend='torch' works")
         self._run = self.compiled[self.grid]

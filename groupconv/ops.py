@@ -8,6 +8,7 @@ the operators groupconv::conv2d and groupconv::conv2d_backward, which end in the
 from __future__ import annotations
 
 import functools
+import warnings
 from collections.abc import Callable
 
 import torch
@@ -159,10 +160,21 @@ class Call:
             self._forward = run
         if self.copy_bias and bias is not None:
             bias = bias.contiguous()
-        if self._elsewhere():
-            with torch.cuda.device(self.device):
-                return run(x, w, bias)
-        return run(x, w, bias)
+        try:
+            if self._elsewhere():
+                with torch.cuda.device(self.device):
+                    return run(x, w, bias)
+            return run(x, w, bias)
+        except launcher.Miscompiled as error:
+            self._give_up(error)
+            self._forward = functools.partial(torch_reference.fprop, self.args)
+            return self._forward(x, w, bias)
+
+    def _give_up(self, error: launcher.Miscompiled) -> None:
+        """Warn that F.conv2d serves; of a backend that was asked for, raise."""
+        if self.backend != "auto":
+            raise error
+        warnings.warn(f"{error}; F.conv2d runs instead", stacklevel=4)
 
     def backward(self, dy: Tensor, x: Tensor | None, w: Tensor | None, needs: tuple[bool, bool, bool]):
         """(dx, dw, db), each None unless needed; None instead of them where no launch of this call is for such tensors.
@@ -179,10 +191,25 @@ class Call:
             if not self._fits(dy, x, w):
                 return None
             run = self._backward[key] = self._prepare_backward(dy, *needs)
-        if self._elsewhere():
-            with torch.cuda.device(self.device):
-                return run(dy, x, w)
-        return run(dy, x, w)
+        try:
+            if self._elsewhere():
+                with torch.cuda.device(self.device):
+                    return run(dy, x, w)
+            return run(dy, x, w)
+        except launcher.Miscompiled as error:
+            self._give_up(error)
+            self._backward[key] = self._by_torch(needs)
+            return self._backward[key](dy, x, w)
+
+    def _by_torch(self, needs: tuple[bool, bool, bool]) -> Callable:
+        """F.conv2d's gradients; of an operand that was not saved, as its values are not needed, the shape."""
+
+        def run(dy, x, w):
+            x = self.unread(self.problem.x_shape) if x is None else x
+            w = self.unread(self.problem.w_shape) if w is None else w
+            return _torch_gradients(dy, x, w, self.args, needs)
+
+        return run
 
     def _fits(self, dy: Tensor, x: Tensor | None, w: Tensor | None) -> bool:
         """Whether x and w are as they were in the forward pass, and dy is a plain tensor of y's shape and kind."""

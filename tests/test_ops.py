@@ -14,9 +14,9 @@ import torch.nn.functional as F
 from torch._subclasses import FakeTensorMode
 
 import groupconv
-from groupconv import algorithms, devices, explain, ops, triton_conv
+from groupconv import algorithms, devices, dispatch, explain, launcher, ops, triton_conv
 from groupconv.algorithms import REGISTRY
-from groupconv.problem import PASSES
+from groupconv.problem import PASSES, ConvProblem
 
 pytestmark = [pytest.mark.usefixtures("ieee"), pytest.mark.filterwarnings("ignore:Using padding='same'")]
 SUBSETS = [subset for n in (1, 2, 3) for subset in itertools.combinations(range(3), n)]
@@ -721,3 +721,40 @@ def test_sequences_seen_as_maps(device):
         expected = F.conv2d(x.double(), w.double(), padding=padding, groups=4)
         assert close(y, expected)
         assert y.stride() == cases.format_strides(y.shape, x, w)
+
+
+@pytest.mark.parametrize("wanted", ["x", "w", "both"])
+def test_a_kernel_that_would_be_miscompiled_is_left_to_conv2d(monkeypatch, wanted):
+    """Under "auto"; a backend that was asked for says so."""
+
+    def refuse(*_):
+        raise launcher.Miscompiled("groupconv: ptxas would miscompile it")
+
+    monkeypatch.setattr(launcher.Launch, "__call__", refuse)
+    x, w = torch.randn(2, 8, 6, 5), torch.randn(8, 4, 3, 3)
+    for tensor in (x, w):
+        tensor.requires_grad_(wanted in ("both", "x" if tensor is x else "w"))
+    inputs = [tensor for tensor in (x, w) if tensor.requires_grad]
+    args = ops.normalise(x.shape, w.shape, 1, 1, 1, 2)
+    problem = ConvProblem(2, 8, 6, 5, 8, 3, 3, pad=(1, 1, 1, 1), groups=2, dtype="fp32")
+    y = F.conv2d(x, w, None, 1, 1, 1, 2)
+    expected = torch.autograd.grad(y, inputs, torch.ones_like(y))
+    for backend in ("auto", "triton"):
+        plan = dispatch.plan(problem, devices.DEFAULT, "triton")
+        call = ops.Call(problem, plan, args, backend, x, w, None)
+        needs = x.requires_grad, w.requires_grad, False
+        saved = [t.detach() if kept else None for t, kept in zip((x, w), call.saves(*needs[:2]), strict=True)]
+        if backend == "triton":
+            with pytest.raises(launcher.Miscompiled):
+                call.forward(x.detach(), w.detach(), None)
+            with pytest.raises(launcher.Miscompiled):
+                call.backward(torch.ones_like(y), *saved, needs)
+            continue
+        with pytest.warns(UserWarning, match="F.conv2d runs instead"):
+            assert torch.equal(call.forward(x.detach(), w.detach(), None), y)
+        with pytest.warns(UserWarning, match="F.conv2d runs instead"):
+            found = call.backward(torch.ones_like(y), *saved, needs)
+        for each in (found, call.backward(torch.ones_like(y), *saved, needs)):
+            kept = [grad for grad in each if grad is not None]
+            for mine, theirs in zip(kept, expected, strict=True):
+                torch.testing.assert_close(mine, theirs)
