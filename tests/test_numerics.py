@@ -69,16 +69,17 @@ def test_many_splits(dtype, device, monkeypatch):
     assert cases.error(out, expected) <= cases.bound(dtype, problem.out_pixels)
 
 
+@pytest.mark.parametrize("beside", [1, 4])
 @pytest.mark.parametrize("stride", [1, 2])
 @pytest.mark.parametrize("pass_", ["dgrad", "wgrad", "backward"])
-def test_several_blocks_of_lanes(pass_, stride, device, monkeypatch):
+def test_several_blocks_of_lanes(pass_, stride, beside, device, monkeypatch):
     """Programs of row_march that walk down more than one block, the last of them ragged."""
     problem = ConvProblem(
         8, 12, 6, 7 * stride, 12, 3, 3, (stride, stride), (1, 1, 1, 1), groups=3, dtype="fp16", out_layout="nchw"
     )
     grid = row_march._Grid(groups=2, blocks=2, segments=1, steps=row_march._march(problem, pass_).rows)
     monkeypatch.setattr(row_march, "_grid", lambda *_: grid)
-    config = {"BLOCK_P": 16, "BLOCK_C": 16, "BLOCK_S": 4, "num_warps": 4, "num_stages": 2}
+    config = {"BLOCK_P": 16, "BLOCK_C": 16, "BLOCK_S": 4, "BLOCK_R": beside, "num_warps": 4, "num_stages": 2}
     given = cases.operands(cases.Case(problem, "nhwc", dy="nchw"), device)
     with cases.guarded():
         out = row_march.prepare(problem, pass_, config, ON, given.strides(problem))(*given.of(pass_))
