@@ -82,7 +82,7 @@ class Launch:
 
     The first call compiles (or finds) the kernel through Triton's own dispatch; later ones launch the compiled
     kernel directly. So a Launch serves only calls that agree in all that Triton specialises on: dtypes, 16-byte
-    alignment of each pointer, and on AMD which tensors are under 2 GiB. `groupconv.ops` keys its plans by these.
+    alignment of each pointer, and on AMD which tensors are under 2 GiB. `prepared` keys its calls by these.
     """
 
     __slots__ = ("_run", "compiled", "grid", "kernel", "options", "scalars")

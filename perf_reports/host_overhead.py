@@ -15,7 +15,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from .. import ops, stub_driver
+from .. import prepared, stub_driver
 from ..api import triton_conv
 
 FIELDS = ("utc", "commit", "gpu", "driver", "torch", "triton", "cudnn", "kind", "step", "mode", "provider", "us")
@@ -84,7 +84,7 @@ def _eager(device: str) -> Iterator[dict]:
     }
     if device == "cuda":
         providers["F.conv2d"] = lambda x: F.conv2d(x, *arguments)
-    lookup = microseconds(lambda: ops.lookup(x, *arguments, "triton"), synchronize)
+    lookup = microseconds(lambda: prepared.lookup(x, *arguments, "triton"), synchronize)
     yield _row("plan lookup", "eager", "triton_conv", lookup)
     with torch.no_grad():
         for name, call in providers.items():

@@ -15,7 +15,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.module_tracker import ModuleTracker
 
-from .. import ops
+from ..arguments import normalise
 from ..problem import ConvProblem
 from .rows import Layer
 
@@ -106,7 +106,7 @@ class _Recorder(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if func is torch.ops.aten.convolution.default:
             x, w, _, stride, padding, dilation, transposed, _, groups = args
-            call = ops.normalise(x.shape, w.shape, stride, padding, dilation, groups)
+            call = normalise(x.shape, w.shape, stride, padding, dilation, groups)
             if call is not None and groups > 1 and not transposed:
                 problem = ConvProblem(*x.shape, w.shape[0], *w.shape[2:], *call)
                 self.modules.setdefault(problem, self._module())

@@ -14,7 +14,7 @@ from torch.autograd.graph import save_on_cpu, saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
-from groupconv import ops, triton_conv
+from groupconv import prepared, triton_conv
 
 pytestmark = pytest.mark.usefixtures("ieee")
 KWARGS = {"padding": 1, "groups": 4}
@@ -272,16 +272,16 @@ def test_vectorized_derivatives(derivative, device):
 def launched(monkeypatch):
     """The passes that are launched, in their order."""
     seen = []
-    prepare = ops.Call._prepare
+    prepare = prepared.Call._prepare
 
     def spied(self, pass_, **strides):
         run = prepare(self, pass_, **strides)
         return lambda *tensors: (seen.append(pass_), run(*tensors))[1]
 
-    monkeypatch.setattr(ops.Call, "_prepare", spied)
-    ops.reset()
+    monkeypatch.setattr(prepared.Call, "_prepare", spied)
+    prepared.reset()
     yield seen
-    ops.reset()
+    prepared.reset()
 
 
 def pinned(x, w, bias=None):

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch._subclasses import FakeTensorMode
 
 import groupconv
-from groupconv import algorithms, devices, dispatch, explain, launcher, ops, triton_conv
+from groupconv import algorithms, arguments, devices, dispatch, explain, launcher, prepared, triton_conv
 from groupconv.algorithms import REGISTRY
 from groupconv.problem import PASSES, ConvProblem
 
@@ -331,7 +331,7 @@ def test_triton_names_what_it_lacks(dtype, device):
 
 def test_triton_on_cpu_tensors_without_the_interpreter(monkeypatch):
     monkeypatch.setattr(algorithms, "INTERPRETED", False)
-    ops.reset()
+    prepared.reset()
     try:
         x, w, bias = operands("cpu")
         with pytest.raises(NotImplementedError, match="tensors are on cpu"):
@@ -339,7 +339,7 @@ def test_triton_on_cpu_tensors_without_the_interpreter(monkeypatch):
         y = triton_conv(x, w, bias, groups=2)
         assert torch.equal(y, F.conv2d(x, w, bias, groups=2))
     finally:
-        ops.reset()
+        prepared.reset()
 
 
 @pytest.mark.parametrize("backend", ["torch", "auto"])
@@ -392,7 +392,7 @@ def test_bf16x3_is_taken_only_where_it_is_wished_for(device, bf16x3):
     groupconv.set_fp32_precision(None)
     assert explain(x, w, bias, groups=2, target="sm_90").problem.dtype == "fp32"
     exact = triton_conv(x, w, bias, groups=2, backend="triton")
-    assert len({call.problem.dtype for call in ops._CALLS.values()} & {"fp32", "bf16x3"}) == 2
+    assert len({call.problem.dtype for call in prepared._CALLS.values()} & {"fp32", "bf16x3"}) == 2
     dy = random(*y.shape, device=device, seed=3)
     expected = cases.reference(x, w, bias, groups=2, dy=dy)
     for out in (y, exact):
@@ -423,7 +423,7 @@ def test_fp32_precision_is_followed(device):
     for precision, dtype in (("ieee", "fp32"), ("tf32", "tf32"), ("ieee", "fp32")):
         cases.set_precision(precision)
         assert explain(x, w, groups=4, backend="triton").problem.dtype == dtype
-        assert ops.lookup(x, w, None, 1, 0, 1, 4, "triton").problem.dtype == dtype
+        assert prepared.lookup(x, w, None, 1, 0, 1, 4, "triton").problem.dtype == dtype
 
 
 # --- Forms of a call -------------------------------------------------------------------------------------------------
@@ -481,13 +481,13 @@ def test_data_that_moves(device):
 
 def test_many_shapes_are_forgotten(device, monkeypatch):
     """The table of prepared calls stays bounded, and calls stay right when it starts over."""
-    monkeypatch.setattr(ops, "MOST_CALLS", 3)
+    monkeypatch.setattr(prepared, "MOST_CALLS", 3)
     _, w, bias = operands(device)
     for width in (4, 5, 6, 7, 4):
         x = random(1, 6, 4, width, device=device)
         y = triton_conv(x, w, bias, groups=2, backend="triton")
         assert close(y, cases.reference(x, w, bias, groups=2))
-        assert len(ops._CALLS) <= 3
+        assert len(prepared._CALLS) <= 3
 
 
 # --- Autograd's modes ------------------------------------------------------------------------------------------------
@@ -735,13 +735,13 @@ def test_a_kernel_that_would_be_miscompiled_is_left_to_conv2d(monkeypatch, wante
     for tensor in (x, w):
         tensor.requires_grad_(wanted in ("both", "x" if tensor is x else "w"))
     inputs = [tensor for tensor in (x, w) if tensor.requires_grad]
-    args = ops.normalise(x.shape, w.shape, 1, 1, 1, 2)
+    args = arguments.normalise(x.shape, w.shape, 1, 1, 1, 2)
     problem = ConvProblem(2, 8, 6, 5, 8, 3, 3, pad=(1, 1, 1, 1), groups=2, dtype="fp32")
     y = F.conv2d(x, w, None, 1, 1, 1, 2)
     expected = torch.autograd.grad(y, inputs, torch.ones_like(y))
     for backend in ("auto", "triton"):
         plan = dispatch.plan(problem, devices.DEFAULT, "triton")
-        call = ops.Call(problem, plan, args, backend, x, w, None)
+        call = prepared.Call(problem, plan, args, backend, x, w, None)
         needs = x.requires_grad, w.requires_grad, False
         saved = [t.detach() if kept else None for t, kept in zip((x, w), call.saves(*needs[:2]), strict=True)]
         if backend == "triton":

@@ -35,10 +35,10 @@ def test_import_touches_neither_gpu_nor_files(tmp_path):
     """No CUDA context, no configuration file, no plotting: importing is cheap and safe before a fork."""
     code = """
 import sys, torch, groupconv
-from groupconv import configs, ops
+from groupconv import configs, prepared
 assert not torch.cuda.is_initialized()
 assert configs.device_files.cache_info().currsize == configs.modelled_defaults.cache_info().currsize == 0
-print("matplotlib" in sys.modules, "rich" in sys.modules, len(ops._CALLS))
+print("matplotlib" in sys.modules, "rich" in sys.modules, len(prepared._CALLS))
 """
     assert python(code, tmp_path) == "False False 0"
 
@@ -56,24 +56,30 @@ def imports(path):
 
 
 def test_imports_point_down():
-    """api -> ops -> dispatch -> algorithms -> kernels; problem, cost and devices are the ground floor.
+    """api -> eager -> operators -> prepared -> dispatch -> algorithms -> kernels; problem, cost and devices are the
+    ground floor.
 
     Nothing of the library imports its tools.
     """
     tools = {"cli", "compile_command", "options", "progress", "tuning", "perf_reports"}
+    calls = {"api", "eager", "operators", "prepared"}
     above = {
-        "problem": {"api", "ops", "dispatch", "algorithms", "configs", "cost", "devices", "kernels"},
-        "cost": {"api", "ops", "dispatch", "algorithms", "configs", "devices"},
-        "devices": {"api", "ops", "dispatch", "algorithms", "configs"},
-        "configs": {"api", "ops", "dispatch"},
-        "dispatch": {"api", "ops", "kernels"},
-        "ops": {"api", "equivalents"},
-        "equivalents": {"api", "ops", "dispatch", "algorithms", "configs", "devices", "kernels"},
+        "problem": calls | {"dispatch", "algorithms", "configs", "cost", "devices", "kernels"},
+        "cost": calls | {"dispatch", "algorithms", "configs", "devices"},
+        "devices": calls | {"dispatch", "algorithms", "configs"},
+        "arguments": calls | {"dispatch", "algorithms", "configs", "cost", "devices", "kernels"},
+        "torch_private": calls | {"dispatch", "algorithms", "configs", "cost", "devices", "kernels", "arguments"},
+        "configs": calls | {"dispatch"},
+        "dispatch": calls | {"kernels"},
+        "prepared": {"api", "eager", "operators", "equivalents", "kernels"},
+        "operators": {"api", "eager", "equivalents", "dispatch", "kernels"},
+        "eager": {"api", "equivalents", "dispatch", "kernels"},
+        "equivalents": calls | {"dispatch", "algorithms", "configs", "devices", "kernels"},
         "api": {"modules"},
-        "modules": {"ops", "dispatch"},
-        "numerics": {"api", "ops", "dispatch"},
-        "children": {"api", "ops", "dispatch"},
-        "compile_check": {"api", "ops"},
+        "modules": {"eager", "operators", "prepared", "dispatch"},
+        "numerics": calls | {"dispatch"},
+        "children": calls | {"dispatch"},
+        "compile_check": calls,
     }
     for name, forbidden in above.items():
         assert not imports(PACKAGE / f"{name}.py") & (forbidden | tools), name

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 import triton
 from torch import Tensor
 
-from .. import compile_check, cost, devices, ops, resources
+from .. import compile_check, cost, devices, prepared, resources
 from ..algorithms import REGISTRY
 from ..numerics import Operands, operands, poisoned, reference, worst_error
 from ..problem import ConvProblem
@@ -135,7 +135,7 @@ def settings(dtype: str) -> Iterator[None]:
     bf16x3 is ours alone: F.conv2d computes in IEEE arithmetic beside it.
     """
     backends: Any = torch.backends
-    ops.set_fp32_precision("bf16x3" if dtype == "bf16x3" else None)
+    prepared.set_fp32_precision("bf16x3" if dtype == "bf16x3" else None)
     before = backends.cudnn.benchmark, backends.cudnn.conv.fp32_precision, backends.cuda.matmul.fp32_precision
     precision = "tf32" if dtype == "tf32" else "ieee"
     backends.cudnn.benchmark = True
@@ -143,7 +143,7 @@ def settings(dtype: str) -> Iterator[None]:
     try:
         yield
     finally:
-        ops.set_fp32_precision(None)
+        prepared.set_fp32_precision(None)
         backends.cudnn.benchmark, backends.cudnn.conv.fp32_precision, backends.cuda.matmul.fp32_precision = before
 
 
