@@ -27,9 +27,10 @@ from torch._C import (
 from torch._C._functorch import TransformType, get_interpreter_stack, maybe_current_level
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd import forward_ad
+from torch.utils._python_dispatch import TorchDispatchMode
 
 __all__ = [
-    "FakeTensor", "any_autocast", "being_traced", "current_gpu", "direct_apply", "dispatch_modes",
+    "FakeTensor", "TorchDispatchMode", "any_autocast", "being_traced", "current_gpu", "direct_apply", "dispatch_modes",
     "forward_mode_is_on", "fp32_precision_of_convolutions", "fusers_of_quantization", "is_being_derived",
     "is_going_to_run", "is_watched", "overrides_are_on", "register_decomposition", "without_dispatch_key",
 ]  # fmt: skip

@@ -12,11 +12,11 @@ from types import ModuleType
 
 import torch
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.module_tracker import ModuleTracker
 
 from ..arguments import normalise
 from ..problem import ConvProblem
+from ..torch_private import TorchDispatchMode
 from .rows import Layer
 
 INPUT_SIZE = (3, 224, 224)  # channels and pixels, of a model that does not say

@@ -12,7 +12,10 @@ from groupconv import triton_conv
 # Importing PyTorch's own tests forbids setting backend flags for the rest of the process: other tests set them.
 torch.backends.disable_global_flags.__globals__["__allow_nonbracketed_mutation_flag"] = True
 
-pytestmark = [pytest.mark.usefixtures("ieee"), pytest.mark.filterwarnings("ignore:Using padding='same'")]
+pytestmark = [
+    pytest.mark.usefixtures("ieee", "few_programs"),
+    pytest.mark.filterwarnings("ignore:Using padding='same'"),
+]
 (CONV2D,) = (op for op in op_db if op.name == "nn.functional.conv2d")
 SAMPLES = 30
 ERRORS = 10
