@@ -46,9 +46,10 @@ def _conv2d_backward_op(dy, x, w, stride, padding, dilation, groups, mask, backe
     call = lookup_of_operator(x, w, None, args, backend) if fitting else None
     grads = None if call is None else call.backward(dy, x, w, needs)
     dx, dw, db = torch_gradients(dy, x, w, args, needs) if grads is None else grads
-    strides = {"dx": dx_strides(x, w), "dw": dw_strides(w)} if call is None else call.strides
-    dx = None if dx is None else _like(dx, strides["dx"])
-    dw = None if dw is None else _like(dw, strides["dw"])
+    if dx is not None:
+        dx = _like(dx, dx_strides(x, w) if call is None else call.strides["dx"])
+    if dw is not None:
+        dw = _like(dw, dw_strides(w) if call is None else call.strides["dw"])
     return [grad for grad in (dx, dw, db) if grad is not None]
 
 
