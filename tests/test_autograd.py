@@ -188,7 +188,7 @@ def scenes(draw):
     )  # fmt: skip
 
 
-@settings(max_examples=100, deadline=None, suppress_health_check=list(HealthCheck), phases=set(Phase) - {Phase.shrink})
+@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck), phases=set(Phase) - {Phase.shrink})
 @given(scenes())
 @example(Scene("nchw", "nchw", "dense", ("x", "bias"), ("bias",), "itself", "flat", "dense", "", False))
 def test_any_tensors_between_forward_and_backward(scene):

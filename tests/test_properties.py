@@ -14,7 +14,7 @@ from groupconv.algorithms import row_march
 from groupconv.problem import bucket, dense_strides, suggests_channels_last
 
 pytestmark = [
-    pytest.mark.usefixtures("ieee"),
+    pytest.mark.usefixtures("ieee", "few_programs"),
     pytest.mark.filterwarnings("ignore:Using padding='same'"),
 ]
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
