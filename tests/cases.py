@@ -15,7 +15,7 @@ from torch import nn
 from torch._prims_common import suggest_memory_format
 
 from groupconv import compile_check, launcher, ops, triton_conv
-from groupconv.algorithms import REGISTRY, calls
+from groupconv.algorithms import REGISTRY, calls, divided
 from groupconv.kernels import implicit_gemm as general_kernels
 from groupconv.problem import PASSES, ConvProblem
 
@@ -215,6 +215,10 @@ def machine(device: str, tiles: str):
 
 def config(algorithm, problem: ConvProblem, pass_: str, on, tiles: str) -> dict:
     """A configuration of few or of many tiles. The interpreter's time goes by tiles, whatever their size."""
+    return divided(algorithm.NAME, problem, pass_, _tiles(algorithm, problem, pass_, on, tiles), on)[0]
+
+
+def _tiles(algorithm, problem: ConvProblem, pass_: str, on, tiles: str) -> dict:
     if algorithm.NAME == "implicit_gemm" and (INTERPRETED or tiles == "many"):
         m, n, k = problem.gemm(pass_)
         columns = max(16, -(-n // 8) * 8)  # in one, two or more parts
@@ -262,7 +266,7 @@ def config(algorithm, problem: ConvProblem, pass_: str, on, tiles: str) -> dict:
         return blocks | {"num_warps": 4, "num_stages": 2}
 
     def programs(candidate):
-        return algorithm.tiling(problem, pass_, candidate, on).programs
+        return algorithm.tiling(problem, pass_, divided(algorithm.NAME, problem, pass_, candidate, on)[0], on).programs
 
     found = sorted(algorithm.candidates(problem, pass_, on), key=programs)
     return found[0] if tiles == "few" else next((c for c in found if programs(c) >= MANY), found[-1])

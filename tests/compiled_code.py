@@ -140,7 +140,7 @@ def planned(layer, pass_: str, target: str, everything: bool = False) -> Iterato
         return
     if everything:
         for name in names:
-            for config in REGISTRY[name].candidates(layer.problem, pass_, on):
+            for config in dispatch.contenders(layer.problem, pass_, on, name):
                 yield Job(layer.name, layer.problem, pass_, target, name, config)
         return
     name, config, _ = dispatch.best(layer.problem, pass_, on, names)

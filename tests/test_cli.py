@@ -213,7 +213,7 @@ def test_parallel_compilation_is_judged_as_one_alone():
     from groupconv.problem import ConvProblem
 
     problem = ConvProblem(32, 512, 28, 28, 512, 3, 3, (1, 1), (1, 1, 1, 1), (1, 1), 4)
-    good = {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 32, "num_warps": 4, "num_stages": 2}
+    good = {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 32, "SPLITS": 1, "num_warps": 4, "num_stages": 2}
     huge = good | {"BLOCK_M": 256, "BLOCK_N": 256, "BLOCK_K": 128, "num_stages": 4}
     jobs = [
         compile_check.Job("implicit_gemm", "fprop", config, problem, target)

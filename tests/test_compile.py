@@ -59,7 +59,7 @@ import sys
 from groupconv import cli, compile_check
 from groupconv.problem import ConvProblem
 problem = ConvProblem(32, 512, 28, 28, 512, 3, 3, (1, 1), (1, 1, 1, 1), (1, 1), 4)
-huge = dict(BLOCK_M=256, BLOCK_N=256, BLOCK_K=128, num_warps=8, num_stages=4)
+huge = dict(BLOCK_M=256, BLOCK_N=256, BLOCK_K=128, SPLITS=1, num_warps=8, num_stages=4)
 job = compile_check.Job("implicit_gemm", "fprop", huge, problem, "sm_86")
 compile_check.shipped = lambda *a: [job]
 compile_check.planned = lambda *a: []
@@ -140,7 +140,7 @@ from groupconv import compile_check, devices, launcher
 from groupconv.algorithms import implicit_gemm
 from groupconv.problem import ConvProblem
 problem = ConvProblem(1, 2, 9, 33, 2, 31, 31, pad=(15,) * 4, groups=2, dtype="fp32")
-config = dict(BLOCK_M=128, BLOCK_N=16, BLOCK_K=16, num_warps=4, num_stages=3)
+config = dict(BLOCK_M=128, BLOCK_N=16, BLOCK_K=16, SPLITS=1, num_warps=4, num_stages=3)
 (launch,) = compile_check.launched(problem, "fprop", "implicit_gemm", config, "sm_90")
 print(launch.options["num_stages"], launcher.adds_half_a_constant(launch.compiled.asm["ptx"]))
 """
