@@ -10,8 +10,8 @@ import warnings
 from collections.abc import Iterable
 
 from .. import configs, cost
+from ..common import files
 from ..devices import Target
-from ..perf_reports import rows
 from .search import Result
 
 LEAST_MEASURED = 3  # results of a class, for a calibration of it
@@ -126,7 +126,7 @@ def write(
     if path.exists():
         before = _earlier(path, device, kind)
         if before is None or before.stale:
-            rows.put_aside(path)
+            files.put_aside(path)
         if before is not None:
             kept = [
                 dataclasses.asdict(each) for each in before.entries if json.dumps(each.key, sort_keys=True) not in keys
@@ -143,7 +143,7 @@ def write(
     text = f'{json.dumps(head)[:-1]},\n "entries": [\n{lines}\n ]}}\n'
     configs.parse_device(text, str(path))
     path.parent.mkdir(parents=True, exist_ok=True)
-    rows.write_atomically(path, text)
+    files.write_atomically(path, text)
     return made
 
 

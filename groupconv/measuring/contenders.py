@@ -24,7 +24,7 @@ class Contender:
     """
 
     provider: str
-    config: dict | None = None
+    config: dict[str, int] | None = None
     modelled_us: float | None = None
 
     @property
