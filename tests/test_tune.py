@@ -88,13 +88,6 @@ def test_contenders_are_of_every_algorithm_and_hold_the_planned(layer, pass_):
     assert (best.algorithm, best.config) in [(each.provider, each.config) for each in found]
 
 
-def test_peers():
-    names = [each.name for each in contenders.peers(SUITE["convnext_tiny.s0"].problem)]
-    assert names == ["torch_contiguous", "torch_channels_last", "torch_native"]
-    assert [each.name for each in contenders.peers(SMALL)] == ["torch_contiguous", "torch_channels_last"]
-    assert contenders.same_layout(SMALL).name == "torch_contiguous"
-
-
 def test_survivors_keep_the_faster_half_and_what_auto_falls_back_on():
     own = [Contender("implicit_gemm", {"BLOCK_M": size}) for size in (16, 32, 64)]
     torchs = contenders.peers(SMALL)
