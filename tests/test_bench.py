@@ -345,8 +345,8 @@ def pretend(folder, device="Pretended GPU", kind="measured", clock="measured"):
 def test_shipped_is_what_was_measured(folder, checkout, capsys):
     pretend(folder)
     assert gpu_run.main(["ship", str(folder), "--to", str(checkout)]) == 0
-    shipped = checkout / "autotune_configs" / "pretended_gpu_run.json"
-    assert shipped.read_text() == (folder / "pretended_gpu_run.json").read_text()
+    shipped = checkout / "autotune_configs" / "pretended_gpu.json"
+    assert shipped.read_text() == (folder / "pretended_gpu.json").read_text()
     reports = checkout / "perf_reports" / "pretended_gpu"
     assert (reports / "bench.csv").read_text() == (folder / "bench.csv").read_text()
     said = (reports / "REPORT.md").read_text()
@@ -357,7 +357,7 @@ def test_shipped_is_what_was_measured(folder, checkout, capsys):
 
 
 def _stale(folder):
-    path = folder / "pretended_gpu_run.json"
+    path = folder / "pretended_gpu.json"
     path.write_text(path.read_text().replace(configs.kernels_sha256()["tiles.py"], "0" * 64))
 
 
@@ -365,13 +365,13 @@ REFUSED = {
     "the-stub": (lambda folder: None, "stub.json: a stub clock's times are not measurements"),
     "its-clock": (
         lambda folder: pretend(folder, clock="stub"),
-        "pretended_gpu_run.json: a stub clock's times are not measurements",
+        "pretended_gpu.json: a stub clock's times are not measurements",
     ),
     "stub-rows": (lambda folder: pretend(folder, kind="stub"), "bench.csv: a row of Pretended GPU is stub"),
     "other-kernels": (lambda folder: (pretend(folder), _stale(folder)), "entries were measured with other kernels"),
     "another-name": (
-        lambda folder: (pretend(folder), (folder / "pretended_gpu_run.json").rename(folder / "mine.json")),
-        "mine.json is of Pretended GPU, whose file is called pretended_gpu_run.json",
+        lambda folder: (pretend(folder), (folder / "pretended_gpu.json").rename(folder / "mine.json")),
+        "mine.json is of Pretended GPU, whose file is called pretended_gpu.json",
     ),
     "no-configurations": (lambda folder: (folder / "stub.json").unlink(), "but holds 0"),
     "damaged": (lambda folder: (folder / "stub.json").write_text("{"), "stub.json: not JSON"),

@@ -62,16 +62,17 @@ class Device:
 # --- Contenders ------------------------------------------------------------------------------------------------------
 
 
-def test_pruning_gives_its_reasons():
-    assert contenders.pruned(0, 0, 900.0, 900.0, 10.0) is None  # the best of an algorithm is always tried
-    assert contenders.pruned(1, 0, 900.0, 900.0, 10.0) == "its algorithm is modelled 90.0 times slower than another"
-    assert contenders.pruned(1, 0, 25.0, 10.0, 10.0) == "modelled 2.5 times slower than another configuration"
-    assert contenders.pruned(3, 2, 10.0, 10.0, 10.0) == "its tile is tried in 2 others"
-    assert (
-        contenders.pruned(contenders.MOST_EACH, 1, 10.0, 10.0, 10.0)
-        == f"modelled slower than {contenders.MOST_EACH} others"
-    )
-    assert contenders.pruned(contenders.MOST_EACH - 1, 1, 10.0, 10.0, 10.0) is None
+def test_pruning():
+    """The best of an algorithm is always tried; of the others the fast ones, few of the same tile, and few in all."""
+
+    def tried(*configurations, best=10.0):
+        found = [(types.SimpleNamespace(time_us=us), {"BLOCK_M": m, "num_warps": w}) for us, m, w in configurations]
+        return [config["BLOCK_M"] for _, config in contenders._tried(found, best)]
+
+    assert tried((900.0, 16, 4), (901.0, 32, 4)) == [16]  # far from another algorithm's best
+    assert tried((10.0, 16, 4), (15.0, 32, 4), (25.0, 64, 4)) == [16, 32]
+    assert tried((10.0, 16, 1), (10.0, 16, 2), (10.0, 16, 4), (10.0, 32, 4)) == [16, 16, 32]
+    assert len(tried(*((10.0, 2**i, 4) for i in range(12)))) == contenders.MOST_EACH
 
 
 @pytest.mark.parametrize("layer", CHOSEN, ids=lambda layer: layer.name)

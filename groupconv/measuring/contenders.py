@@ -53,24 +53,6 @@ def peers(problem: ConvProblem) -> list[Contender]:
     return [Contender(name) for name in names]
 
 
-def pruned(before: int, alike: int, modelled_us: float, best_of_algorithm: float, best_of_all: float) -> str | None:
-    """Why a configuration is not worth compiling, or None.
-
-    before: how many of its algorithm that are modelled as faster are tried. alike: how many of them have its tile.
-    """
-    if before == 0:
-        return None
-    if best_of_algorithm > FAR * best_of_all:
-        return f"its algorithm is modelled {best_of_algorithm / best_of_all:.1f} times slower than another"
-    if modelled_us > SLOWER * best_of_algorithm:
-        return f"modelled {modelled_us / best_of_algorithm:.1f} times slower than another configuration"
-    if alike >= MOST_ALIKE:
-        return f"its tile is tried in {alike} others"
-    if before >= MOST_EACH:
-        return f"modelled slower than {before} others"
-    return None
-
-
 def ours(problem: ConvProblem, pass_: str, target: Target) -> list[Contender]:
     """The configurations of our algorithms that are worth compiling, the modelled best of each algorithm first."""
     ranked: dict[str, list[tuple[cost.Estimate, dict]]] = {}
@@ -89,11 +71,15 @@ def ours(problem: ConvProblem, pass_: str, target: Target) -> list[Contender]:
 
 
 def _tried(found: list[tuple[cost.Estimate, dict]], best: float) -> list[tuple[cost.Estimate, dict]]:
-    """Of an algorithm's configurations, the modelled best first, those that are not pruned."""
-    kept: list[tuple[cost.Estimate, dict]] = []
-    for estimate, config in found:
+    """Of an algorithm's configurations, the modelled best first, those worth compiling: that one in any case. best: the
+    modelled time of the best of all algorithms.
+    """
+    fastest = found[0][0].time_us
+    slowest = SLOWER * fastest if fastest <= FAR * best else 0.0
+    kept = found[:1]
+    for estimate, config in found[1:]:
         alike = sum(_tile(config) == _tile(other) for _, other in kept)
-        if pruned(len(kept), alike, estimate.time_us, found[0][0].time_us, best) is None:
+        if estimate.time_us <= slowest and alike < MOST_ALIKE and len(kept) < MOST_EACH:
             kept.append((estimate, config))
     return kept
 

@@ -112,10 +112,8 @@ def model_correlations(results: list[Result]) -> dict[str, tuple[float | None, f
     }
 
 
-def write(
-    path: pathlib.Path, device: str, kind: str, tuned_with: dict, results: list[Result], target: Target
-) -> list[dict]:
-    """Write a device's file, whole at every moment, and return its entries. kind: what its times are, of configs.KINDS.
+def write(path: pathlib.Path, device: str, kind: str, tuned_with: dict, results: list[Result], target: Target) -> None:
+    """Write a device's file, whole at every moment. kind: what its times are, of configs.KINDS.
 
     Entries of an earlier file that still hold and that nothing new takes the place of stay. An earlier file that has
     more than that, or is none of ours, is kept beside it under another name.
@@ -144,7 +142,6 @@ def write(
     configs.parse_device(text, str(path))
     path.parent.mkdir(parents=True, exist_ok=True)
     files.write_atomically(path, text)
-    return made
 
 
 def _earlier(path: pathlib.Path, device: str, kind: str) -> configs.DeviceFile | None:
