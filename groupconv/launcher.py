@@ -23,7 +23,7 @@ def interpreting(kernel) -> bool:
 
 def stub_target() -> devices.Target | None:
     """The GPU that launches pretend to run on, if they do: stub_driver is active only where it was imported."""
-    stub = sys.modules.get(f"{__package__}.stub_driver")
+    stub = sys.modules.get(f"{__package__}.compiling.stub_driver")
     return None if stub is None else stub.target()
 
 

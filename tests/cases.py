@@ -14,8 +14,9 @@ import triton
 from torch import nn
 from torch._prims_common import suggest_memory_format
 
-from groupconv import compile_check, launcher, ops, triton_conv
+from groupconv import launcher, ops, triton_conv
 from groupconv.algorithms import REGISTRY, calls, divided
+from groupconv.common.numerics import TORCH_DTYPES
 from groupconv.kernels import implicit_gemm as general_kernels
 from groupconv.problem import PASSES, ConvProblem
 
@@ -174,7 +175,7 @@ class Operands:
 
 def operands(case: Case, device: str = "cpu", seed: int = 0) -> Operands:
     """Random operands of a case; the same on every device."""
-    p, dtype = case.problem, compile_check.TORCH_DTYPES[case.problem.dtype]
+    p, dtype = case.problem, TORCH_DTYPES[case.problem.dtype]
     generator = torch.Generator().manual_seed(seed)
 
     def random(shape, view):

@@ -370,7 +370,7 @@ def test_a_users_home_may_be_missing_or_closed(tmp_path):
 def test_tuning_without_a_home_asks_for_a_folder(monkeypatch, capsys):
     import torch
 
-    from groupconv.tuning import command, stub
+    from groupconv.measuring import command, stub
 
     monkeypatch.setattr(configs, "user_folder", lambda: None)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)

@@ -470,12 +470,12 @@ def prepare(problem: ConvProblem, pass_: str, config: dict, target: Target, stri
         scalars |= dict(zip(arguments, values, strict=True))
     if wgrad:
         splits, blocks = _wgrad_split(problem, config, made)
-        result = FilterGradient(problem, splits, strides["dw"])
-        scalars |= result.depthwise_arguments()
+        gradient = FilterGradient(problem, splits, strides["dw"])
+        scalars |= gradient.depthwise_arguments()
         scalars |= named_strides("dy", strides["dy"]) | named_strides("x", strides["x"])
         scalars |= {"blocks": blocks, "TAPS": made.taps, "UNROLL": config["BLOCK_U"]}
         grid = (splits * made.c_blocks * made.t_blocks,)
-        return SplitK(launcher.Launch(kernel, grid, scalars, **options), result)
+        return SplitK(launcher.Launch(kernel, grid, scalars, **options), gradient)
     scalars |= {"first": cut.first, "last": cut.last, "DRAIN": cut.drain, "TRANSPOSED": transposed}
     scalars |= {"HAS_BIAS": problem.bias and not transposed}
     scalars |= named_strides("x", strides[source]) | named_strides("wgt", strides["w"])
