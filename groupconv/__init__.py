@@ -25,14 +25,14 @@ if TYPE_CHECKING or not _is_command_line():
     from .api import explain, triton_conv
     from .dispatch import PassPlan, Plan
     from .modules import Conv2d, ConversionSummary, convert, revert, summarize
-    from .ops import set_fp32_precision
+    from .prepared import set_fp32_precision
     from .problem import ConvProblem
 else:
 
     def __getattr__(name: str) -> Any:
         if name in __all__:
-            for module in ("api", "dispatch", "modules", "ops", "problem"):
-                found = importlib.import_module(f".{module}", __name__)
-                if hasattr(found, name):
-                    return getattr(found, name)
+            for module in ("api", "dispatch", "modules", "prepared", "problem"):
+                loaded = importlib.import_module(f".{module}", __name__)
+                if hasattr(loaded, name):
+                    return getattr(loaded, name)
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
-from . import devices, dispatch, equivalents, ops
+from . import devices, dispatch, eager, equivalents, prepared, torch_private
+from .arguments import consistent, normalise
 
 equivalents.register()
 
@@ -59,7 +59,7 @@ def triton_conv(
     __torch_function__; torch.jit traces, and what torch.onnx exports, hold F.conv2d. Source: own derivation, no code
     adapted.
     """
-    if has_torch_function_variadic(input, weight, bias) and _overrides_are_on():
+    if has_torch_function_variadic(input, weight, bias) and torch_private.overrides_are_on():
         try:
             return handle_torch_function(
                 triton_conv, (input, weight, bias), input, weight, bias, stride, padding, dilation, groups,
@@ -73,13 +73,13 @@ def triton_conv(
         raise NotImplementedError("triton_conv: activation, residual and shuffle_groups are not implemented yet")
     if backend not in dispatch.BACKENDS:
         raise ValueError(f"triton_conv: backend is {backend!r}, but must be one of {', '.join(dispatch.BACKENDS)}")
-    if torch._C._get_tracing_state() is not None:
+    if torch_private.being_traced() is not None:
         if backend not in ("auto", "torch"):
             raise NotImplementedError(
                 f"triton_conv: backend={backend!r} cannot run this convolution: torch.jit traces F.conv2d"
             )
         return F.conv2d(input, weight, bias, stride, padding, dilation, groups)
-    return ops.conv2d(input, weight, bias, stride, padding, dilation, groups, backend)
+    return eager.conv2d(input, weight, bias, stride, padding, dilation, groups, backend)
 
 
 def explain(
@@ -106,7 +106,7 @@ def explain(
 
     Raises: what triton_conv raises for the same call; ValueError for an unknown target. Source: own derivation.
     """
-    if has_torch_function_variadic(input, weight, bias) and _overrides_are_on():
+    if has_torch_function_variadic(input, weight, bias) and torch_private.overrides_are_on():
         return handle_torch_function(
             explain, (input, weight, bias), input, weight, bias, stride, padding, dilation, groups,
             backend=backend, target=target,
@@ -114,22 +114,15 @@ def explain(
     if backend not in dispatch.BACKENDS:
         raise ValueError(f"explain: backend is {backend!r}, but must be one of {', '.join(dispatch.BACKENDS)}")
     x = input.unsqueeze(0) if input.dim() == 3 else input
-    args = ops.normalise(x.shape, weight.shape, stride, padding, dilation, groups)
-    if args is None or not ops.consistent(x, weight, bias):
+    args = normalise(x.shape, weight.shape, stride, padding, dilation, groups)
+    if args is None or not consistent(x, weight, bias):
         F.conv2d(input, weight, bias, stride, padding, dilation, groups)
         raise NotImplementedError("explain: F.conv2d takes this call, but no plan describes it")
     # A named target is planned for wherever the tensors are.
-    why_not = ops.refusal(x, backend) if target is None else ops.unsupported(x)
+    why_not = prepared.refusal(x, backend) if target is None else prepared.unsupported(x)
     return dispatch.plan(
-        ops.make_problem(x, weight, bias is not None, args),
-        devices.named(target) if target is not None else ops.target_of(x.device),
+        prepared.make_problem(x, weight, bias is not None, args),
+        devices.named(target) if target is not None else prepared.target_of(x.device),
         backend,
         why_not,
     )
-
-
-def _overrides_are_on() -> bool:
-    """What has_torch_function_variadic has asked already, but not under torch.compile: __torch_function__'s own
-    implementation calls the function again with overrides off.
-    """
-    return torch._C._is_torch_function_enabled() or torch._C._is_torch_function_mode_enabled()

@@ -45,8 +45,8 @@ def pair(value) -> tuple[int, int] | None:
 
 def plain(stride, padding, dilation, groups) -> tuple[Any, Any, Any, Any] | None:
     """The arguments as pairs and integers, padding perhaps a str; None if one of them is neither."""
-    found = pair(stride), padding if isinstance(padding, str) else pair(padding), pair(dilation), integer(groups)
-    return None if None in found else found
+    arguments = pair(stride), padding if isinstance(padding, str) else pair(padding), pair(dilation), integer(groups)
+    return None if None in arguments else arguments
 
 
 def normalise(x_shape, w_shape, stride, padding, dilation, groups) -> ConvArgs | None:
@@ -95,3 +95,17 @@ def consistent(x: Tensor, w: Tensor, bias: Tensor | None) -> bool:
     if x.dtype != w.dtype or x.device != w.device:
         return False
     return bias is None or (bias.dtype == x.dtype and bias.device == x.device and bias.shape == w.shape[:1])
+
+
+def autocast(x: Tensor, w: Tensor, bias: Tensor | None):
+    """(x, w, bias) as autocast has F.conv2d take them: floating point, but not double, in autocast's dtype."""
+    kind = x.device.type
+    if kind == "meta" or not torch.is_autocast_enabled(kind):  # of meta tensors torch knows no autocast
+        return x, w, bias
+    dtype = torch.get_autocast_dtype(kind)
+
+    def cast(tensor):
+        eligible = tensor is not None and tensor.device.type == kind and tensor.is_floating_point()
+        return tensor.to(dtype) if eligible and tensor.dtype != torch.float64 else tensor
+
+    return cast(x), cast(w), cast(bias)

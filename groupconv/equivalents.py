@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from torch._decomp import register_decomposition
+
+from . import torch_private
 
 try:
     from torch.utils import flop_counter
@@ -15,7 +16,8 @@ except Exception:  # it imports Triton, and fails where that is broken: then nob
 def register() -> None:
     """Tell PyTorch of the operators' FLOPs and of the convolution in the other terms; they must be defined by now."""
     operators = torch.ops.groupconv
-    register_decomposition(operators.conv2d.default)(_decomposed)
+    if torch_private.register_decomposition is not None:
+        torch_private.register_decomposition(operators.conv2d.default)(_decomposed)
     if flop_counter is not None:
         flop_counter.register_flop_formula(operators.conv2d)(_forward_flops)
         flop_counter.register_flop_formula(operators.conv2d_backward)(_backward_flops)
@@ -27,8 +29,8 @@ def _forward_flops(x_shape, w_shape, *_, out_shape) -> int:
 
 def _backward_flops(dy_shape, x_shape, w_shape, stride, padding, dilation, groups, mask, backend, *, out_shape) -> int:
     """PyTorch's own formula, which leaves the groups out of wgrad: figures are there to be compared with F.conv2d's."""
-    found = iter(out_shape)
-    grads = [next(found) if needed else None for needed in mask]
+    shapes = iter(out_shape)
+    grads = [next(shapes) if needed else None for needed in mask]
     return flop_counter.flop_registry[torch.ops.aten.convolution_backward](
         dy_shape, x_shape, w_shape, None, stride, (0, 0), dilation, False, (0, 0), groups, mask, out_val=grads
     )

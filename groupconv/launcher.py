@@ -22,9 +22,10 @@ def interpreting(kernel) -> bool:
 
 
 def stub_target() -> devices.Target | None:
-    """The GPU that launches pretend to run on, if they do: stub_driver is active only where it was imported."""
-    stub = sys.modules.get(f"{__package__}.compiling.stub_driver")
-    return None if stub is None else stub.target()
+    """The GPU that launches pretend to run on, None where they run: a driver that pretends has it as `target`."""
+    drivers = sys.modules.get("triton.runtime.driver")
+    pretended = None if drivers is None else getattr(drivers.driver._active, "target", None)
+    return pretended if isinstance(pretended, devices.Target) else None
 
 
 def allocate(shape, strides, like: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
@@ -47,8 +48,8 @@ def adds_half_a_constant(ptx: str) -> bool:
         return False
     constants = {name: int(value) for name, value in re.findall(r"mov\.b32\s+(%r\d+), (-?\d+);", ptx)}
     added = re.findall(r"add\.s16x2\s+%r\d+, (%r\d+), (%r\d+);", ptx)
-    found = {constants[name] for names in added for name in names if name in constants}
-    return any(value & 0xFFFF == 0 or value >> 16 & 0xFFFF == 0 for value in found)
+    addends = {constants[name] for names in added for name in names if name in constants}
+    return any(value & 0xFFFF == 0 or value >> 16 & 0xFFFF == 0 for value in addends)
 
 
 class View:
@@ -72,9 +73,9 @@ class View:
 
     def of(self, tensor: torch.Tensor) -> TensorDescriptor:
         """The descriptor of a tensor: without the checks of its class, which cost more than a launch."""
-        found = self._descriptor.__new__(self._descriptor)
-        vars(found).update(self._fields, base=tensor)
-        return found
+        descriptor = self._descriptor.__new__(self._descriptor)
+        vars(descriptor).update(self._fields, base=tensor)
+        return descriptor
 
 
 class Launch:
@@ -82,7 +83,7 @@ class Launch:
 
     The first call compiles (or finds) the kernel through Triton's own dispatch; later ones launch the compiled
     kernel directly. So a Launch serves only calls that agree in all that Triton specialises on: dtypes, 16-byte
-    alignment of each pointer, and on AMD which tensors are under 2 GiB. `groupconv.ops` keys its plans by these.
+    alignment of each pointer, and on AMD which tensors are under 2 GiB. `prepared` keys its calls by these.
     """
 
     __slots__ = ("_run", "compiled", "grid", "kernel", "options", "scalars")

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.nn.utils import parametrize
 
+from . import torch_private
 from .api import triton_conv
 
 LOG = logging.getLogger("groupconv")
@@ -171,18 +172,14 @@ def _why_left(module: nn.Module) -> str | None:
 
 def _register_fusers() -> None:
     """Have torch.ao.quantization.fuse_modules fuse our layers as it fuses nn.Conv2d, which it looks up by type."""
-    try:
-        from torch.ao.quantization import fuser_method_mappings
-    except ImportError:  # PyTorch is about to move quantization to another package
-        return
-    methods = fuser_method_mappings._DEFAULT_OP_LIST_TO_FUSER_METHOD
-    for types, method in list(methods.items()):
+    fusers = torch_private.fusers_of_quantization or {}
+    for types, fuser in list(fusers.items()):
         if types[0] is nn.Conv2d:
-            methods[(Conv2d,) + types[1:]] = functools.partial(_fuse, method)
+            fusers[(Conv2d,) + types[1:]] = functools.partial(_fuse, fuser)
 
 
-def _fuse(method, is_qat: bool, conv: Conv2d, *others: nn.Module) -> nn.Module:
-    return method(is_qat, revert(conv), *others)
+def _fuse(fuser, is_qat: bool, conv: Conv2d, *others: nn.Module) -> nn.Module:
+    return fuser(is_qat, revert(conv), *others)
 
 
 _register_fusers()

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from groupconv import ops
+from groupconv import prepared
 from groupconv.api import triton_conv
 from groupconv.common.files import ENVIRONMENT
 from groupconv.compiling import stub_driver
@@ -95,7 +95,7 @@ def _eager(device: str) -> Iterator[Fields]:
     }
     if device == "cuda":
         providers["F.conv2d"] = lambda x: F.conv2d(x, *arguments)
-    yield _row("plan lookup", "eager", "triton_conv", timed(ops.lookup, x, *arguments, "triton"))
+    yield _row("plan lookup", "eager", "triton_conv", timed(prepared.lookup, x, *arguments, "triton"))
     with torch.no_grad():
         for name, call in providers.items():
             yield _row("forward without gradients", "eager", name, timed(call, x))

@@ -20,12 +20,12 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.module_tracker import ModuleTracker
 
-from groupconv import ops
+from groupconv.arguments import normalise
 from groupconv.common import Layer
 from groupconv.problem import ConvProblem
+from groupconv.torch_private import TorchDispatchMode
 
 GROUPS = (1, 2, 4, 8, 16, 32, 64, 128)
 UNMEASURED_GROUPS = (1, 2, 8, 32, 128)  # where each count's kernels are compiled and interpreted on a CPU
@@ -276,7 +276,7 @@ class _Recorder(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.ops.aten.convolution.default:
             x, w, _, stride, padding, dilation, transposed, _, groups = args
-            call = ops.normalise(x.shape, w.shape, stride, padding, dilation, groups)
+            call = normalise(x.shape, w.shape, stride, padding, dilation, groups)
             if call is not None and groups > 1 and not transposed:
                 problem = ConvProblem(*(*x.shape, w.shape[0], *w.shape[2:], *call))
                 self.modules.setdefault(problem, self._module())

@@ -14,7 +14,7 @@ import triton
 from torch import nn
 from torch._prims_common import suggest_memory_format
 
-from groupconv import launcher, ops, triton_conv
+from groupconv import launcher, prepared, triton_conv
 from groupconv.algorithms import REGISTRY, calls, divided
 from groupconv.common.numerics import TORCH_DTYPES
 from groupconv.kernels import implicit_gemm as general_kernels
@@ -205,7 +205,7 @@ def references(problem: ConvProblem, given: Operands) -> dict[str, torch.Tensor]
 
 
 def target(device: str):
-    return ops.target_of(torch.device(device))
+    return prepared.target_of(torch.device(device))
 
 
 def machine(device: str, tiles: str):

@@ -1,5 +1,6 @@
 """What every test starts from: kernels on the GPU if there is one, else in Triton's interpreter; poisoned outputs."""
 
+import dataclasses
 import os
 import pathlib
 
@@ -47,6 +48,19 @@ def poisoned_memory():
     yield
     torch.use_deterministic_algorithms(was[0], warn_only=was[1])
     torch.utils.deterministic.fill_uninitialized_memory = filled
+
+
+@pytest.fixture
+def few_programs(monkeypatch):
+    """Calls are planned for a GPU of one multiprocessor, so that the interpreter has few programs to run."""
+    from groupconv import devices, prepared
+
+    if not ON_GPU:
+        small = dataclasses.replace(devices.DEFAULT, multiprocessors=1)
+        monkeypatch.setattr(prepared, "target_of", lambda device: small)
+        prepared.reset()
+    yield
+    prepared.reset()
 
 
 @pytest.fixture

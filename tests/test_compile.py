@@ -161,7 +161,7 @@ def test_host_path_launches_through_the_compiled_kernel():
     """The eager path under the stub driver: the second call compiles nothing and reuses the prepared call."""
     code = """
 import torch, groupconv
-from groupconv import ops
+from groupconv import prepared
 from groupconv.compiling import stub_driver
 from triton import knobs
 compiled = []
@@ -175,7 +175,7 @@ with stub_driver.active("sm_90"):
     first = len(compiled)
     step()
     assert 3 <= len(compiled) == first, compiled  # forward, one or two gradients, the sum of the splits
-    assert len(ops._CALLS) == 1
+    assert len(prepared._CALLS) == 1
     groupconv.triton_conv(torch.randn(5, 32, 11, 9, dtype=torch.float16).contiguous(memory_format=torch.channels_last),
                           w.detach(), padding=1, groups=8, backend="triton")
     assert len(compiled) == first, "another batch and map size compiled anew"

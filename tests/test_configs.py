@@ -315,12 +315,12 @@ CONTAINER_USER = """
 import json, os, sys, warnings
 import importlib.readers, platformdirs, torch
 import groupconv
-from groupconv import configs, devices, dispatch, ops
+from groupconv import configs, devices, dispatch, prepared
 from groupconv.problem import ConvProblem
 closed, shown = sys.argv[1:]
 x, w = torch.randn(1, 4, 5, 5), torch.randn(4, 2, 3, 3)
 def called():
-    configs.reset(), ops.reset()
+    configs.reset(), prepared.reset()
     with warnings.catch_warnings(record=True) as seen:
         warnings.simplefilter("always")
         y = groupconv.triton_conv(x, w, padding=1, groups=2, backend="triton")

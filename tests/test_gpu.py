@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from groupconv import configs, dispatch, ops, set_fp32_precision, triton_conv
+from groupconv import configs, dispatch, prepared, set_fp32_precision, triton_conv
 from groupconv.algorithms import REGISTRY, able
 from groupconv.perf_reports import layers
 from groupconv.problem import PASSES, ConvProblem
@@ -398,7 +398,7 @@ def test_no_synchronisation():
 
 def test_a_plan_is_made_once():
     tensors, kwargs = layer()
-    ops.reset()
+    prepared.reset()
     for _ in range(3):
         triton_conv(*tensors, **kwargs, backend="triton")
-    assert len(ops._CALLS) == 1
+    assert len(prepared._CALLS) == 1

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from groupconv import launcher, ops, triton_conv
+from groupconv import launcher, prepared, triton_conv
 from groupconv.algorithms import REGISTRY, implicit_gemm, row_march
 from groupconv.problem import ConvProblem
 
@@ -133,11 +133,13 @@ def test_fused_backward(algorithm, groups, wanted, device, monkeypatch):
     }
     for name in wanted:
         tensors[name].requires_grad_()
-    ops.reset()
-    call = ops.lookup(*tensors.values(), 1, 1, 1, groups, f"triton:{algorithm}")
+    prepared.reset()
+    call = prepared.lookup(*tensors.values(), 1, 1, 1, groups, f"triton:{algorithm}")
     assert call.plan.backward.algorithm == algorithm
-    ran, prepare = set(), ops.Call._prepare
-    monkeypatch.setattr(ops.Call, "_prepare", lambda self, pass_, **k: (ran.add(pass_), prepare(self, pass_, **k))[1])
+    ran, prepare = set(), prepared.Call._prepare
+    monkeypatch.setattr(
+        prepared.Call, "_prepare", lambda self, pass_, **k: (ran.add(pass_), prepare(self, pass_, **k))[1]
+    )
     with cases.guarded():
         y = triton_conv(*tensors.values(), padding=1, groups=groups, backend=f"triton:{algorithm}")
         dy = random(*problem.y_shape, dtype=torch.bfloat16, device=device, view="nhwc", seed=3)
@@ -146,7 +148,7 @@ def test_fused_backward(algorithm, groups, wanted, device, monkeypatch):
     both = {"x", "w"} <= set(wanted)
     assert ran == ({"backward"} if both else {"dgrad"} if "x" in wanted else {"wgrad"})
     check_gradients(problem, *tensors.values(), y, dy, dict(zip(wanted, found, strict=True)))
-    ops.reset()
+    prepared.reset()
 
 
 @pytest.mark.parametrize("view", ["nchw", "nhwc"])

@@ -36,10 +36,10 @@ def test_import_touches_neither_gpu_nor_files(tmp_path):
     """No CUDA context, no configuration file, no plotting: importing is cheap and safe before a fork."""
     code = """
 import sys, torch, groupconv
-from groupconv import configs, ops
+from groupconv import configs, prepared
 assert not torch.cuda.is_initialized()
 assert configs.device_files.cache_info().currsize == configs.modelled_defaults.cache_info().currsize == 0
-print("matplotlib" in sys.modules, "rich" in sys.modules, len(ops._CALLS))
+print("matplotlib" in sys.modules, "rich" in sys.modules, len(prepared._CALLS))
 """
     assert python(code, tmp_path) == "False False 0"
 
@@ -85,24 +85,30 @@ def breaches(source, module):
 PARTS = {name: importlib.util.find_spec(name) for name in ("groupconv", "groupconv.kernels", "groupconv.perf_reports")}
 # The tools, each of which imports only those before it and the runtime; the runtime none of them.
 TOOLS = ("options", "common", "compiling", "measuring", "perf_reports", "cli", "__main__")
+CALLS = {"api", "eager", "operators", "prepared"}
 ABOVE = {  # of the runtime: what each module must not import
-    "problem": {"api", "ops", "dispatch", "algorithms", "configs", "cost", "devices", "kernels"},
-    "cost": {"api", "ops", "dispatch", "algorithms", "configs", "devices"},
-    "devices": {"api", "ops", "dispatch", "algorithms", "configs"},
-    "configs": {"api", "ops", "dispatch"},
-    "algorithms": {"api", "ops", "dispatch"},
-    "dispatch": {"api", "ops", "kernels"},
-    "ops": {"api"},
-    "equivalents": {"api", "ops", "dispatch", "algorithms", "configs", "devices", "kernels"},
+    "problem": CALLS | {"dispatch", "algorithms", "configs", "cost", "devices", "kernels", "occupancy"},
+    "cost": CALLS | {"dispatch", "algorithms", "configs", "devices", "occupancy"},
+    "devices": CALLS | {"dispatch", "algorithms", "configs", "occupancy"},
+    "occupancy": CALLS | {"dispatch", "algorithms", "configs", "cost", "devices", "kernels"},
+    "arguments": CALLS | {"dispatch", "algorithms", "configs", "cost", "devices", "kernels"},
+    "torch_private": CALLS | {"dispatch", "algorithms", "configs", "cost", "devices", "kernels", "arguments"},
+    "configs": CALLS | {"dispatch"},
+    "algorithms": CALLS | {"dispatch"},
+    "dispatch": CALLS | {"kernels"},
+    "prepared": {"api", "eager", "operators", "equivalents", "kernels"},
+    "operators": {"api", "eager", "equivalents", "dispatch", "kernels"},
+    "eager": {"api", "equivalents", "dispatch", "kernels"},
+    "equivalents": CALLS | {"dispatch", "algorithms", "configs", "devices", "kernels"},
     "api": {"modules"},
-    "modules": {"ops", "dispatch"},
+    "modules": {"eager", "operators", "prepared", "dispatch"},
 }
 
 
 def test_imports_point_down():
-    """api -> ops -> dispatch -> algorithms -> kernels; problem, cost and devices are the ground floor."""
+    """api -> eager -> operators -> prepared -> dispatch -> algorithms -> kernels, and below them the ground floor."""
     files = modules()
-    assert {"groupconv.ops", "groupconv.algorithms.gemm", "groupconv.kernels.tiles"} <= files.keys()
+    assert {"groupconv.prepared", "groupconv.algorithms.gemm", "groupconv.kernels.tiles"} <= files.keys()
     assert {name: found for name, path in files.items() if (found := breaches(path.read_text(), name))} == {}
 
 
@@ -112,9 +118,9 @@ def test_imports_point_down():
         ("kernels.tiles", "from torch import nn", "torch"),
         ("kernels.tiles", "import torch.nn", "torch"),
         ("kernels.tiles", "def f():\n    import torch.nn.functional as F", "torch"),
-        ("dispatch", "from .ops import lookup", "groupconv.ops"),
-        ("dispatch", "from . import devices, ops", "groupconv.ops"),
-        ("dispatch", "import groupconv.ops as o", "groupconv.ops"),
+        ("dispatch", "from .prepared import lookup", "groupconv.prepared"),
+        ("dispatch", "from . import devices, eager", "groupconv.eager"),
+        ("dispatch", "import groupconv.operators as o", "groupconv.operators"),
         ("algorithms.gemm", "from ..measuring import lab", "groupconv.measuring"),
         ("algorithms.gemm", "def f():\n    from ..common.files import read", "groupconv.common"),
         ("common.files", "from ..compiling.compiler import Job", "groupconv.compiling"),
@@ -123,7 +129,7 @@ def test_imports_point_down():
         ("measuring.search", "from groupconv import perf_reports", "groupconv.perf_reports"),
         ("perf_reports.text", "if x:\n    from .. import cli", "groupconv.cli"),
         ("perf_reports.text", "from groupconv.measuring import lab", None),
-        ("ops", "if TYPE_CHECKING:\n    from .api import triton_conv", None),
+        ("prepared", "if TYPE_CHECKING:\n    from .api import triton_conv", None),
     ],
 )
 def test_an_import_that_points_up_is_found(module, source, breach):

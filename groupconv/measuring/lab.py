@@ -12,7 +12,7 @@ from typing import Any, Protocol
 import torch
 import triton
 
-from .. import cost, devices, ops
+from .. import cost, devices, prepared
 from ..algorithms import REGISTRY
 from ..common.numerics import (
     TORCH_DTYPES,
@@ -172,7 +172,7 @@ def settings(dtype: str) -> Iterator[None]:
     bf16x3 is ours alone: F.conv2d computes in IEEE arithmetic beside it.
     """
     backends: Any = torch.backends
-    ops.set_fp32_precision("bf16x3" if dtype == "bf16x3" else None)
+    prepared.set_fp32_precision("bf16x3" if dtype == "bf16x3" else None)
     before = backends.cudnn.benchmark, backends.cudnn.conv.fp32_precision, backends.cuda.matmul.fp32_precision
     precision = "tf32" if dtype == "tf32" else "ieee"
     backends.cudnn.benchmark = True
@@ -180,7 +180,7 @@ def settings(dtype: str) -> Iterator[None]:
     try:
         yield
     finally:
-        ops.set_fp32_precision(None)
+        prepared.set_fp32_precision(None)
         backends.cudnn.benchmark, backends.cudnn.conv.fp32_precision, backends.cuda.matmul.fp32_precision = before
 
 

@@ -1,0 +1,144 @@
+"""The way of a call: plain tensors go straight to a prepared call, all others through PyTorch's dispatcher.
+
+Straight: one dictionary lookup and one launch, inside one autograd.Function where gradients will be wanted. Whatever
+traces, transforms, watches or subclasses a call takes the operators, which end in the same prepared calls.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from . import operators, torch_private
+from .arguments import ConvArgs, autocast, consistent, normalise
+from .prepared import PLAIN_TYPES, lookup, refusal, torch_gradients
+
+
+def conv2d(x, w, bias, stride, padding, dilation, groups, backend) -> Tensor:
+    """triton_conv without the fused extras; the arguments are unchecked."""
+    if torch.compiler.is_compiling() or not _is_plain(x, w, bias):
+        return _dispatched(x, w, bias, stride, padding, dilation, groups, backend)
+    if torch_private.any_autocast():
+        x, w, bias = autocast(x, w, bias)
+    if x.dim() == 3 and w.dim() == 4:
+        call = lookup(x.unsqueeze(0), w, bias, stride, padding, dilation, groups, backend)
+        if call is not None:
+            return conv2d(x.unsqueeze(0), w, bias, stride, padding, dilation, groups, backend).squeeze(0)
+    elif x.dim() == 4 and w.dim() == 4:
+        call = lookup(x, w, bias, stride, padding, dilation, groups, backend)
+    else:
+        call = None
+    if call is None:
+        return _dispatched(x, w, bias, stride, padding, dilation, groups, backend)
+    if call.all_torch:
+        return F.conv2d(x, w, bias, stride, padding, dilation, groups)
+    if torch.is_grad_enabled() and (x.requires_grad or w.requires_grad or (bias is not None and bias.requires_grad)):
+        return _apply_function(x, w, bias, call)
+    return call.forward(x, w, bias)
+
+
+def _is_plain(x, w, bias) -> bool:
+    """Whether the operands are plain dense tensors that nothing watches: no subclass, mode or transform."""
+    return (
+        type(x) in PLAIN_TYPES
+        and type(w) in PLAIN_TYPES
+        and (bias is None or (type(bias) in PLAIN_TYPES and bias.layout is torch.strided))
+        and x.layout is w.layout is torch.strided
+        and not torch_private.is_watched()
+    )
+
+
+# --- Plain tensors: autograd -----------------------------------------------------------------------------------------
+
+
+class _ConvFunction(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, w, bias, call):
+        need_x, need_w = ctx.needs_input_grad[:2]
+        save_x, save_w = call.saves(need_x, need_w)
+        ctx.save_for_backward(x if save_x else None, w if save_w else None)
+        ctx.call = call
+        return call.forward(x, w, bias)
+
+    @staticmethod
+    def backward(ctx, dy):
+        x, w = ctx.saved_tensors
+        call, needs = ctx.call, _wanted(ctx)
+        if not torch.is_grad_enabled() and not torch_private.dispatch_modes():
+            grads = call.backward(dy, x, w, needs)
+            if grads is not None:
+                return *grads, None
+        # The operator knows its own derivative, and any tensor. It takes the shapes of what was not saved.
+        x, w = call.in_place_of_unsaved(x, w)
+        return *_gradients(dy, x, w, call.args, needs, call.backend), None
+
+
+_apply_function = torch_private.direct_apply(_ConvFunction)
+
+
+def _wanted(ctx) -> tuple[bool, bool, bool]:
+    """Which of dx, dw and db the engine is going to use: autograd.grad(y, x) has no need of dw."""
+    need_x, need_w, need_b, _ = ctx.needs_input_grad
+    if need_x + need_w + need_b > 1:  # it would not have come for nothing
+        nodes = ctx.next_functions
+        need_x = need_x and torch_private.is_going_to_run(nodes[0][0])
+        need_w = need_w and torch_private.is_going_to_run(nodes[1][0])
+        need_b = need_b and torch_private.is_going_to_run(nodes[2][0])
+    return need_x, need_w, need_b
+
+
+def _gradients(dy, x, w, args: ConvArgs, needs, backend: str):
+    """(dx, dw, db), each None unless needed, through PyTorch's dispatcher."""
+    if not all(map(_knows_operators, (dy, x, w))):
+        return torch_gradients(dy, x, w, args, needs)
+    grads = iter(operators.conv2d_backward(dy, x, w, *args, list(needs), backend))
+    return tuple(next(grads) if needed else None for needed in needs)
+
+
+# --- All others: PyTorch's dispatcher --------------------------------------------------------------------------------
+
+
+def _dispatched(x, w, bias, stride, padding, dilation, groups, backend) -> Tensor:
+    """The call through PyTorch's dispatcher, for whatever traces, transforms or subclasses it."""
+    tensors = isinstance(x, Tensor) and isinstance(w, Tensor) and (bias is None or isinstance(bias, Tensor))
+    if tensors and backend != "torch":
+        x, w, bias = autocast(x, w, bias)
+        unbatched = x.dim() == 3
+        batched = x.unsqueeze(0) if unbatched else x
+        args = normalise(batched.shape, w.shape, stride, padding, dilation, groups)
+        if args is not None and consistent(x, w, bias):
+            why_not = refusal(x, backend)
+            if why_not is None and backend == "auto" and not all(map(_knows_operators, (x, w, bias))):
+                why_not = "a tensor subclass may know F.conv2d, but not an operator of ours"
+            if why_not is None and not torch.compiler.is_compiling():
+                why_not = _underivable()
+            if why_not is None:
+                y = operators.conv2d(batched, w, bias, *args, backend)
+                return y.squeeze(0) if unbatched else y
+            if backend != "auto":
+                raise NotImplementedError(f"triton_conv: backend={backend!r} cannot run this convolution: {why_not}")
+            return F.conv2d(x, w, bias, stride, padding, dilation, groups)
+    return _refused(x, w, bias, stride, padding, dilation, groups, backend)
+
+
+def _refused(x, w, bias, stride, padding, dilation, groups, backend) -> Tensor:
+    """A call that our checks refuse: PyTorch's own exception if it is a bad one, or else its result."""
+    y = F.conv2d(x, w, bias, stride, padding, dilation, groups)
+    if backend in ("auto", "torch"):
+        return y
+    raise NotImplementedError(f"triton_conv: backend={backend!r} cannot run this convolution: only F.conv2d takes it")
+
+
+def _knows_operators(tensor: Tensor | None) -> bool:
+    """Whether a tensor is of a type that takes any operator, as PyTorch's own do."""
+    return tensor is None or type(tensor) in PLAIN_TYPES or isinstance(tensor, torch_private.FakeTensor)
+
+
+def _underivable() -> str | None:
+    """Why the operators cannot be derived as the caller is about to, or None."""
+    if torch_private.forward_mode_is_on():
+        return "forward-mode derivatives are F.conv2d's"
+    if torch_private.is_being_derived():
+        return "derivatives inside torch.func are F.conv2d's"
+    return None

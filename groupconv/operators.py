@@ -1,0 +1,186 @@
+"""The operators groupconv::conv2d and groupconv::conv2d_backward, for all of PyTorch that reads or transforms programs.
+
+torch.compile and export, tensor subclasses, dispatch modes, vmap, autocast, derivatives of derivatives. Both end in the
+prepared calls that eager calls take.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from . import launcher, torch_private
+from .algorithms import torch_reference
+from .arguments import ConvArgs, autocast, out_pixels
+from .prepared import dw_strides, dx_strides, lookup_of_operator, out_channels_last, torch_gradients
+from .problem import dense_strides
+
+# --- What they are and compute ---------------------------------------------------------------------------------------
+
+_LIBRARY = torch.library.Library("groupconv", "DEF")
+_ARGS = "SymInt[2] stride, SymInt[4] padding, SymInt[2] dilation, SymInt groups"
+_LIBRARY.define(f"conv2d(Tensor input, Tensor weight, Tensor? bias, {_ARGS}, str backend) -> Tensor")
+_LIBRARY.define(
+    f"conv2d_backward(Tensor grad, Tensor input, Tensor weight, {_ARGS}, bool[3] mask, str backend) -> Tensor[]"
+)
+
+
+def _like(tensor: Tensor, strides) -> Tensor:
+    """The tensor with the strides that the operator promises; PyTorch's depthwise kernels answer NHWC with NCHW."""
+    if tensor.stride() == strides:
+        return tensor
+    return launcher.allocate(tensor.shape, strides, tensor).copy_(tensor)
+
+
+def _conv2d_op(x, w, bias, stride, padding, dilation, groups, backend):
+    args = ConvArgs(tuple(stride), tuple(padding), tuple(dilation), groups)
+    call = lookup_of_operator(x, w, bias, args, backend)
+    if call is None:
+        return torch_reference.fprop(args, x, w, bias)
+    return _like(call.forward(x, w, bias), call.strides["y"])
+
+
+def _conv2d_backward_op(dy, x, w, stride, padding, dilation, groups, mask, backend):
+    args, needs = ConvArgs(tuple(stride), tuple(padding), tuple(dilation), groups), tuple(mask)
+    fitting = dy.dtype is x.dtype and dy.device == x.device
+    call = lookup_of_operator(x, w, None, args, backend) if fitting else None
+    grads = None if call is None else call.backward(dy, x, w, needs)
+    dx, dw, db = torch_gradients(dy, x, w, args, needs) if grads is None else grads
+    if dx is not None:
+        dx = _like(dx, dx_strides(x, w) if call is None else call.strides["dx"])
+    if dw is not None:
+        dw = _like(dw, dw_strides(w) if call is None else call.strides["dw"])
+    return [grad for grad in (dx, dw, db) if grad is not None]
+
+
+conv2d, conv2d_backward = torch.ops.groupconv.conv2d, torch.ops.groupconv.conv2d_backward
+_LIBRARY.impl("conv2d", _conv2d_op, "CompositeExplicitAutograd")
+_LIBRARY.impl("conv2d_backward", _conv2d_backward_op, "CompositeExplicitAutograd")
+
+
+def _conv2d_backward_batched(dy, x, w, stride, padding, dilation, groups, mask, backend):
+    """By F.conv2d's: what autograd batches itself (is_grads_batched) has no rule for operators that return lists."""
+    args = ConvArgs(tuple(stride), tuple(padding), tuple(dilation), groups)
+    return [grad for grad in torch_gradients(dy, x, w, args, tuple(mask)) if grad is not None]
+
+
+_LIBRARY.impl("conv2d_backward", _conv2d_backward_batched, "Batched")
+
+
+@torch.library.register_fake("groupconv::conv2d", lib=_LIBRARY)
+def _conv2d_fake(x, w, bias, stride, padding, dilation, groups, backend):
+    shape = (x.shape[0], w.shape[0], *out_pixels(x.shape, w.shape, stride, padding, dilation))
+    return x.new_empty_strided(shape, dense_strides(shape, out_channels_last(x, w)))
+
+
+@torch.library.register_fake("groupconv::conv2d_backward", lib=_LIBRARY)
+def _conv2d_backward_fake(dy, x, w, stride, padding, dilation, groups, mask, backend):
+    grads = []
+    if mask[0]:
+        grads.append(x.new_empty_strided(x.shape, dx_strides(x, w)))
+    if mask[1]:
+        grads.append(w.new_empty_strided(w.shape, dw_strides(w)))
+    if mask[2]:
+        grads.append(dy.new_empty((w.shape[0],)))
+    return grads
+
+
+# --- Their derivatives -----------------------------------------------------------------------------------------------
+
+
+def _setup_conv2d(ctx, inputs, output):
+    x, w, bias, *args, backend = inputs
+    ctx.save_for_backward(x, w)
+    ctx.args, ctx.backend, ctx.has_bias = args, backend, bias is not None
+
+
+def _backward_conv2d(ctx, dy):
+    x, w = ctx.saved_tensors
+    mask = [ctx.needs_input_grad[0], ctx.needs_input_grad[1], ctx.has_bias and ctx.needs_input_grad[2]]
+    grads = iter(conv2d_backward(dy, x, w, *ctx.args, mask, ctx.backend))
+    return *(next(grads) if needed else None for needed in mask), *(None,) * 5
+
+
+def _setup_conv2d_backward(ctx, inputs, output):
+    dy, x, w, *args, mask, backend = inputs
+    ctx.save_for_backward(dy, x, w)
+    ctx.args, ctx.mask, ctx.backend = args, mask, backend
+
+
+def _backward_conv2d_backward(ctx, grads):
+    """The derivative of (dx, dw, db), dx and dw bilinear in two of dy, x and w: convolutions again."""
+    dy, x, w = ctx.saved_tensors
+    incoming = iter(grads)
+    to_dx, to_dw, to_db = (next(incoming) if asked else None for asked in ctx.mask)
+    need_dy, need_x, need_w = ctx.needs_input_grad[:3]
+    args, backend = ctx.args, ctx.backend
+    d_dy = d_x = d_w = None
+    if need_dy:
+        parts = []
+        if to_dx is not None:
+            parts.append(conv2d(to_dx, w, None, *args, backend))
+        if to_dw is not None:
+            parts.append(conv2d(x, to_dw, None, *args, backend))
+        if to_db is not None:
+            parts.append(to_db[None, :, None, None].expand_as(dy))
+        d_dy = sum(parts[1:], parts[0]) if parts else None
+    if need_x and to_dw is not None:
+        (d_x,) = conv2d_backward(dy, x, to_dw, *args, [True, False, False], backend)
+    if need_w and to_dx is not None:
+        (d_w,) = conv2d_backward(dy, to_dx, w, *args, [False, True, False], backend)
+    return d_dy, d_x, d_w, *(None,) * 6
+
+
+torch.library.register_autograd("groupconv::conv2d", _backward_conv2d, setup_context=_setup_conv2d, lib=_LIBRARY)
+torch.library.register_autograd(
+    "groupconv::conv2d_backward", _backward_conv2d_backward, setup_context=_setup_conv2d_backward, lib=_LIBRARY
+)
+
+
+# --- vmap and autocast -----------------------------------------------------------------------------------------------
+
+
+def _into_channels(tensor: Tensor | None, dim: int | None, size: int, channel: int) -> Tensor | None:
+    """A vmapped tensor with its mapped axis folded into the axis `channel` of the others, as its slower part."""
+    if tensor is None:
+        return None
+    tensor = tensor.expand(size, *tensor.shape) if dim is None else tensor.movedim(dim, 0)
+    return tensor.movedim(0, channel).flatten(channel, channel + 1)
+
+
+def _conv2d_vmap(info, in_dims, x, w, bias, stride, padding, dilation, groups, backend):
+    """A batch of convolutions is one with so many times the groups."""
+    size = info.batch_size
+    x, w = _into_channels(x, in_dims[0], size, 1), _into_channels(w, in_dims[1], size, 0)
+    bias = _into_channels(bias, in_dims[2], size, 0)
+    y = conv2d(x, w, bias, stride, padding, dilation, groups * size, backend)
+    return y.unflatten(1, (size, -1)), 1
+
+
+def _conv2d_backward_vmap(info, in_dims, dy, x, w, stride, padding, dilation, groups, mask, backend):
+    size = info.batch_size
+    dy, x = _into_channels(dy, in_dims[0], size, 1), _into_channels(x, in_dims[1], size, 1)
+    w = _into_channels(w, in_dims[2], size, 0)
+    args = (stride, padding, dilation, groups * size, mask, backend)
+    grads = conv2d_backward(dy, x, w, *args)
+    axes = [axis for axis, needed in zip((1, 0, 0), mask, strict=True) if needed]
+    return [grad.unflatten(axis, (size, -1)) for grad, axis in zip(grads, axes, strict=True)], axes
+
+
+torch.library.register_vmap("groupconv::conv2d", _conv2d_vmap, lib=_LIBRARY)
+torch.library.register_vmap("groupconv::conv2d_backward", _conv2d_backward_vmap, lib=_LIBRARY)
+
+
+def _register_autocast(key: str) -> None:
+    without_autocast = torch_private.without_dispatch_key(key)
+
+    def conv2d_autocast(x, w, bias, *args):
+        x, w, bias = autocast(x, w, bias)
+        with without_autocast():
+            return conv2d(x, w, bias, *args)
+
+    _LIBRARY.impl("conv2d", conv2d_autocast, key)
+
+
+_register_autocast("AutocastCUDA")
+_register_autocast("AutocastCPU")

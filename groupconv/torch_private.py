@@ -1,0 +1,105 @@
+"""What the library takes of PyTorch that PyTorch does not promise to keep: every such name is used in this file alone.
+
+A PyTorch that lost a name which calls need fails to import this file, and the ImportError says which name it was. A
+name is None where it serves one of PyTorch's tools, which then does without.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch._C import (
+    DispatchKey,
+    DispatchKeySet,
+    _ExcludeDispatchKeyGuard,
+    _get_fp32_precision_getter,
+    _get_tracing_state,
+    _is_any_autocast_enabled,
+    _is_torch_function_enabled,
+    _is_torch_function_mode_enabled,
+    _len_torch_dispatch_stack,
+    _will_engine_execute_node,
+)
+from torch._C._functorch import TransformType, get_interpreter_stack, maybe_current_level
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.autograd import forward_ad
+from torch.utils._python_dispatch import TorchDispatchMode
+
+__all__ = [
+    "FakeTensor", "TorchDispatchMode", "any_autocast", "being_traced", "current_gpu", "direct_apply", "dispatch_modes",
+    "forward_mode_is_on", "fp32_precision_of_convolutions", "fusers_of_quantization", "is_being_derived",
+    "is_going_to_run", "is_watched", "overrides_are_on", "register_decomposition", "without_dispatch_key",
+]  # fmt: skip
+
+any_autocast: Callable[[], bool] = _is_any_autocast_enabled
+being_traced: Callable[[], object | None] = _get_tracing_state  # by torch.jit, or None
+dispatch_modes: Callable[[], int] = _len_torch_dispatch_stack  # how many are on
+# "ieee", "tf32" or "none": torch.backends.cudnn.conv.fp32_precision without its class.
+fp32_precision_of_convolutions: Callable[[], str] = functools.partial(_get_fp32_precision_getter, "cuda", "conv")
+
+current_gpu: Callable[[], int]
+try:
+    from torch._C import _cuda_getDevice as current_gpu
+except ImportError:  # a PyTorch for CPUs; where it was renamed, the public function does the same more slowly
+    current_gpu = torch.cuda.current_device
+
+# What torch.export knows of an operator in the terms of others.
+register_decomposition: Any
+try:
+    from torch._decomp import register_decomposition
+except ImportError:
+    register_decomposition = None
+
+# torch.ao.quantization's table: types of layers in a row to the function that fuses them.
+fusers_of_quantization: dict | None
+try:
+    from torch.ao.quantization.fuser_method_mappings import _DEFAULT_OP_LIST_TO_FUSER_METHOD as fusers_of_quantization
+except ImportError:  # PyTorch is about to move quantization to another package
+    fusers_of_quantization = None
+
+
+def overrides_are_on() -> bool:
+    """What has_torch_function_variadic has asked already, but not under torch.compile: __torch_function__'s own
+    implementation calls the function again with overrides off.
+    """
+    return _is_torch_function_enabled() or _is_torch_function_mode_enabled()
+
+
+def is_watched() -> bool:
+    """Whether every operator must be seen by something: a dispatch mode, torch.func, or forward-mode derivatives."""
+    return bool(_len_torch_dispatch_stack()) or maybe_current_level() is not None or forward_mode_is_on()
+
+
+def forward_mode_is_on() -> bool:
+    """Whether forward-mode derivatives are taken."""
+    return forward_ad._current_level >= 0
+
+
+def is_being_derived() -> bool:
+    """Whether torch.func applies a transform other than vmap, which are those that take derivatives."""
+    return any(transform.key() != TransformType.Vmap for transform in get_interpreter_stack() or ())
+
+
+def is_going_to_run(node) -> bool:
+    """Whether the backward pass in progress is going to execute a node of autograd's graph."""
+    try:
+        return _will_engine_execute_node(node)
+    except RuntimeError:  # of a leaf that autograd.grad was asked for; or there is no engine
+        return True
+
+
+def without_dispatch_key(name: str) -> Callable[[], contextlib.AbstractContextManager]:
+    """What makes contexts in which PyTorch's dispatcher skips a key; AttributeError for one that it does not have."""
+    return functools.partial(_ExcludeDispatchKeyGuard, DispatchKeySet(getattr(DispatchKey, name)))
+
+
+def direct_apply(function: type[torch.autograd.Function]) -> Callable[..., Any]:
+    """Function.apply without its first step, a quarter of its time: to unwrap what torch.func left behind.
+
+    For plain tensors alone, which have nothing of it.
+    """
+    return super(torch.autograd.Function, function).apply  # type: ignore[misc]
