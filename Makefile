@@ -48,11 +48,11 @@ gpu-test: $(INSTALLED)
 
 # All that needs a GPU, in OUT, within BUDGET seconds; run again, it goes on. Where all is installed: INSTALLED= BIN=...
 gpu: $(INSTALLED)
-	$(BIN)/python3 -m groupconv.perf_reports.gpu --out $(OUT) $(if $(BUDGET),--budget-seconds $(BUDGET)) $(ARGS)
+	$(BIN)/python3 -m groupconv.perf_reports.gpu_run --out $(OUT) $(if $(BUDGET),--budget-seconds $(BUDGET)) $(ARGS)
 
 # What a GPU's folder OUT holds, as the project's own: configurations, CSV files, plots.
 ship: $(INSTALLED)
-	$(BIN)/python -m groupconv.perf_reports.ship $(OUT)
+	$(BIN)/python -m groupconv.perf_reports.gpu_run ship $(OUT)
 
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)

@@ -12,7 +12,10 @@ NEEDED = {
     "groupconv/kernels/implicit_gemm.py",
     "groupconv/autotune_configs/SCHEMA.md",
     "groupconv/autotune_configs/modelled.json",
-    "groupconv/perf_reports/report.py",
+    "groupconv/common/files.py",
+    "groupconv/compiling/compiler.py",
+    "groupconv/measuring/lab.py",
+    "groupconv/perf_reports/bench.py",
     "groupconv/perf_reports/suite.csv",
 }
 

@@ -2,18 +2,47 @@
 
 from __future__ import annotations
 
-import importlib
+import argparse
 import importlib.util
 import sys
 
 from . import options
 
-# By command, the module whose `run` it is, and the packages that it needs and the library does not.
+
+def _compile(args: argparse.Namespace) -> int:
+    from .compiling import command
+    from .perf_reports import layers
+    from .problem import ELEMENT_BYTES, LAYOUTS
+
+    every = [layer for dtype in ELEMENT_BYTES for layout in LAYOUTS for layer in layers.suite(dtype, layout)]
+    return command.run(args, every)
+
+
+def _tune(args: argparse.Namespace) -> int:
+    from .measuring import command
+    from .perf_reports import layers
+
+    return command.run(args, layers.variants(args))
+
+
+def _report(args: argparse.Namespace) -> int:
+    from .perf_reports import bench
+
+    return bench.report(args)
+
+
+def _bench(args: argparse.Namespace) -> int:
+    from .perf_reports import bench
+
+    return bench.bench(args)
+
+
+# By command, what runs it, and the packages that it needs and the library does not.
 COMMANDS = {
-    "compile": (".compile_command", ("numpy", "rich")),
-    "report": (".perf_reports.report", ("matplotlib", "rich")),
-    "tune": (".tuning.command", ("numpy", "rich")),
-    "bench": (".perf_reports.bench", ("matplotlib", "rich")),
+    "compile": (_compile, ("rich",)),
+    "report": (_report, ("matplotlib", "rich")),
+    "tune": (_tune, ("rich",)),
+    "bench": (_bench, ("matplotlib", "rich")),
 }
 
 
@@ -21,12 +50,12 @@ def main(argv: list[str] | None = None) -> int:
     """Run a command; the return value is the exit status."""
     args = options.parser().parse_args(argv)
     args.argv = sys.argv[1:] if argv is None else argv
-    module, needed = COMMANDS[args.command]
+    run, needed = COMMANDS[args.command]
     try:
         for package in needed:
             if importlib.util.find_spec(package) is None:
                 raise ValueError(f"{package} is not installed: pip install 'groupconv[report]'")
-        return importlib.import_module(module, __package__).run(args)
+        return run(args)
     except (ValueError, OSError) as error:
         print(f"groupconv {args.command}: {error}", file=sys.stderr)
         return 2

@@ -23,7 +23,7 @@ from .problem import ELEMENT_BYTES, LAYOUTS, PASSES, PLANNED, ConvProblem
 if TYPE_CHECKING:
     from importlib.abc import Traversable
 
-SCHEMA = 1
+SCHEMA = 2
 KINDS = ("measured", "stub")  # of a file's times; the stub's are pretended
 OPTIONS = ("num_warps", "num_stages")
 KEY_FIELDS = tuple(ConvProblem(1, 1, 1, 1, 1, 1, 1).config_key("fprop"))
@@ -219,7 +219,7 @@ def parse_modelled(text: str, path: str) -> tuple[ModelledDefault, ...]:
         where = f"default {number}"
         _require(isinstance(raw, dict), path, f"{where} must be an object")
         _require(raw.get("algorithm") in REGISTRY, path, f"{where}: algorithm must be one of {', '.join(REGISTRY)}")
-        _check_config(raw["algorithm"], raw.get("config"), path, where)
+        _check_config(raw["algorithm"], raw.get("config"), path, where, divided=False)
         pass_ = raw.get("pass")
         _require(pass_ in PASSES, path, f"{where}: pass {pass_!r} is not one of {', '.join(PASSES)}")
         _require(_positive_int(raw.get("element_bytes")), path, f"{where}: element_bytes must be a positive integer")
@@ -260,8 +260,9 @@ def _is_name(value) -> bool:
     return isinstance(value, str) and re.fullmatch(r"[a-z0-9_]{1,64}", value) is not None
 
 
-def _check_config(algorithm: str, config, path: str, where: str) -> None:
-    blocks = REGISTRY[algorithm].BLOCKS
+def _check_config(algorithm: str, config, path: str, where: str, divided: bool = True) -> None:
+    """divided: with its division among programs, which defaults that are shipped leave to the model."""
+    blocks = REGISTRY[algorithm].BLOCKS | (REGISTRY[algorithm].DIVISION if divided else {})
     fields = (*blocks, *OPTIONS)
     named = isinstance(config, dict) and sorted(config) == sorted(fields)
     _require(named, path, f"{where}: config of {algorithm} must have exactly {', '.join(fields)}")

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 
 from . import configs, cost
-from .algorithms import NAMES, REGISTRY, lack, newer_triton
+from .algorithms import NAMES, REGISTRY, divided, lack, newer_triton
 from .devices import Target
 from .problem import PASSES, ConvProblem
 
+REFINED = 3  # of an algorithm's tiles: other divisions of the work of these are modelled too
 BACKENDS = ("auto", "triton", "torch", *(f"triton:{name}" for name in NAMES))
 
 
@@ -43,18 +45,42 @@ class PassPlan:
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """The plans of a problem's three passes on a target.
+    """The plans of a problem's passes on a target, each made when it is first asked for.
 
-    backward: where one kernel for both gradients is faster than dgrad and wgrad, its plan; it runs where both are asked
-    for.
+    refusal: why no kernel of ours may run (CPU tensors, say), which leaves F.conv2d.
     """
 
     problem: ConvProblem
     target: Target
-    fprop: PassPlan
-    dgrad: PassPlan
-    wgrad: PassPlan
-    backward: PassPlan | None = None
+    backend: str = "auto"
+    refusal: str | None = None
+
+    @functools.cached_property
+    def fprop(self) -> PassPlan:
+        return self._planned("fprop")
+
+    @functools.cached_property
+    def dgrad(self) -> PassPlan:
+        return self._planned("dgrad")
+
+    @functools.cached_property
+    def wgrad(self) -> PassPlan:
+        return self._planned("wgrad")
+
+    def _planned(self, pass_: str) -> PassPlan:
+        return plan_pass(self.problem, pass_, self.target, self.backend, self.refusal)
+
+    @functools.cached_property
+    def backward(self) -> PassPlan | None:
+        """Where one kernel for both gradients is faster than dgrad and wgrad, its plan, for where both are wanted."""
+        if self.refusal is not None or self.backend == "torch":
+            return None
+        if not _able(self.problem, "backward", self.target, self.backend)[0]:
+            return None
+        both, apart = self._planned("backward"), (self.dgrad, self.wgrad)
+        if both.algorithm == "torch" or any(p.time_source != both.time_source or not p.taken_us for p in apart):
+            return None
+        return both if (both.taken_us or 0.0) < sum(p.taken_us or 0.0 for p in apart) else None
 
     @property
     def passes(self) -> tuple[PassPlan, PassPlan, PassPlan]:
@@ -76,24 +102,15 @@ class Plan:
 
 
 def plan(problem: ConvProblem, target: Target, backend: str = "auto", refusal: str | None = None) -> Plan:
-    """Plan all passes. `refusal`: why no kernel of ours may run (CPU tensors, say), which leaves F.conv2d.
+    """The plan of a problem; see `Plan`.
 
-    Raises NotImplementedError where `backend` asks for kernels of ours that cannot serve.
+    Raises NotImplementedError where `backend` asks for kernels of ours that cannot serve some pass.
     """
-    fprop, dgrad, wgrad = (plan_pass(problem, pass_, target, backend, refusal) for pass_ in PASSES)
-    fused = _fused(problem, target, backend, refusal, dgrad, wgrad)
-    return Plan(problem, target, fprop, dgrad, wgrad, fused)
-
-
-def _fused(problem, target, backend, refusal, dgrad: PassPlan, wgrad: PassPlan) -> PassPlan | None:
-    """The plan of both gradients by one kernel, if that is faster than the two plans."""
-    if refusal is not None or backend == "torch" or not _able(problem, "backward", target, backend)[0]:
-        return None
-    fused = plan_pass(problem, "backward", target, backend)
-    alike = fused.time_source == dgrad.time_source == wgrad.time_source
-    if fused.algorithm == "torch" or not alike or dgrad.taken_us is None or wgrad.taken_us is None:
-        return None
-    return fused if (fused.taken_us or 0.0) < dgrad.taken_us + wgrad.taken_us else None
+    made = Plan(problem, target, backend, refusal)
+    if backend not in ("auto", "torch"):
+        for pass_ in PASSES:  # what cannot be served is told now, not when a gradient is wanted
+            getattr(made, pass_)
+    return made
 
 
 def _able(problem: ConvProblem, pass_: str, target: Target, backend: str) -> tuple[list[str], list[str]]:
@@ -165,16 +182,43 @@ def _fitting(problem: ConvProblem, pass_: str, target: Target, entry: configs.En
 
     The problems of a class differ in what a configuration's registers and shared memory depend on.
     """
-    if entry.config in contenders(problem, pass_, target, entry.algorithm):
+    if _tile(entry.config) in map(_tile, contenders(problem, pass_, target, entry.algorithm)):
         return entry.config
     return modelled(problem, pass_, target, entry.algorithm)[1]
 
 
+def _tile(config: dict) -> dict:
+    """A configuration without the division of its work: any division is good for any problem."""
+    return {name: size for name, size in config.items() if name.startswith("BLOCK_") or name in configs.OPTIONS}
+
+
 def contenders(problem: ConvProblem, pass_: str, target: Target, name: str) -> list[dict]:
     """The configurations of an algorithm that can serve a problem: its candidates, and the shipped default."""
-    found = REGISTRY[name].candidates(problem, pass_, target)
-    default = configs.modelled(name, problem, pass_, target.arch_name)
-    return found if default is None or default.config in found else [default.config, *found]
+    found = [divided(name, problem, pass_, c, target)[0] for c in REGISTRY[name].candidates(problem, pass_, target)]
+    default = _default(problem, pass_, target, name)
+    return found if default is None or default in found else [default, *found]
+
+
+def _default(problem: ConvProblem, pass_: str, target: Target, name: str) -> dict | None:
+    """The default that is shipped for an algorithm, its work divided among programs by the model."""
+    shipped = configs.modelled(name, problem, pass_, target.arch_name)
+    return None if shipped is None else divided(name, problem, pass_, shipped.config, target)[0]
+
+
+def ranked(
+    problem: ConvProblem, pass_: str, target: Target, name: str, given: list[dict] | None = None
+) -> list[tuple[cost.Estimate, dict]]:
+    """An algorithm's configurations, the modelled fastest first; of the best, other divisions of their work as well."""
+    algorithm = REGISTRY[name]
+
+    def estimated(some: list[dict]) -> list[tuple[cost.Estimate, dict]]:
+        return [(cost.estimate(problem, algorithm.tiling(problem, pass_, c, target), target), c) for c in some]
+
+    whole = estimated(contenders(problem, pass_, target, name) if given is None else given)
+    whole.sort(key=lambda choice: choice[0].score)
+    best = [config for _, config in whole[:REFINED]]
+    others = [other for config in best for other in divided(name, problem, pass_, config, target)[1:]]
+    return sorted(whole + estimated(others), key=lambda choice: choice[0].score)
 
 
 def _calibration(target: Target) -> configs.Calibration:
@@ -197,13 +241,6 @@ def best(
 
 def modelled(problem: ConvProblem, pass_: str, target: Target, name: str) -> tuple[str, dict, cost.Estimate]:
     """(algorithm, configuration, modelled time): the shipped default, or the model's choice where none is shipped."""
-    algorithm = REGISTRY[name]
-    default = configs.modelled(name, problem, pass_, target.arch_name)
-
-    def estimated(config):
-        return cost.estimate(problem, algorithm.tiling(problem, pass_, config, target), target)
-
-    if default is not None:
-        return name, default.config, estimated(default.config)
-    config = min(algorithm.candidates(problem, pass_, target), key=lambda c: estimated(c).score)
-    return name, config, estimated(config)
+    default = _default(problem, pass_, target, name)
+    estimate, config = ranked(problem, pass_, target, name, None if default is None else [default])[0]
+    return name, config, estimate

@@ -31,11 +31,13 @@ def conv2d(x, w, bias, stride, padding, dilation, groups, backend) -> Tensor:
         call = None
     if call is None:
         return _dispatched(x, w, bias, stride, padding, dilation, groups, backend)
-    if call.all_torch:
-        return F.conv2d(x, w, bias, stride, padding, dilation, groups)
-    if torch.is_grad_enabled() and (x.requires_grad or w.requires_grad or (bias is not None and bias.requires_grad)):
-        return _apply_function(x, w, bias, call)
-    return call.forward(x, w, bias)
+    derived = x.requires_grad or w.requires_grad or (bias is not None and bias.requires_grad)
+    if torch.is_grad_enabled() and derived:
+        if not call.all_torch:
+            return _apply_function(x, w, bias, call)
+    elif not call.torch_fprop:
+        return call.forward(x, w, bias)
+    return F.conv2d(x, w, bias, stride, padding, dilation, groups)
 
 
 def _is_plain(x, w, bias) -> bool:

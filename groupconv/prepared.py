@@ -149,14 +149,29 @@ class Call:
             "dx": dx_strides(x, w),
             "dw": dw_strides(w),
         }
-        self.all_torch = plan.backward is None and all(p.algorithm == "torch" for p in plan.passes)
-        self.torch_dgrad = plan.dgrad.algorithm == "torch"
-        self.torch_wgrad = plan.wgrad.algorithm == "torch"
         self.copy_bias = bias is not None and not bias.is_contiguous()
         self._x_traits, self._w_traits = _traits(x), _traits(w)
         self._kind = x.dtype, x.device
         self._forward: Callable | None = None
         self._backward: dict[tuple, Callable] = {}
+
+    # Of the backward passes nothing is planned before gradients are wanted.
+
+    @functools.cached_property
+    def torch_fprop(self) -> bool:
+        return self.plan.fprop.algorithm == "torch"
+
+    @functools.cached_property
+    def torch_dgrad(self) -> bool:
+        return self.plan.dgrad.algorithm == "torch"
+
+    @functools.cached_property
+    def torch_wgrad(self) -> bool:
+        return self.plan.wgrad.algorithm == "torch"
+
+    @functools.cached_property
+    def all_torch(self) -> bool:
+        return self.torch_fprop and self.torch_dgrad and self.torch_wgrad and self.plan.backward is None
 
     def _prepare(self, pass_: str, **strides):
         plan = getattr(self.plan, pass_)
@@ -173,7 +188,7 @@ class Call:
             return launcher.allocate(self.problem.y_shape, self.strides["y"], x)
         run = self._forward
         if run is None:
-            if self.plan.fprop.algorithm == "torch":
+            if self.torch_fprop:
                 run = functools.partial(torch_reference.fprop, self.args)
             else:
                 run = self._prepare("fprop")

@@ -95,11 +95,18 @@ class ConvProblem:
     def w_out(self) -> int:
         return output_size(self.w_in, self.kw, self.stride[1], self.pad[2] + self.pad[3], self.dilation[1])
 
-    @property
+    def __hash__(self) -> int:  # of a key that is looked up hundreds of times while a pass is planned
+        return self._hash
+
+    @cached_property
+    def _hash(self) -> int:
+        return hash(tuple(getattr(self, field.name) for field in dataclasses.fields(self)))
+
+    @cached_property
     def cin_g(self) -> int:
         return self.c_in // self.groups
 
-    @property
+    @cached_property
     def cout_g(self) -> int:
         return self.c_out // self.groups
 
@@ -115,7 +122,7 @@ class ConvProblem:
     def y_shape(self) -> tuple[int, int, int, int]:
         return self.batch, self.c_out, self.h_out, self.w_out
 
-    @property
+    @cached_property
     def element_bytes(self) -> int:
         return ELEMENT_BYTES[self.dtype]
 
@@ -152,7 +159,7 @@ class ConvProblem:
             return (2 * x + y + 2 * self.params) * self.element_bytes
         return (x + y + self.params) * self.element_bytes
 
-    @property
+    @cached_property
     def params(self) -> int:
         """Weights of the layer, without bias."""
         return self.c_out * self.cin_g * self.kh * self.kw

@@ -206,12 +206,14 @@ def input_rows(
 
 @triton.jit(do_not_specialize=SIZES)
 def backward_kernel(
-    dy_ptr, x_ptr, wgt_ptr, dx_ptr, part_ptr,
+    dy_ptr, x_ptr, wgt_ptr, dx_ptr, dw_ptr,
     batch, h_in, w_in, h_out, w_out, steps,
     stride_dy_n, stride_dy_c, stride_dy_h, stride_dy_w,
     stride_x_n, stride_x_c, stride_x_h, stride_x_w,
     stride_wgt_o, stride_wgt_c, stride_wgt_h, stride_wgt_w,
     stride_dx_n, stride_dx_c, stride_dx_h, stride_dx_w,
+    stride_dw_split: tl.constexpr, stride_dw_o: tl.constexpr,
+    stride_dw_h: tl.constexpr, stride_dw_w: tl.constexpr,
     CHANNELS: tl.constexpr, MULTIPLIER: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr,
     CONV_STRIDE_H: tl.constexpr, CONV_STRIDE_W: tl.constexpr, PAD_H: tl.constexpr, PAD_W: tl.constexpr,
     DIL_H: tl.constexpr, DIL_W: tl.constexpr,
@@ -226,8 +228,8 @@ def backward_kernel(
     column shift. Its taps reach the input rows t * CONV_STRIDE_H - PAD_H and the LIVE - 1 after it: their sums of dx
     and their x are carried along, and the first CONV_STRIDE_H of them are then complete. Columns of one phase
     (column modulo CONV_STRIDE_W) share their taps, and are a tile; no tap of a strided convolution is wasted.
-    part: [programs of one channel tile, CHANNELS * MULTIPLIER, KH * KW] fp32, the program's sums of dw; each pair of an
-    input and an output pixel belongs to the program that owns the input pixel.
+    dw: [programs of one channel tile, CHANNELS * MULTIPLIER, KH, KW] by strides, the filter gradient itself or partial
+    sums; each pair of an input and an output pixel belongs to the program that owns the input pixel.
     """
     LIVE: tl.constexpr = rows_alive(KH, CONV_STRIDE_H, DIL_H)
     SHIFT: tl.constexpr = (PAD_W - (KW - 1) * DIL_W) // CONV_STRIDE_W  # the least between columns that a tap joins
@@ -320,6 +322,8 @@ def backward_kernel(
 
     if WANT_DW:
         split = index(tl.program_id(1) * (tl.num_programs(0) // C_TILES) + pid // C_TILES, INDEX_64)
-        part_ptr += (split * CHANNELS + c) * (MULTIPLIER * TAPS)
-        for tap in tl.static_range(MULTIPLIER * TAPS):
-            tl.store(part_ptr + tap, tl.sum(dw[tap], 1 if PIXELS_LAST else 0), mask=c < CHANNELS)
+        at = split * stride_dw_split + c * (MULTIPLIER * stride_dw_o)
+        for i in tl.static_range(MULTIPLIER * TAPS):
+            tap = i // TAPS * stride_dw_o + i % TAPS // KW * stride_dw_h + i % KW * stride_dw_w
+            total = narrow(tl.sum(dw[i], 1 if PIXELS_LAST else 0), dw_ptr.dtype.element_ty, EMULATE_BF16)
+            tl.store(dw_ptr + at + tap, total, mask=c < CHANNELS)

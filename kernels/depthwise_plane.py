@@ -196,12 +196,13 @@ def fprop_kernel(
 
 
 @triton.jit
-def store_taps(part_ptr, at, live, acc,
+def store_taps(dw_ptr, at, live, acc, stride_h: tl.constexpr, stride_w: tl.constexpr,
                W_IN: tl.constexpr, W_OUT: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr,
                CONV_STRIDE_H: tl.constexpr, CONV_STRIDE_W: tl.constexpr, PAD_H: tl.constexpr, PAD_W: tl.constexpr,
                DIL_H: tl.constexpr, DIL_W: tl.constexpr, ROWS_IN: tl.constexpr, ROWS_OUT: tl.constexpr,
                UNIT: tl.constexpr, FIRST: tl.constexpr, DISTANCES: tl.constexpr, TAP_ROWS: tl.constexpr,
-               BLOCK_TAPS: tl.constexpr, BLOCK_OUT: tl.constexpr, BLOCK_C: tl.constexpr):  # fmt: skip
+               BLOCK_TAPS: tl.constexpr, BLOCK_OUT: tl.constexpr, BLOCK_C: tl.constexpr,
+               EMULATE_BF16: tl.constexpr):  # fmt: skip
     """Sum the accumulators' entries by tap, TAP_ROWS rows of the filter at once, and store them.
 
     An output pixel and a tap name one input pixel: one row of one accumulator's column, if that chunk has it.
@@ -223,17 +224,21 @@ def store_taps(part_ptr, at, live, acc,
                 k = tl.broadcast_to(lift(tl.where(there, ih * W_IN + iw, 0), BLOCK_C), SHAPE)
                 entries = tl.where(lift(there, BLOCK_C), tl.gather(acc[d], k, AXIS), 0.0)
                 total += tl.sum(entries, AXIS + 1, keep_dims=True)
-        tl.store(part_ptr + (at + lift(first * KW + t, BLOCK_C)), total, mask=lift(t < taps, BLOCK_C) & live)
+        dw = narrow(total, dw_ptr.dtype.element_ty, EMULATE_BF16)
+        tap = lift(r * stride_h + t % KW * stride_w, BLOCK_C)
+        tl.store(dw_ptr + (at + tap), dw, mask=lift(t < taps, BLOCK_C) & live)
 
 
 @triton.jit(do_not_specialize=("batch", "channels", "blocks"))
 def backward_kernel(
-    dy_ptr, x_ptr, wgt_ptr, dx_ptr, part_ptr,
+    dy_ptr, x_ptr, wgt_ptr, dx_ptr, dw_ptr,
     batch, channels, blocks,
     stride_dy_n, stride_dy_c, stride_dy_h, stride_dy_w,
     stride_x_n, stride_x_c, stride_x_h, stride_x_w,
     stride_wgt_o, stride_wgt_c, stride_wgt_h, stride_wgt_w,
     stride_dx_n, stride_dx_c, stride_dx_h, stride_dx_w,
+    stride_dw_split: tl.constexpr, stride_dw_o: tl.constexpr,
+    stride_dw_h: tl.constexpr, stride_dw_w: tl.constexpr,
     H_IN: tl.constexpr, W_IN: tl.constexpr, H_OUT: tl.constexpr, W_OUT: tl.constexpr,
     MULTIPLIER: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr,
     CONV_STRIDE_H: tl.constexpr, CONV_STRIDE_W: tl.constexpr, PAD_H: tl.constexpr, PAD_W: tl.constexpr,
@@ -252,7 +257,7 @@ def backward_kernel(
     Per channel and pair of chunks that meet, dx is [BLOCK_N, BLOCK_OUT] @ [BLOCK_OUT, BLOCK_IN]; dw is a
     [BLOCK_IN, BLOCK_OUT] sum of x^T dy for each distance, of which the diagonals are summed by tap in the end.
     `channels` are input channels if WANT_DX and output channels otherwise: dx sums over the output channels of its
-    own, dw does not. part: [splits, c_out, KH * KW] fp32, summed by `reduce.sum_splits_kernel`.
+    own, dw does not. dw: [splits, c_out, KH, KW] by strides, the filter gradient itself or partial sums.
     """
     STEP_OUT: tl.constexpr = ROWS_OUT * CONV_STRIDE_H
     OUT_OF_ONE: tl.constexpr = MULTIPLIER if WANT_DX else 1  # output channels of one of the program's channels
@@ -316,9 +321,9 @@ def backward_kernel(
                 dx = narrow(acc, dx_ptr.dtype.element_ty, EMULATE_BF16)
                 tl.store(dx_ptr + dx_at + at, dx, mask=live & exist)
     if WANT_DW:
-        at = (index(tl.program_id(1), INDEX_64) * channels + c) * (KH * KW)
+        at = index(tl.program_id(1), INDEX_64) * stride_dw_split + c * stride_dw_o
         store_taps(
-            part_ptr, at, live_c, sums, W_IN, W_OUT, KH, KW,
+            dw_ptr, at, live_c, sums, stride_dw_h, stride_dw_w, W_IN, W_OUT, KH, KW,
             CONV_STRIDE_H, CONV_STRIDE_W, PAD_H, PAD_W, DIL_H, DIL_W, ROWS_IN, ROWS_OUT, UNIT, FIRST, DISTANCES,
-            TAP_ROWS, BLOCK_TAPS, BLOCK_OUT, BLOCK_C,
+            TAP_ROWS, BLOCK_TAPS, BLOCK_OUT, BLOCK_C, EMULATE_BF16,
         )  # fmt: skip

@@ -250,10 +250,12 @@ def map_kernel(
 
 @triton.jit(do_not_specialize=SIZES[:-2] + ("blocks",))
 def wgrad_kernel(
-    dy_ptr, x_ptr, part_ptr,
+    dy_ptr, x_ptr, dw_ptr,
     batch, h_in, w_in, h_out, w_out, segments, col_blocks, rows, blocks,
     stride_dy_n, stride_dy_c, stride_dy_h, stride_dy_w,
     stride_x_n, stride_x_c, stride_x_h, stride_x_w,
+    stride_dw_split: tl.constexpr, stride_dw_o: tl.constexpr,
+    stride_dw_h: tl.constexpr, stride_dw_w: tl.constexpr,
     CHANNELS: tl.constexpr, MULTIPLIER: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr,
     CONV_STRIDE_H: tl.constexpr, CONV_STRIDE_W: tl.constexpr, PAD_H: tl.constexpr, PAD_W: tl.constexpr,
     DIL_H: tl.constexpr, DIL_W: tl.constexpr,
@@ -263,12 +265,13 @@ def wgrad_kernel(
     PRECISION: tl.constexpr, EMULATE_BF16: tl.constexpr,
     BLOCK_C: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """One program: the partial sums of dw for BLOCK_C channels and TAPS filter rows over `blocks` blocks of lanes.
+    """One program: the sums of dw for BLOCK_C channels and TAPS filter rows over `blocks` blocks of lanes.
 
     Per channel and filter row M = CHUNKS * BLOCK_K input columns, N = BLOCK_W output columns, K = lanes and steps: the
     accumulators are the gradients of the Toeplitz matrices, and their diagonals' sums those of the filter. A step
     loads one row of dy and CONV_STRIDE_H of x, and carries the last rows of dy, which turn into the layout of an
-    operand once in each UNROLL steps. part: [splits, channels, KH * KW].
+    operand once in each UNROLL steps. dw: [splits, channels, KH, KW] by strides, the filter gradient itself or partial
+    sums.
     """
     WARM: tl.constexpr = (TAPS - 1) // CONV_STRIDE_H
     C_BLOCKS: tl.constexpr = (CHANNELS + BLOCK_C - 1) // BLOCK_C
@@ -340,7 +343,8 @@ def wgrad_kernel(
                 dy = dy[:WARM]
 
     # Diagonal s, moved to row s and summed over its columns.
-    part_ptr += (split * CHANNELS + c) * (KH * KW) if BLOCK_C == 1 else ((split * CHANNELS + c) * (KH * KW))[:, None]
+    dw_c = split * stride_dw_split + c * stride_dw_o
+    dw_ptr += dw_c if BLOCK_C == 1 else dw_c[:, None]
     in_channel = c < CHANNELS if BLOCK_C == 1 else (c < CHANNELS)[:, None]
     for r in tl.static_range(TAPS):
         for s in tl.static_range(0, KW, BLOCK_K):
@@ -351,10 +355,10 @@ def wgrad_kernel(
                 here = (row >= 0) & (row < BLOCK_K)
                 moved = tl.gather(acc[r * CHUNKS + chunk], tl.where(here, row, 0), len(TILE) - 2)
                 total += tl.where(here, moved, 0.0)
-            tap = (first_tap + r) * KW + s + k
+            tap = (first_tap + r) * stride_dw_h + (s + k) * stride_dw_w
             mask = (s + k < KW) & (first_tap + r < KH)
-            sums = tl.sum(total, len(TILE) - 1)
+            sums = narrow(tl.sum(total, len(TILE) - 1), dw_ptr.dtype.element_ty, EMULATE_BF16)
             if BLOCK_C == 1:
-                tl.store(part_ptr + tap, sums, mask=as_mask(mask & in_channel))
+                tl.store(dw_ptr + tap, sums, mask=as_mask(mask & in_channel))
             else:
-                tl.store(part_ptr + tap[None, :], sums, mask=as_mask(mask[None, :] & in_channel))
+                tl.store(dw_ptr + tap[None, :], sums, mask=as_mask(mask[None, :] & in_channel))

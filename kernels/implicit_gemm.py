@@ -213,10 +213,12 @@ def dgrad_kernel(
 
 @triton.jit(do_not_specialize=SIZES + ("chunk",))
 def wgrad_kernel(
-    dy_ptr, x_ptr, part_ptr,
+    dy_ptr, x_ptr, dw_ptr,
     batch, h_in, w_in, h_out, w_out, chunk,
     stride_dy_n, stride_dy_c, stride_dy_h, stride_dy_w,
     stride_x_n, stride_x_c, stride_x_h, stride_x_w,
+    stride_dw_split: tl.constexpr, stride_dw_o: tl.constexpr, stride_dw_c: tl.constexpr,
+    stride_dw_h: tl.constexpr, stride_dw_w: tl.constexpr,
     GROUPS: tl.constexpr, CIN_G: tl.constexpr, COUT_G: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr,
     CONV_STRIDE_H: tl.constexpr, CONV_STRIDE_W: tl.constexpr, PAD_H: tl.constexpr, PAD_W: tl.constexpr,
     DIL_H: tl.constexpr, DIL_W: tl.constexpr,
@@ -225,10 +227,10 @@ def wgrad_kernel(
     PRECISION: tl.constexpr, EMULATE_BF16: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """One program: the partial sum over one split of the pixels of one (group, tap and channel, output-channel) tile.
+    """One program: the sum over one split of the pixels of one (group, tap and channel, output-channel) tile.
 
     Per group M = KH * KW * CIN_G in (kh, kw, cin) order, N = COUT_G, K = batch * h_out * w_out pixels, of which this
-    program takes `chunk`. part: [splits, c_out, KH * KW * CIN_G] fp32, summed by `reduce.sum_splits_kernel`.
+    program takes `chunk`. dw: [splits, c_out, CIN_G, KH, KW] by strides, the filter gradient itself or partial sums.
     """
     M: tl.constexpr = KH * KW * CIN_G
     M_TILES: tl.constexpr = (M + BLOCK_M - 1) // BLOCK_M
@@ -240,10 +242,12 @@ def wgrad_kernel(
     n_first = pid % N_TILES * BLOCK_N
 
     c = cols(m % CIN_G, X_PIXELS_LAST)
-    dh = cols(m // CIN_G // KW * DIL_H - PAD_H, X_PIXELS_LAST)
-    dw = cols(m // CIN_G % KW * DIL_W - PAD_W, X_PIXELS_LAST)
+    below_h = cols(m // CIN_G // KW * DIL_H - PAD_H, X_PIXELS_LAST)
+    right_w = cols(m // CIN_G % KW * DIL_W - PAD_W, X_PIXELS_LAST)
     m_in = cols(m < M, X_PIXELS_LAST)
-    x_m = index(c, INDEX_64) * stride_x_c + tl.multiple_of(dh * stride_x_h + dw * stride_x_w, (X_ALIGN, X_ALIGN))
+    x_m = index(c, INDEX_64) * stride_x_c + tl.multiple_of(
+        below_h * stride_x_h + right_w * stride_x_w, (X_ALIGN, X_ALIGN)
+    )
     x_ptr += group * CIN_G * stride_x_c
     dy_ptr += group * COUT_G * stride_dy_c
 
@@ -256,8 +260,8 @@ def wgrad_kernel(
         x_p = pixel_offset(image, ih, iw, stride_x_n, stride_x_h, stride_x_w, FLAT, X_ALIGN)
         inside = rows(live_p, X_PIXELS_LAST) & m_in
         if BOUNDED:
-            h = rows(ih, X_PIXELS_LAST) + dh
-            w = rows(iw, X_PIXELS_LAST) + dw
+            h = rows(ih, X_PIXELS_LAST) + below_h
+            w = rows(iw, X_PIXELS_LAST) + right_w
             inside &= (h >= 0) & (h < h_in) & (w >= 0) & (w < w_in)
         x = tl.load(x_ptr + (rows(x_p, X_PIXELS_LAST) + x_m), mask=inside, other=0.0)
         x = tl.trans(turned(x, X_PIXELS_LAST))
@@ -272,7 +276,10 @@ def wgrad_kernel(
             sums = sums + (landed(total, BLOCK_N),)
         acc = sums
 
+    tap = m // CIN_G
+    dw_m = m % CIN_G * stride_dw_c + tap // KW * stride_dw_h + tap % KW * stride_dw_w
     for i in tl.static_range(part_count(BLOCK_N)):
         n = part(n_first, BLOCK_N, i)
-        at = ((split * GROUPS + group) * COUT_G + n)[:, None] * M + m[None, :]
-        tl.store(part_ptr + at, tl.trans(acc[i]), mask=(n < COUT_G)[:, None] & (m < M)[None, :])
+        at = (split * stride_dw_split + (group * COUT_G + n) * stride_dw_o)[:, None] + dw_m[None, :]
+        dw = narrow(tl.trans(acc[i]), dw_ptr.dtype.element_ty, EMULATE_BF16)
+        tl.store(dw_ptr + at, dw, mask=(n < COUT_G)[:, None] & (m < M)[None, :])

@@ -289,10 +289,12 @@ def dgrad_kernel(
 
 @triton.jit(do_not_specialize=SIZES + ("chunk",))
 def wgrad_kernel(
-    dy_ptr, x_ptr, part_ptr,
+    dy_ptr, x_ptr, dw_ptr,
     batch, h_in, w_in, h_out, w_out, row_blocks, chunk,
     stride_dy_n, stride_dy_c, stride_dy_h, stride_dy_w,
     stride_x_n, stride_x_c, stride_x_h, stride_x_w,
+    stride_dw_split: tl.constexpr, stride_dw_o: tl.constexpr, stride_dw_c: tl.constexpr,
+    stride_dw_h: tl.constexpr, stride_dw_w: tl.constexpr,
     GROUPS: tl.constexpr, CIN_G: tl.constexpr, COUT_G: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr,
     CONV_STRIDE_H: tl.constexpr, CONV_STRIDE_W: tl.constexpr, PAD_H: tl.constexpr, PAD_W: tl.constexpr,
     DIL_H: tl.constexpr, DIL_W: tl.constexpr,
@@ -301,11 +303,11 @@ def wgrad_kernel(
     PRECISION: tl.constexpr, EMULATE_BF16: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """One program: the partial sum over `chunk` blocks of pixels of one (group, tap and channel, output-channel) tile.
+    """One program: the sum over `chunk` blocks of pixels of one (group, tap and channel, output-channel) tile.
 
     A block is BLOCK_R rows by BLOCK_K lanes (batch x w_out) of dy. For each kernel row, M = BLOCK_M of the group's
     KW * CIN_G column taps and channels, N = COUT_G, K = lanes, a product for each pair of rows that meets.
-    part: [splits, c_out, KH * KW * CIN_G] fp32, summed by `reduce.sum_splits_kernel`.
+    dw: [splits, c_out, CIN_G, KH, KW] by strides, the filter gradient itself or partial sums.
     """
     M: tl.constexpr = KW * CIN_G
     STEP: tl.constexpr = row_step(False, CONV_STRIDE_H, DIL_H)
@@ -361,8 +363,10 @@ def wgrad_kernel(
     for r in tl.static_range(KH):
         for i in tl.static_range(PARTS):
             n = part(n_first, BLOCK_N, i)
-            at = ((split * GROUPS + group) * COUT_G + n)[:, None] * (KH * M) + (r * M + m)[None, :]
-            tl.store(part_ptr + at, tl.trans(acc[r * PARTS + i]), mask=(n < COUT_G)[:, None] & (m < M)[None, :])
+            at = (split * stride_dw_split + (group * COUT_G + n) * stride_dw_o)[:, None]
+            at += (m % CIN_G * stride_dw_c + r * stride_dw_h + m // CIN_G * stride_dw_w)[None, :]
+            dw = narrow(tl.trans(acc[r * PARTS + i]), dw_ptr.dtype.element_ty, EMULATE_BF16)
+            tl.store(dw_ptr + at, dw, mask=(n < COUT_G)[:, None] & (m < M)[None, :])
 
 
 @triton.constexpr_function

@@ -209,8 +209,10 @@ def dgrad_kernel(
 
 @triton.jit(do_not_specialize=SIZES + ("chunk",))
 def wgrad_kernel(
-    dy_desc, x_desc, part_ptr,
+    dy_desc, x_desc, dw_ptr,
     batch, h_in, w_in, h_out, w_out, row_blocks, column_tiles, image_tiles, chunk,
+    stride_dw_split: tl.constexpr, stride_dw_o: tl.constexpr, stride_dw_c: tl.constexpr,
+    stride_dw_h: tl.constexpr, stride_dw_w: tl.constexpr,
     GROUPS: tl.constexpr, CIN_G: tl.constexpr, COUT_G: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr,
     CONV_STRIDE_H: tl.constexpr, CONV_STRIDE_W: tl.constexpr, PAD_H: tl.constexpr, PAD_W: tl.constexpr,
     DIL_H: tl.constexpr, DIL_W: tl.constexpr, VIEW_W: tl.constexpr,
@@ -219,11 +221,11 @@ def wgrad_kernel(
     BLOCK_R: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_I: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """One program: the partial sum over `chunk` blocks of pixels of one (group, column tap, channels) tile.
+    """One program: the sum over `chunk` blocks of pixels of one (group, column tap, channels) tile.
 
     A block is BLOCK_R rows by BLOCK_K lanes of dy, BLOCK_I images by BLOCK_K // BLOCK_I columns. For each kernel row,
     M = BLOCK_M input channels of one column tap, N = COUT_G, K = lanes, for each pair of rows that meets. All kernel
-    rows: BLOCK_T = KH. part: [splits, c_out, KH, KW, CIN_G] fp32, summed by `reduce.sum_splits_kernel`.
+    rows: BLOCK_T = KH. dw: [splits, c_out, CIN_G, KH, KW] by strides, the filter gradient itself or partial sums.
     """
     STEP: tl.constexpr = row_step(False, CONV_STRIDE_H, DIL_H)
     MET: tl.constexpr = meetings(False, BLOCK_R, KH, CONV_STRIDE_H, PAD_H, DIL_H)
@@ -267,6 +269,7 @@ def wgrad_kernel(
     for r in tl.static_range(KH):
         for j in tl.static_range(PARTS):
             n = n_first + j * PART_N + tl.arange(0, PART_N)
-            filters = (index(split, INDEX_64) * GROUPS + group) * COUT_G + n
-            at = ((filters * KH + r) * KW + s)[:, None] * CIN_G + c[None, :]
-            tl.store(part_ptr + at, tl.trans(acc[r * PARTS + j]), mask=(n < COUT_G)[:, None] & (c < CIN_G)[None, :])
+            filters = index(split, INDEX_64) * stride_dw_split + index(group * COUT_G + n, INDEX_64) * stride_dw_o
+            at = filters[:, None] + (r * stride_dw_h + s * stride_dw_w + c * stride_dw_c)[None, :]
+            dw = narrow(tl.trans(acc[r * PARTS + j]), dw_ptr.dtype.element_ty, EMULATE_BF16)
+            tl.store(dw_ptr + at, dw, mask=(n < COUT_G)[:, None] & (c < CIN_G)[None, :])

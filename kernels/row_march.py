@@ -321,12 +321,14 @@ def dgrad_weights(
 
 @triton.jit(do_not_specialize=SIZES + ("end", "blocks"))
 def backward_kernel(
-    dy_ptr, x_ptr, wgt_ptr, dx_ptr, part_ptr,
+    dy_ptr, x_ptr, wgt_ptr, dx_ptr, dw_ptr,
     batch, h_in, w_in, h_out, w_out, segments, steps, end, blocks,
     stride_dy_n, stride_dy_c, stride_dy_h, stride_dy_w,
     stride_x_n, stride_x_c, stride_x_h, stride_x_w,
     stride_wgt_o, stride_wgt_c, stride_wgt_h: tl.constexpr, stride_wgt_w: tl.constexpr,
     stride_dx_n, stride_dx_c, stride_dx_h, stride_dx_w,
+    stride_dw_split: tl.constexpr, stride_dw_o: tl.constexpr, stride_dw_c: tl.constexpr,
+    stride_dw_h: tl.constexpr, stride_dw_w: tl.constexpr,
     GROUPS: tl.constexpr, CIN_G: tl.constexpr, COUT_G: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr,
     CONV_STRIDE_H: tl.constexpr, CONV_STRIDE_W: tl.constexpr, PAD_H: tl.constexpr, PAD_W: tl.constexpr,
     DIL_H: tl.constexpr, DIL_W: tl.constexpr, WANT_DX: tl.constexpr, WANT_DW: tl.constexpr,
@@ -346,8 +348,8 @@ def backward_kernel(
       dx: M = lanes, N = BLOCK_C input channels, K = BLOCK_S shifts of BLOCK_K output channels;
       dw: M = BLOCK_S shifts of BLOCK_K output channels, N = BLOCK_C input channels, K = lanes.
     Steps from `end` on have no rows of dy. Strides and dilations above 1 do not meet on an axis.
-    part: [programs of one channel tile, c_out, KH, KW, CIN_G] fp32, the program's sums of dw; each pair of an input and
-    an output pixel belongs to the program that owns the input pixel.
+    dw: [programs of one channel tile, c_out, CIN_G, KH, KW] by strides, the filter gradient itself or partial sums;
+    each pair of an input and an output pixel belongs to the program that owns the input pixel.
     """
     LIVE: tl.constexpr = max(KH, CONV_STRIDE_H)
     FRESH: tl.constexpr = min(KH, CONV_STRIDE_H)  # rows of x that each step meets first
@@ -369,7 +371,6 @@ def backward_kernel(
     k = tl.arange(0, BLOCK_S * BLOCK_K)
     o = first_channel(tile, STEP_C, CIN_G, COUT_G, C_ALIGN) + k % BLOCK_K
     number = k // BLOCK_K
-    own = ((o // COUT_G)[:, None] == (c // CIN_G)[None, :]) & in_tile[None, :]
     live_o = cols((k % BLOCK_K < READ_C) & (o < GROUPS * COUT_G), DY_PIXELS_LAST)
 
     if WANT_DX:
@@ -485,11 +486,12 @@ def backward_kernel(
             )  # fmt: skip
 
     if WANT_DW:
-        split = index(pid // C_TILES, INDEX_64)
+        own = ((o // COUT_G)[:, None] == (c // CIN_G)[None, :]) & in_tile[None, :]
+        filters = index(pid // C_TILES, INDEX_64) * stride_dw_split + index(o, INDEX_64) * stride_dw_o
         for i in tl.static_range(DW_TILES):
             q = SHIFT + (i % CHUNKS * BLOCK_S + number) * SHIFT_STEP
             reach = i // CHUNKS % CONV_STRIDE_W + PAD_W - q * CONV_STRIDE_W
             tap = own & ((reach >= 0) & (reach < KW * DIL_W))[:, None]
-            filters = (split * (GROUPS * COUT_G) + o) * (KH * KW)
-            at = (filters + i // CHUNKS // CONV_STRIDE_W * KW + reach // DIL_W) * CIN_G
-            tl.store(part_ptr + (at[:, None] + (c % CIN_G)[None, :]), dw[i], mask=tap)
+            at = filters + i // CHUNKS // CONV_STRIDE_W * stride_dw_h + reach // DIL_W * stride_dw_w
+            at = at[:, None] + (c % CIN_G * stride_dw_c)[None, :]
+            tl.store(dw_ptr + at, narrow(dw[i], dw_ptr.dtype.element_ty, EMULATE_BF16), mask=tap)

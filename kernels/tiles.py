@@ -38,7 +38,7 @@ def landed(total, LAST_COLUMNS: tl.constexpr):
 @triton.jit
 def narrow(acc, dtype: tl.constexpr, EMULATE_BF16: tl.constexpr):
     """The fp32 `acc` rounded to nearest even in `dtype`. EMULATE_BF16: the interpreter's own cast to bf16 truncates."""
-    if EMULATE_BF16:
+    if EMULATE_BF16 and dtype == tl.bfloat16:
         bits = acc.to(tl.uint32, bitcast=True)
         bits += 0x7FFF + ((bits >> 16) & 1)
         acc = (bits & 0xFFFF0000).to(tl.float32, bitcast=True)

@@ -1,4 +1,4 @@
-"""What a bench compares: "auto" with the best of PyTorch, pass by pass, and what that comes to; training steps."""
+"""What the rows of a report or bench say: of which layers, right or wrong, and how "auto" compares with PyTorch."""
 
 from __future__ import annotations
 
@@ -10,26 +10,28 @@ from collections.abc import Callable, Iterable
 from operator import itemgetter
 from typing import TypeVar
 
-from .. import cost
-from ..problem import PLANNED, ConvProblem
+from groupconv import cost
+from groupconv.common import files
+from groupconv.common.files import Row
+from groupconv.problem import PLANNED, ConvProblem
+
 from . import host_overhead, training
 from . import rows as rows_
-from .text import Row, layer_rows, takes, timed
 
 T = TypeVar("T")
 K = TypeVar("K")
 
 FILES = {"bench.csv": rows_.FIELDS, "models.csv": training.FIELDS, "host.csv": host_overhead.FIELDS}
 SAME_FORMAT = {"nchw": "torch_contiguous", "nhwc": "torch_channels_last"}
-TORCH = (*SAME_FORMAT.values(), "torch_native", "torch_compile")
+TORCH = tuple(name for name in rows_.PEERS if name.startswith("torch_"))
 WIDTHS = ("depthwise", "narrow", "wide")
 WIN, LOSS = 1.03, 0.97  # speedups between them are ties
 
 
 def read(folder: pathlib.Path) -> list[list[Row]]:
     """The rows of each of FILES, none for one that is missing; ValueError for one with other columns."""
-    files = {folder / name: fields for name, fields in FILES.items()}
-    return [rows_.read(path, fields) if path.is_file() else [] for path, fields in files.items()]
+    paths = {folder / name: fields for name, fields in FILES.items()}
+    return [files.read(path, fields) if path.is_file() else [] for path, fields in paths.items()]
 
 
 def grouped(items: Iterable[T], key: Callable[[T], K]) -> dict[K, list[T]]:
@@ -38,6 +40,56 @@ def grouped(items: Iterable[T], key: Callable[[T], K]) -> dict[K, list[T]]:
     for item in items:
         found.setdefault(key(item), []).append(item)
     return found
+
+
+def layer_rows(rows: list[Row]) -> list[Row]:
+    """The rows that are about a layer, not about the device."""
+    return [row for row in rows if row["provider"] not in rows_.LIMITS]
+
+
+def first_of_each_layer(rows: list[Row]) -> list[Row]:
+    return [of_layer[0] for of_layer in grouped(layer_rows(rows), itemgetter("layer")).values()]
+
+
+def kind(rows: list[Row]) -> str:
+    """What the rows' times are: "measured"; where any is not, "modelled" or "stub"."""
+    return next((row["kind"] for row in rows if row["kind"] != "measured"), "measured")
+
+
+def timed(row: Row) -> bool:
+    """Whether a row has a time and, as far as they were checked, right numbers. No other is compared or drawn."""
+    checked = row["max_rel_err"] and row["err_bound"]
+    return bool(row["us_p50"]) and (not checked or float(row["max_rel_err"]) <= float(row["err_bound"]))
+
+
+def takes(auto: Row) -> str:
+    """What a row of "auto" takes: an algorithm, F.conv2d or "dgrad and wgrad"."""
+    return auto["note"].split(";")[0].removeprefix("takes ")
+
+
+def width(row: Row) -> str:
+    """The width class of a row's layer, one of WIDTHS."""
+    batch, c_in, h_in, w_in, c_out, kh, kw = (int(row[field]) for field in rows_.PROBLEM_FIELDS[:7])
+    return cost.width_class(ConvProblem(batch, c_in, h_in, w_in, c_out, kh, kw, groups=int(row["groups"])))
+
+
+def _alike(rows: list[Row], but: set[str]) -> bool:
+    """Whether the layers are the same but for some fields."""
+    fields = [field for field in rows_.PROBLEM_FIELDS if field not in but]
+    return len({tuple(row[field] for field in fields) for row in layer_rows(rows)}) <= 1
+
+
+def across_groups(rows: list[Row]) -> bool:
+    """Whether the layers differ in nothing but their groups."""
+    return _alike(rows, {"groups"})
+
+
+def across_kernels(rows: list[Row]) -> bool:
+    """Whether the layers are depthwise and differ in nothing but a square kernel and its padding."""
+    layers = first_of_each_layer(rows)
+    sizes = {row["kh"] for row in layers if row["kh"] == row["kw"] and row["groups"] == row["c_in"]}
+    free = {"kh", "kw", "pad_top", "pad_bottom", "pad_left", "pad_right"}
+    return 1 < len(layers) == len(sizes) and _alike(rows, free)
 
 
 def formats(rows: list[Row]) -> dict[tuple[str, str], list[Row]]:
@@ -73,13 +125,6 @@ class Pair:
     @property
     def speedup(self) -> float:
         return self.over(self.best)
-
-    @property
-    def width(self) -> str:
-        """The width class of the layer, one of WIDTHS."""
-        batch, c_in, h_in, w_in, c_out, kh, kw = (int(self.auto[field]) for field in rows_.PROBLEM_FIELDS[:7])
-        problem = ConvProblem(batch, c_in, h_in, w_in, c_out, kh, kw, groups=int(self.auto["groups"]))
-        return cost.width_class(problem)
 
 
 def pairs(rows: list[Row]) -> list[Pair]:
@@ -128,7 +173,7 @@ def summary(rows: list[Row]) -> list[Summary]:
 
     def key(pair: Pair) -> tuple[str, str, str, str, str]:
         row = pair.auto
-        return "sweep" if is_sweep(row) else "layers", row["dtype"], row["layout"], row["pass"], pair.width
+        return "sweep" if is_sweep(row) else "layers", row["dtype"], row["layout"], row["pass"], width(row)
 
     def place(found: tuple[str, str, str, str, str]) -> tuple:
         return *found[:3], PLANNED.index(found[3]), WIDTHS.index(found[4])

@@ -1,16 +1,31 @@
-"""The layers to report on, from the command line: checked before anything runs."""
+"""The layers to report on: from the command line, checked before anything runs, from lists, and from models.
+
+A model's are the grouped convolutions of one call of it, on tensors without values.
+"""
 
 from __future__ import annotations
 
 import argparse
+import collections
 import csv
 import dataclasses
+import difflib
+import functools
+import importlib
 import importlib.resources
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from types import ModuleType
+from typing import Any
 
-from ..problem import ConvProblem
-from .rows import Layer
+import torch
+from torch import nn
+from torch.utils.module_tracker import ModuleTracker
+
+from groupconv.arguments import normalise
+from groupconv.common import Layer
+from groupconv.problem import ConvProblem
+from groupconv.torch_private import TorchDispatchMode
 
 GROUPS = (1, 2, 4, 8, 16, 32, 64, 128)
 UNMEASURED_GROUPS = (1, 2, 8, 32, 128)  # where each count's kernels are compiled and interpreted on a CPU
@@ -18,6 +33,7 @@ QUICK_GROUPS = (4, 32)
 KERNELS = (1, 3, 5, 7, 9, 11, 13, 17, 21, 27, 31)
 QUICK_KERNELS = (3, 7)
 QUICK_STEP = 16  # of a list of layers, every 16th
+INPUT_SIZE = (3, 224, 224)  # channels and pixels, of a model that does not say
 COLUMNS = (
     "name", "N", "C_in", "H", "W", "C_out", "KH", "KW", "stride_h", "stride_w", "pad_h", "pad_w", "dil_h", "dil_w",
     "groups",
@@ -30,7 +46,7 @@ def make(args: argparse.Namespace, dtype: str, layout: str, counts: Sequence[int
     counts: the group counts of a layer where no option names any, as far as they divide its channels.
     """
     if args.model is not None:
-        return _of_model(args, dtype, layout)
+        return _of_named_model(args, dtype, layout)
     if args.layers == "kernels":
         return _across_kernels(args, dtype, layout)
     if args.kernels:
@@ -57,13 +73,11 @@ def variants(args: argparse.Namespace) -> list[Layer]:
     ]
 
 
-def _of_model(args: argparse.Namespace, dtype: str, layout: str) -> list[Layer]:
-    from . import networks
-
+def _of_named_model(args: argparse.Namespace, dtype: str, layout: str) -> list[Layer]:
     if args.groups or args.kernels:
         raise ValueError(f"--model: {args.model} has its own groups and kernels")
     size = None if args.size is None else _pair(args.size, "--size")[0]
-    found = networks.layers(args.model, 128 if args.batch is None else args.batch, size, dtype, layout)
+    found = of_model(args.model, 128 if args.batch is None else args.batch, size, dtype, layout)
     return found[::QUICK_STEP] if args.quick else found
 
 
@@ -173,3 +187,102 @@ def _parsed(text: str, name: str, dtype: str, layout: str) -> list[Layer]:
     if not layers:
         raise ValueError(f"--layers: {name} has no layers")
     return layers
+
+
+# --- Models ----------------------------------------------------------------------------------------------------------
+
+
+def of_model(spec: str, batch: int, size: int | None, dtype: str, layout: str) -> list[Layer]:
+    """The 2-D convolutions with groups that a model in eval mode calls, in that order, each distinct problem once.
+
+    Args:
+        spec: "timm:NAME" or "torchvision:NAME", an image classifier; no weights are loaded.
+        batch, size: the input is of `batch` images of `size` by `size` pixels, None: as large as the model expects.
+        dtype, layout: the ConvProblem's, of every layer.
+
+    Returns:
+        Layers named after the model and the module that calls them, "resnext50_32x4d.layer1.0.conv2"; a module's second
+        problem ends in "#2". Padding that the model puts around x itself is part of the layer's x. No biases.
+
+    Raises:
+        ValueError: no such library or model, a model that does not run on meta tensors, or one without such layers.
+    """
+    build = builder(spec)
+    try:
+        # Built with values, of which some models compute their widths; then without, and so is what forward creates.
+        model = build().eval().to("meta")
+        with torch.device("meta"), torch.no_grad(), ModuleTracker() as tracker, _Recorder(tracker) as recorder:
+            model(torch.empty(input_shape(model, batch, size)))
+    except Exception as error:  # whatever it is, the model is at fault
+        raise ValueError(f"{spec!r} does not run on meta tensors: {type(error).__name__}: {error}") from error
+    if not recorder.modules:
+        raise ValueError(f"{spec!r} has no 2-D convolution with groups")
+    found, times = [], collections.Counter[str]()
+    for problem, module in recorder.modules.items():
+        times[module] += 1
+        name = ".".join(filter(None, (spec.partition(":")[2], module)))
+        number = f"#{times[module]}" if times[module] > 1 else ""
+        found.append(Layer(name + number, dataclasses.replace(problem, dtype=dtype, layout=layout, out_layout=layout)))
+    return found
+
+
+def builder(spec: str) -> Callable[[], nn.Module]:
+    """What builds the classifier "timm:NAME" or "torchvision:NAME" on the CPU, in train mode, with random weights.
+
+    ValueError where there is no such library or model; nothing has been built then.
+    """
+    library, colon, name = spec.partition(":")
+    build: Callable[[], nn.Module]
+    if colon and library == "timm":
+        timm = _imported("timm", library, spec)
+        names, build = timm.list_models(), functools.partial(timm.create_model, name, pretrained=False)
+    elif colon and library == "torchvision":
+        models = _imported("torchvision.models", library, spec)
+        # The classifiers: those of its other modules (detection, segmentation) load weights for a part of theirs.
+        names, build = models.list_models(module=models), functools.partial(models.get_model, name, weights=None)
+    else:
+        raise ValueError(f"{spec!r} is not timm:NAME or torchvision:NAME")
+    if name not in names:
+        near = difflib.get_close_matches(name, names)
+        raise ValueError(f"{spec!r}: {library} has no model {name!r}{'; near: ' * bool(near)}{', '.join(near)}")
+    return build
+
+
+def input_shape(model: nn.Module, batch: int, size: int | None) -> tuple[int, int, int, int]:
+    """[batch, channels, height, width] of a model's input: `size` pixels square, or None, as the model expects it."""
+    channels, *expected = getattr(model, "default_cfg", {}).get("input_size", INPUT_SIZE)
+    height, width = expected if size is None else (size, size)
+    return batch, channels, height, width
+
+
+def _imported(module: str, library: str, spec: str) -> ModuleType:
+    try:
+        return importlib.import_module(module)
+    except (ImportError, RuntimeError) as error:  # RuntimeError: a torchvision that was made for another torch
+        raise ValueError(f"{spec!r}: {library} cannot be imported: {error}; try: pip install {library}") from error
+
+
+class _Recorder(TorchDispatchMode):
+    """Keeps the problems of the grouped convolutions called under it, with the module of each one's first call.
+
+    ATen's convolution is where the calls of modules and functions meet, with their real shapes.
+    """
+
+    def __init__(self, tracker: ModuleTracker):
+        super().__init__()
+        self.modules: dict[ConvProblem, str] = {}
+        self._tracker = tracker
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten.convolution.default:
+            x, w, _, stride, padding, dilation, transposed, _, groups = args
+            call = normalise(x.shape, w.shape, stride, padding, dilation, groups)
+            if call is not None and groups > 1 and not transposed:
+                problem = ConvProblem(*(*x.shape, w.shape[0], *w.shape[2:], *call))
+                self.modules.setdefault(problem, self._module())
+        return func(*args, **(kwargs or {}))
+
+    def _module(self) -> str:
+        """The innermost running module, as its model calls it; the model itself is ""."""
+        # The tracker has "Global", and by their paths from the model's class the modules that run, one in the other.
+        return max(self._tracker.parents - {"Global"}, key=len).partition(".")[2]

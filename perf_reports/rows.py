@@ -1,242 +1,380 @@
-"""The rows of a report: their fields, what fills those that machine and problem decide, and the CSV of them."""
+"""The rows of results.csv and bench.csv: measured on a GPU, or, without one, modelled, counted and interpreted.
+
+A row is one pass of one layer by one provider: an algorithm of the registry, one of PEERS, PRIOR where nothing is
+measured, or "auto", what dispatch chooses of all. The providers LIMITS have no layer.
+"""
 
 from __future__ import annotations
 
-import csv
 import dataclasses
-import datetime
-import io
-import json
-import math
-import os
-import pathlib
-import shutil
-import subprocess
-import time
-from collections.abc import Callable, Iterator, Sequence
-from typing import IO
+import importlib.util
+import itertools
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from concurrent.futures import Future
+from typing import Any
 
-import torch
-import triton
-
-from ..problem import ConvProblem
+from groupconv import cost, dispatch
+from groupconv.algorithms import REGISTRY, able
+from groupconv.common import Layer
+from groupconv.common.files import ENVIRONMENT
+from groupconv.compiling.compiler import Compiler, Job
+from groupconv.compiling.interpreter import shrunk
+from groupconv.compiling.workers import Workers
+from groupconv.devices import Target
+from groupconv.measuring.contenders import Contender, has_native, same_layout
+from groupconv.measuring.lab import DeviceLost, Lab, Limits, Subject, failure
+from groupconv.problem import PASSES, PLANNED, ConvProblem
 
 PROBLEM_FIELDS = (
     "batch", "c_in", "h_in", "w_in", "c_out", "kh", "kw", "stride_h", "stride_w", "pad_top", "pad_bottom", "pad_left",
     "pad_right", "dil_h", "dil_w", "groups", "dtype", "layout",
 )  # fmt: skip
-# A row is one pass of one layer by one provider: an algorithm of the registry, "auto" (what dispatch chooses of all),
-# "torch_contiguous", "torch_channels_last" or, where nothing is measured, PRIOR. The providers "copy_limit" and
-# "matrix_limit" have no layer.
 FIELDS = (
-    "utc", "commit", "gpu", "driver", "torch", "triton", "cudnn", "kind", "layer", "pass", "provider", *PROBLEM_FIELDS,
-    "source", "config", "us_p20", "us_p50", "us_p80", "tflops", "gbps", "floor_us", "fraction", "bound",
-    "ungrouped_floor_us", "params", "flops", "bytes", "intensity", "params_ratio", "flops_ratio", "bytes_ratio",
-    "intensity_ratio", "max_rel_err", "err_bound", "err_on", "registers", "spill_bytes", "shared_bytes", "matrix",
-    "compiled_for", "note",
+    *ENVIRONMENT, "layer", "pass", "provider", *PROBLEM_FIELDS, "source", "config", "us_p20", "us_p50", "us_p80",
+    "tflops", "gbps", "floor_us", "fraction", "bound", "ungrouped_floor_us", "params", "flops", "bytes", "intensity",
+    "params_ratio", "flops_ratio", "bytes_ratio", "intensity_ratio", "max_rel_err", "err_bound", "err_on", "registers",
+    "spill_bytes", "shared_bytes", "matrix", "compiled_for", "note",
 )  # fmt: skip
 LIMITS = ("copy_limit", "matrix_limit")
 PRIOR = "torch_prior"  # F.conv2d, modelled
+BASELINES = ("torch_contiguous", "torch_channels_last")
+PEERS = (*BASELINES, "torch_native", "torch_compile", "flag_gems")
+TWO_KERNELS = "takes dgrad and wgrad"  # "auto" for "backward", where no one kernel is faster
+ROUNDS = 30
+COMPILED_AHEAD = 8  # layers
+
+Fields = dict[str, Any]  # of a row, as it is made
+Skip = Callable[[Fields], bool]
+Work = list[tuple[Layer, list[tuple[str, list[str]]]]]  # layers with the passes and algorithms to report on
 
 
-@dataclasses.dataclass(frozen=True)
-class Layer:
-    """A convolution to report on, and what to call it."""
-
-    name: str
-    problem: ConvProblem
+def never(row: Fields) -> bool:
+    """Skip nothing."""
+    return False
 
 
-@dataclasses.dataclass(frozen=True)
-class Timing:
-    """Percentiles of a time, in microseconds; a modelled time has only the middle one."""
-
-    p50: float
-    p20: float | None = None
-    p80: float | None = None
+def reported(problem: ConvProblem, target: Target) -> list[tuple[str, list[str]]]:
+    """Each pass and the algorithms that can serve it; "backward", both gradients by one kernel, only where one can."""
+    served = [(pass_, able(problem, pass_, target)) for pass_ in PLANNED]
+    return [(pass_, names) for pass_, names in served if names or pass_ in PASSES]
 
 
-def environment(kind: str, gpu: str) -> dict[str, str]:
-    """The fields that every row of a run shares. `kind`: "measured" or "modelled"."""
-    measured = kind == "measured"
-    return {
-        "commit": _commit(),
-        "gpu": gpu,
-        "driver": _driver() if measured else "",
-        "torch": torch.__version__,
-        "triton": triton.__version__,
-        "cudnn": str(torch.backends.cudnn.version() or "") if measured else "",
-        "kind": kind,
-    }
+def taken(problem: ConvProblem, pass_: str, target: Target) -> dispatch.PassPlan | None:
+    """What "auto" takes; None where it takes dgrad and wgrad for "backward"."""
+    if pass_ == "backward":
+        return dispatch.plan(problem, target).backward
+    return dispatch.plan_pass(problem, pass_, target)
 
 
-def _output(*command: str, folder: pathlib.Path | None = None) -> str:
-    """What a command prints; nothing where it is missing or fails."""
-    try:
-        found = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=20)
-    except (OSError, subprocess.TimeoutExpired):
-        return ""
-    return found.stdout.strip() if found.returncode == 0 else ""
-
-
-def _commit() -> str:
-    here = pathlib.Path(__file__).resolve()
-    # An installed copy may lie inside another project's checkout, whose commit says nothing.
-    if not _output("git", "ls-files", "--error-unmatch", here.name, folder=here.parent):
-        return ""
-    return _output("git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*", folder=here.parent)
-
-
-def _driver() -> str:
-    lines = _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader").splitlines()
-    return lines[0] if lines else ""
-
-
-def limit_row(provider: str, dtype: str, rate: float, source: str) -> dict:
+def limit_row(provider: str, dtype: str, rate: float, source: str) -> Fields:
     """A row of a device's limit: "copy_limit" in GB/s read and written, "matrix_limit" in TFLOP/s."""
     field = "gbps" if provider == "copy_limit" else "tflops"
     return {"provider": provider, "dtype": dtype, field: rate, "source": source}
 
 
-def layer_row(layer: Layer, pass_: str, provider: str) -> dict:
+def layer_row(layer: Layer, pass_: str, provider: str) -> Fields:
     """What a layer's pass is, whoever runs it, and its ratios to the same layer without groups."""
-    p = layer.problem
-    ungrouped = dataclasses.replace(p, groups=1)
+    p, ungrouped = layer.problem, dataclasses.replace(layer.problem, groups=1)
     problem = (
         p.batch, p.c_in, p.h_in, p.w_in, p.c_out, p.kh, p.kw, *p.stride, *p.pad, *p.dilation, p.groups, p.dtype,
         p.layout,
     )  # fmt: skip
+
+    def work(of: ConvProblem) -> dict[str, float]:
+        intensity = of.intensity(pass_)
+        return {"params": of.params, "flops": of.flops(pass_), "bytes": of.min_bytes(pass_), "intensity": intensity}
+
+    whole = work(ungrouped)
     return {
         "layer": layer.name,
         "pass": pass_,
         "provider": provider,
         **dict(zip(PROBLEM_FIELDS, problem, strict=True)),
-        "params": p.params,
-        "flops": p.flops(pass_),
-        "bytes": p.min_bytes(pass_),
-        "intensity": p.intensity(pass_),
-        "params_ratio": p.params / ungrouped.params,
-        "flops_ratio": p.flops(pass_) / ungrouped.flops(pass_),
-        "bytes_ratio": p.min_bytes(pass_) / ungrouped.min_bytes(pass_),
-        "intensity_ratio": p.intensity(pass_) / ungrouped.intensity(pass_),
+        **work(p),
+        **{f"{name}_ratio": value / whole[name] for name, value in work(p).items()},
     }
 
 
-def timing_fields(problem: ConvProblem, pass_: str, timing: Timing, floor_us: float) -> dict:
-    """A time and the rates that it means, in useful FLOPs and in bytes moved once."""
-    return {
-        "us_p20": timing.p20,
-        "us_p50": timing.p50,
-        "us_p80": timing.p80,
-        "tflops": problem.flops(pass_) / timing.p50 / 1e6,
-        "gbps": problem.min_bytes(pass_) / timing.p50 / 1e3,
-        "fraction": floor_us / timing.p50,
-    }
-
-
-def check_budget(seconds: float | None) -> None:
-    """ValueError for a --budget-seconds that is none."""
-    if seconds is not None and not (math.isfinite(seconds) and seconds > 0):
-        raise ValueError(f"--budget-seconds: {seconds} is not a positive number")
-
-
-class Deadline:
-    """A time budget; None never ends."""
-
-    def __init__(self, seconds: float | None, clock: Callable[[], float] = time.monotonic):
-        self._clock = clock
-        self._end = None if seconds is None else clock() + seconds
-
-    @property
-    def passed(self) -> bool:
-        return self._end is not None and self._clock() >= self._end
-
-    @property
-    def left(self) -> float | None:
-        """Seconds, not below 0; None of a budget that never ends."""
-        return None if self._end is None else max(0.0, self._end - self._clock())
-
-
-class Writer:
-    """A CSV that holds every row from the moment it is appended. An earlier file of the name is replaced.
-
-    common: fields of every row. kept: rows of the earlier file to begin with.
+def timing_fields(
+    problem: ConvProblem, pass_: str, floor_us: float, p50: float, p20: float | None = None, p80: float | None = None
+) -> Fields:
+    """A time in microseconds, its percentiles where it was measured, and the rates that it means, in useful FLOPs and
+    in bytes moved once.
     """
-
-    def __init__(
-        self, path: pathlib.Path, common: dict[str, str], fields: Sequence[str] = FIELDS,
-        kept: Sequence[dict[str, str]] = (),
-    ):  # fmt: skip
-        self.rows: list[dict[str, str]] = list(kept)
-        self._common, self._fields = common, fields
-        begun = io.StringIO(newline="")
-        self._csv = self._writer(begun)
-        self._csv.writeheader()
-        self._csv.writerows(kept)
-        write_atomically(path, begun.getvalue())
-        self._file = path.open("a", encoding="utf-8", newline="")
-        self._csv = self._writer(self._file)
-
-    def _writer(self, file: IO[str]) -> csv.DictWriter:
-        return csv.DictWriter(file, self._fields, restval="", lineterminator="\n")
-
-    def append(self, row: dict) -> None:
-        utc = datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")
-        written = {name: _text(value) for name, value in {"utc": utc, **self._common, **row}.items()}
-        self._csv.writerow(written)
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        self.rows.append({name: written.get(name, "") for name in self._fields})
-
-    def __enter__(self) -> Writer:
-        return self
-
-    def __exit__(self, *exception) -> None:
-        self._file.close()
+    return {
+        "us_p20": p20,
+        "us_p50": p50,
+        "us_p80": p80,
+        "tflops": problem.flops(pass_) / p50 / 1e6,
+        "gbps": problem.min_bytes(pass_) / p50 / 1e3,
+        "fraction": floor_us / p50,
+    }
 
 
-def _text(value) -> str:
-    if value is None:
-        return ""
-    if isinstance(value, float):
-        return f"{value:.6g}"
-    return json.dumps(value, sort_keys=True) if isinstance(value, dict) else str(value)
+def _about(layer: Layer, pass_: str, provider: str, floor_us: Callable[[ConvProblem, str], float]) -> Fields:
+    ungrouped = dataclasses.replace(layer.problem, groups=1)
+    floors = {"floor_us": floor_us(layer.problem, pass_), "ungrouped_floor_us": floor_us(ungrouped, pass_)}
+    return layer_row(layer, pass_, provider) | floors
 
 
-def read(path: pathlib.Path, fields: Sequence[str] = FIELDS) -> list[dict[str, str]]:
-    """The rows of a CSV with these fields; a last line that a kill cut short is left out."""
-    with path.open(encoding="utf-8", newline="") as file:
-        reader = csv.DictReader(file)
-        missing = set(fields) - set(reader.fieldnames or ())
-        if missing:
-            raise ValueError(f"{path.name}: not a report's CSV: no column {', '.join(sorted(missing))}")
-        return [row for row in reader if None not in row.values()]
+# --- Measured --------------------------------------------------------------------------------------------------------
 
 
-def take(found: Iterator[dict], writer: Writer, deadline: Deadline, on_row: Callable[[dict], None]) -> int:
-    """Append rows as they come; none but the first is begun after the deadline. How many were taken."""
-    taken = 0
-    for row in found:
-        writer.append(row)
-        on_row(row)
-        taken += 1
-        if deadline.passed:
-            break
+def peers(problem: ConvProblem, chosen: Sequence[str]) -> list[str]:
+    """Of the peers' names those that have something of their own to offer for a problem."""
+    native = has_native(problem)
+    installed = importlib.util.find_spec("flag_gems") is not None
+    return [name for name in chosen if (name != "torch_native" or native) and (name != "flag_gems" or installed)]
+
+
+def count_measured(layers: list[Layer], target: Target, chosen: Sequence[str] = BASELINES) -> int:
+    """How many rows `measured` yields."""
+    served = ((layer, names) for layer in layers for _, names in reported(layer.problem, target))
+    limits = 2 * len({layer.problem.dtype for layer in layers})
+    return limits + sum(len(names) + len(peers(layer.problem, chosen)) + 1 for layer, names in served)
+
+
+def measured(
+    layers: list[Layer], lab: Lab, chosen: Sequence[str] = BASELINES, skip: Skip = never,
+    compiler: Compiler | None = None,
+) -> Generator[Fields, None, None]:  # fmt: skip
+    """The device's limits in each dtype; then, for each layer and pass, each algorithm pinned, its peers, and what
+    "auto" takes, the last row of a pass.
+
+    chosen: peers, of PEERS. skip: says of a pass's first fields, with provider "auto", that there are rows of it
+    already. compiler: compiles some layers ahead. A provider that fails, or whose numbers are wrong, has a row that
+    says so and no time.
+    """
+    work: Work = []
+    for layer in layers:
+        served = [each for each in reported(layer.problem, lab.target) if not skip(layer_row(layer, each[0], "auto"))]
+        if served:
+            work.append((layer, served))
+    bench = _Bench(lab, compiler, work)
+    for layer, served in work:
+        bench.compile_next(1)
+        yield from bench.limit_rows(layer.problem.dtype)
+        with lab.subject(layer.problem) as subject:
+            for pass_, names in served:
+                yield from bench.rows(layer, pass_, subject, names, peers(layer.problem, chosen))
+
+
+def of_peer(layers: list[Layer], lab: Lab, peer: str, skip: Skip = never) -> Generator[Fields, None, None]:
+    """The rows of a peer alone, one that takes long to begin (torch_compile). skip: as of `measured`, by its name."""
+    bench = _Bench(lab)
+    for layer in layers:
+        for pass_, _ in reported(layer.problem, lab.target):
+            if not skip(layer_row(layer, pass_, peer)):
+                list(bench.limit_rows(layer.problem.dtype))
+                with lab.subject(layer.problem) as subject:
+                    yield bench.timed(layer, pass_, subject, [(Contender(peer), "baseline")])[peer]
+
+
+class _Bench:
+    """A lab with its limits, and the processes that compile ahead."""
+
+    def __init__(self, lab: Lab, compiler: Compiler | None = None, work: Work | None = None):
+        self._lab, self._compiler = lab, compiler
+        self._limits: dict[str, Limits] = {}
+        self._ahead = self._jobs(work or [])
+        self.compile_next(COMPILED_AHEAD)
+
+    def _jobs(self, work: Work) -> Iterator[list[Job]]:
+        for layer, served in work:
+            pinned = ((pass_, self._pinned(layer, pass_, name)) for pass_, names in served for name in names)
+            yield [self._job(layer, pass_, contender) for pass_, (contender, _) in pinned]
+
+    def _job(self, layer: Layer, pass_: str, contender: Contender) -> Job:
+        assert contender.config is not None
+        return Job(contender.provider, pass_, contender.config, layer.problem, self._lab.target.arch_name)
+
+    def _pinned(self, layer: Layer, pass_: str, name: str) -> tuple[Contender, str]:
+        """An algorithm as a plan takes it, and where its configuration comes from."""
+        plan = dispatch.plan_pass(layer.problem, pass_, self._lab.target, f"triton:{name}")
+        return _contender(layer.problem, plan), plan.source
+
+    def compile_next(self, layers: int) -> None:
+        """Have some more layers compiled."""
+        if self._compiler is not None:
+            for job in itertools.chain.from_iterable(itertools.islice(self._ahead, layers)):
+                self._compiler.submit(job)
+
+    def limit_rows(self, dtype: str) -> Iterator[Fields]:
+        """The rows of the limits in a dtype, once."""
+        if dtype not in self._limits:
+            limits = self._limits[dtype] = self._lab.limits(dtype)
+            yield limit_row("copy_limit", dtype, limits.copy_gbps, self._lab.kind)
+            yield limit_row("matrix_limit", dtype, limits.matrix_tflops, self._lab.kind)
+
+    def rows(self, layer: Layer, pass_: str, subject: Subject, names: list[str], others: list[str]) -> Iterator[Fields]:
+        """A pass: what is pinned, its peers, and "auto", which repeats what it takes."""
+        listed = [self._pinned(layer, pass_, name) for name in names]
+        listed += [(Contender(name), "baseline") for name in others]
+        auto = taken(layer.problem, pass_, self._lab.target)
+        alone = [] if auto is None else [(_contender(layer.problem, auto), auto.source)]
+        by_name = self.timed(layer, pass_, subject, listed + alone)
+        yield from (by_name[contender.name] for contender, _ in listed)
+        if auto is None:
+            yield {**self._about(layer, pass_, subject, Contender("auto"), ""), "note": TWO_KERNELS}
+        else:
+            row = by_name[alone[0][0].name]
+            takes = f"takes {'F.conv2d' if auto.algorithm == 'torch' else auto.algorithm}"
+            note = "; ".join(filter(None, [takes, row.get("note")]))
+            yield {**row, "provider": "auto", "source": auto.source, "note": note}
+
+    def timed(
+        self, layer: Layer, pass_: str, subject: Subject, listed: Iterable[tuple[Contender, str]]
+    ) -> dict[str, Fields]:
+        """The rows of contenders by name: each is checked once, then those whose numbers are right take turns."""
+        contenders: list[Contender] = []
+        by_name: dict[str, Fields] = {}
+        for contender, source in listed:
+            if contender.name not in by_name:
+                row = by_name[contender.name] = self._about(layer, pass_, subject, contender, source)
+                row |= self._checked(layer, pass_, subject, contender)
+                if not row.get("note"):
+                    contenders.append(contender)
+        try:
+            times = subject.race(pass_, contenders, ROUNDS) if contenders else {}
+        except DeviceLost:
+            raise
+        except Exception as error:
+            for contender in contenders:
+                by_name[contender.name]["note"] = failure(error)
+            times = {}
+        for name, taken_us in times.items():
+            row, ordered = by_name[name], sorted(taken_us)
+            p20, p50, p80 = (ordered[round(q * (len(ordered) - 1))] for q in (0.2, 0.5, 0.8))
+            row |= timing_fields(layer.problem, pass_, row["floor_us"], p50, p20, p80)
+        subject.forget(pass_)
+        return by_name
+
+    def _about(self, layer: Layer, pass_: str, subject: Subject, contender: Contender, source: str) -> Fields:
+        limits, target = self._limits[layer.problem.dtype], self._lab.target
+        about = _about(layer, pass_, contender.provider, lambda problem, pass_: limits.floor_us(problem, pass_, target))
+        return about | {"source": source, "config": contender.config, "err_on": subject.checked_on(pass_)}
+
+    def _checked(self, layer: Layer, pass_: str, subject: Subject, contender: Contender) -> Fields:
+        """A row's fields of errors and resources, and a note if it is not to be timed."""
+        if self._compiler is not None and contender.ours:  # in Triton's cache, or to fail again below
+            self._compiler.answer(self._job(layer, pass_, contender))
+        try:
+            checked = subject.check(pass_, contender)
+        except DeviceLost:
+            raise
+        except Exception as error:  # what it raises is the finding; the other rows may do better
+            return {"note": failure(error)}
+        used: Fields = {**subject.used(pass_, contender)} if contender.ours else {}
+        return {"max_rel_err": checked.error, "err_bound": checked.bound, **used, "note": checked.wrong}
+
+
+def _contender(problem: ConvProblem, plan: dispatch.PassPlan) -> Contender:
+    """What a plan takes, as one that runs."""
+    if plan.algorithm == "torch":
+        return same_layout(problem)
+    return Contender(plan.algorithm, plan.config, plan.time_us)
+
+
+# --- Modelled --------------------------------------------------------------------------------------------------------
+
+
+def count_modelled(layers: list[Layer], target: Target) -> int:
+    """How many rows `modelled` yields."""
+    return 2 + sum(len(names) + 2 for layer in layers for _, names in reported(layer.problem, target))
+
+
+def modelled(layers: list[Layer], target: Target) -> Generator[Fields, None, None]:
+    """The target's assumed limits; then, for each layer and pass, each algorithm, F.conv2d's prior, and what "auto"
+    would take: times modelled, resources counted in the compiled code, errors as interpreted.
+    """
+    dtype = layers[0].problem.dtype
+    yield limit_row("copy_limit", dtype, target.copy_gbps, target.source)
+    yield limit_row("matrix_limit", dtype, target.matrix_rate(dtype), target.source)
+    with Workers("groupconv.compiling.interpreter", interpret=True) as interpreter, Compiler(1) as compiler:
+        pending: list[tuple[Fields, Job | None, Future[Fields] | None]] = []
+        for layer in layers:
+            for pass_, names in reported(layer.problem, target):
+                for name in names:
+                    row, job = _modelled(layer, pass_, name, target)
+                    compiler.submit(job)
+                    small = dataclasses.asdict(dataclasses.replace(job, problem=shrunk(layer.problem)))
+                    pending.append((row, job, interpreter.submit(small)))
+                pending += [(_prior(layer, pass_, target), None, None), (_auto(layer, pass_, target), None, None)]
+        for row, waiting, error in pending:
+            if waiting is not None and error is not None:
+                _add_error(row, error.result())
+                compiled = compiler.answer(waiting)
+                row |= compiled.kernels[0].fields() if compiled.kernels else {}
+                if compiled.failed:
+                    row["note"] = "; ".join(filter(None, [row.get("note"), f"not compiled: {compiled.failed}"]))
+            yield row
+
+
+def _about_modelled(layer: Layer, pass_: str, provider: str, target: Target) -> Fields:
+    return _about(layer, pass_, provider, lambda problem, pass_: cost.floor_us(problem, pass_, target))
+
+
+def _modelled(layer: Layer, pass_: str, name: str, target: Target) -> tuple[Fields, Job]:
+    """An algorithm's row but for its numbers and its code, and what compiles it."""
+    problem = layer.problem
+    _, config, estimate = dispatch.modelled(problem, pass_, target, name)
+    row = _about_modelled(layer, pass_, name, target)
+    row |= timing_fields(problem, pass_, row["floor_us"], estimate.time_us)
+    row |= {"source": "modelled", "config": config, "bound": estimate.bound}
+    row |= {"err_on": f"interpreter {shrunk(problem)}", "compiled_for": target.arch_name}
+    return row, Job(name, pass_, config, problem, target.arch_name)
+
+
+def _prior(layer: Layer, pass_: str, target: Target) -> Fields:
+    """F.conv2d, by its prior over the floor: what "auto" goes by where nobody measured."""
+    row = _about_modelled(layer, pass_, PRIOR, target)
+    time_us = cost.torch_prior_us(layer.problem, pass_, target)
+    return {**row, "source": "prior", **timing_fields(layer.problem, pass_, row["floor_us"], time_us)}
+
+
+def _auto(layer: Layer, pass_: str, target: Target) -> Fields:
+    """What dispatch would choose, measurements that are shipped among its reasons, and what the model has for that."""
+    row = _about_modelled(layer, pass_, "auto", target)
+    plan = taken(layer.problem, pass_, target)
+    if plan is None:
+        return {**row, "note": TWO_KERNELS}
+    if plan.config is None:
+        takes = "F.conv2d (prior)" if plan.source == "modelled" else f"F.conv2d ({plan.source})"
+        time_us = cost.torch_prior_us(layer.problem, pass_, target)
+    else:
+        takes, tiling = plan.algorithm, REGISTRY[plan.algorithm].tiling(layer.problem, pass_, plan.config, target)
+        time_us = cost.estimate(layer.problem, tiling, target).time_us
+    row |= timing_fields(layer.problem, pass_, row["floor_us"], time_us)
+    return {**row, "source": plan.source, "config": plan.config, "note": f"takes {takes}"}
+
+
+def _add_error(row: Fields, answer: Fields) -> None:
+    if "failed" in answer:
+        row["note"] = f"not interpreted: {answer['failed']}"
+        return
+    row |= {"max_rel_err": answer["error"], "err_bound": answer["bound"]}
+    if not answer["error"] <= answer["bound"]:
+        row["note"] = f"wrong: error {answer['error']:.2g} above the bound {answer['bound']:.2g}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Served:
+    """What the model takes of ours for a pass of a layer."""
+
+    width: str
+    pass_: str
+    algorithm: str
+    over_floor: float  # its time over the floor
+
+
+def served(layers: list[Layer], target: Target) -> list[Served]:
+    """What the model takes of ours for each pass of layers, as far as an algorithm can serve it."""
+    taken = []
+    for layer in layers:
+        for pass_ in PASSES:
+            names = able(layer.problem, pass_, target)
+            if names:
+                name, _, estimate = dispatch.best(layer.problem, pass_, target, names)
+                floor_us = cost.floor_us(layer.problem, pass_, target)
+                taken.append(Served(cost.width_class(layer.problem), pass_, name, estimate.time_us / floor_us))
     return taken
-
-
-def write_atomically(path: pathlib.Path, text: str) -> None:
-    """Write a file that is whole at every moment."""
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)
-
-
-def put_aside(path: pathlib.Path) -> None:
-    """Keep a copy of a file under a name that nothing reads, and nothing has; the file may then be written anew."""
-    now = datetime.datetime.now(datetime.timezone.utc).strftime("%Y%m%dT%H%M%SZ")
-    aside, number = path.with_name(f"{path.name}.{now}.old"), 0
-    while aside.exists():
-        number += 1
-        aside = path.with_name(f"{path.name}.{now}.{number}.old")
-    shutil.copy2(path, aside)

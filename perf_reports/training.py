@@ -12,17 +12,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..modules import Conv2d, convert
-from ..tuning.lab import DeviceLost, failure, settings
-from . import networks
+from groupconv.common.files import ENVIRONMENT
+from groupconv.measuring.lab import DeviceLost, failure, settings
+from groupconv.modules import Conv2d, convert
+
+from . import layers
+from .rows import Fields
 
 Timer = Callable[[Callable[[], object]], tuple[float, float, float]]
 
 # size: the input's height. converted: layers that convert changed. loss: the first step's; loss_of_torch: without them.
 FIELDS = (
-    "utc", "commit", "gpu", "driver", "torch", "triton", "cudnn", "kind", "model", "batch", "size", "dtype", "layout",
-    "provider", "ms_p20", "ms_p50", "ms_p80", "images_per_s", "peak_bytes", "loss", "loss_of_torch", "converted",
-    "note",
+    *ENVIRONMENT, "model", "batch", "size", "dtype", "layout", "provider", "ms_p20", "ms_p50", "ms_p80",
+    "images_per_s", "peak_bytes", "loss", "loss_of_torch", "converted", "note",
 )  # fmt: skip
 PROVIDERS = ("torch", "groupconv")
 FORMATS = {"nhwc": torch.channels_last, "nchw": torch.contiguous_format}
@@ -54,7 +56,7 @@ def rows(
     size: int | None,
     device: str = "cuda",
     timer: Timer = by_events,
-) -> Iterator[dict]:
+) -> Iterator[Fields]:
     """A row for each model, layout ("nhwc" or "nchw") and provider: "torch", the model as it is, and "groupconv", after
     `convert`. Rows lack the fields of the environment.
 
@@ -64,14 +66,14 @@ def rows(
     converted layer's result and gradients. A provider that fails or is wrong has a row that says so and no time.
 
     Raises:
-        ValueError: models that networks.builder refuses, before any work. DeviceLost: the GPU answers no more.
+        ValueError: models that layers.builder refuses, before any work. DeviceLost: the GPU answers no more.
     """
-    builders = {spec: networks.builder(spec) for spec in models}
+    builders = {spec: layers.builder(spec) for spec in models}
     with settings("bf16"):
         for (spec, build), layout in itertools.product(builders.items(), layouts):
             loss_of_torch = None
             for provider in PROVIDERS:
-                row = {"model": spec, "batch": batch, "size": size, "dtype": "bf16", "layout": layout}
+                row: Fields = {"model": spec, "batch": batch, "size": size, "dtype": "bf16", "layout": layout}
                 row |= {"provider": provider, "loss_of_torch": loss_of_torch}
                 _fill(row, build, device, timer)
                 _free(device)
@@ -79,7 +81,7 @@ def rows(
                 yield row
 
 
-def _fill(row: dict, build: Callable[[], nn.Module], device: str, timer: Timer) -> None:
+def _fill(row: Fields, build: Callable[[], nn.Module], device: str, timer: Timer) -> None:
     """Add to a row what there is to find out, up to what fails."""
     try:
         training = _Training(build, row["provider"], row["batch"], row["size"], row["layout"], device)
@@ -108,7 +110,7 @@ class _Training:
             model = convert(model)
         self.converted = {name: layer for name, layer in model.named_modules() if isinstance(layer, Conv2d)}
         self.model = model.to(device).to(memory_format=FORMATS[layout])  # type: ignore[call-overload]
-        self.images = torch.randn(networks.input_shape(model, batch, size))
+        self.images = torch.randn(layers.input_shape(model, batch, size))
         self.images = self.images.to(device, memory_format=FORMATS[layout])
         self.classes = torch.randint(getattr(model, "num_classes", CLASSES), (batch,)).to(device)
         self.optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9)

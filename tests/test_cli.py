@@ -12,7 +12,10 @@ import time
 import pytest
 
 import groupconv
-from groupconv import cli, compile_check, progress
+from groupconv import cli
+from groupconv.common import progress
+from groupconv.compiling import command
+from groupconv.compiling.compiler import Job
 
 COMMANDS = ("compile", "report", "tune", "bench")
 ENVIRONMENT = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
@@ -213,14 +216,14 @@ def test_parallel_compilation_is_judged_as_one_alone():
     from groupconv.problem import ConvProblem
 
     problem = ConvProblem(32, 512, 28, 28, 512, 3, 3, (1, 1), (1, 1, 1, 1), (1, 1), 4)
-    good = {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 32, "num_warps": 4, "num_stages": 2}
+    good = {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 32, "SPLITS": 1, "num_warps": 4, "num_stages": 2}
     huge = good | {"BLOCK_M": 256, "BLOCK_N": 256, "BLOCK_K": 128, "num_stages": 4}
     jobs = [
-        compile_check.Job("implicit_gemm", "fprop", config, problem, target)
+        Job("implicit_gemm", "fprop", config, problem, target)
         for config, target in ((good, "sm_80"), (huge, "sm_86"), (good, "sm_75"), (good | {"BLOCK_K": 24}, "sm_80"))
     ]
     seen = []
-    found = compile_check.run_parallel(jobs, seen.append, 1)
+    found = command.run_parallel(jobs, seen.append, 1)
     assert seen == found
     assert [outcome.job for outcome in found] == jobs
     fine, large, excluded, broken = found

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from groupconv import cli, configs, devices, dispatch
 from groupconv.problem import ConvProblem
 
-CONFIG = {"BLOCK_M": 128, "BLOCK_N": 16, "BLOCK_K": 32, "num_warps": 4, "num_stages": 2}
+CONFIG = {"BLOCK_M": 128, "BLOCK_N": 16, "BLOCK_K": 32, "SPLITS": 1, "num_warps": 4, "num_stages": 2}
 PROBLEM = ConvProblem(32, 64, 28, 28, 64, 3, 3, (1, 1), (1, 1, 1, 1), (1, 1), 16, "bf16")
 
 
@@ -28,7 +28,7 @@ def entry(problem=PROBLEM, pass_="fprop", time=10.0, torch_time=30.0, **changes)
 
 def file_text(*entries, **changes):
     data = {
-        "schema": 1, "device": "NVIDIA H200", "kernels_sha256": configs.kernels_sha256(),
+        "schema": configs.SCHEMA, "device": "NVIDIA H200", "kernels_sha256": configs.kernels_sha256(),
         "tuned_with": {}, "entries": list(entries),
     }  # fmt: skip
     return json.dumps(data | changes)
@@ -100,7 +100,7 @@ def _with_key(**changes):
 
 
 DEPTHWISE = ConvProblem(32, 64, 28, 28, 64, 3, 3, (1, 1), (1, 1, 1, 1), (1, 1), 64, "bf16")
-DIRECT = {"BLOCK_P": 32, "BLOCK_C": 32, "num_warps": 4, "num_stages": 1}
+DIRECT = {"BLOCK_P": 32, "BLOCK_C": 32, "SEGMENTS": 1, "num_warps": 4, "num_stages": 1}
 
 
 WIDE = ConvProblem(128, 480, 14, 14, 480, 3, 3, (1, 1), (1, 1, 1, 1), (1, 1), 4, "bf16")
@@ -147,7 +147,7 @@ DAMAGED = {
     "truncated": file_text(entry())[:-20],
     "not-an-object": "[1, 2]",
     "binary": "\x00\x01",
-    "other-schema": file_text(schema=2),
+    "other-schema": file_text(schema=1),
     "no-schema": json.dumps({"device": "x", "entries": []}),
     "no-device": file_text(device=None),
     "other-device": file_text(entry(), device="NVIDIA H100 PCIe"),
@@ -186,7 +186,7 @@ DAMAGED = {
     "too-many-warps": _with_config(num_warps=64),
     "fields-of-another-algorithm": file_text(entry(algorithm="depthwise_direct")),
     "missing-field": file_text(entry(config={"BLOCK_M": 64})),
-    "extra-field": _with_config(SPLITS=2),
+    "extra-field": _with_config(SEGMENTS=2),
     "time-negative": file_text(entry(time=-1.0)),
     "time-text": file_text(entry(torch_time="fast")),
     "time-nan": file_text(entry(time=float("nan"))),
@@ -370,7 +370,7 @@ def test_a_users_home_may_be_missing_or_closed(tmp_path):
 def test_tuning_without_a_home_asks_for_a_folder(monkeypatch, capsys):
     import torch
 
-    from groupconv.tuning import command, stub
+    from groupconv.measuring import command, stub
 
     monkeypatch.setattr(configs, "user_folder", lambda: None)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)

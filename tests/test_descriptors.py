@@ -148,7 +148,7 @@ def test_through_autograd(view, device):
 def test_host_path_compiles_once():
     code = """
 import torch, groupconv
-from groupconv import stub_driver
+from groupconv.compiling import stub_driver
 from triton import knobs
 compiled = []
 knobs.runtime.jit_post_compile_hook = lambda **info: compiled.append(info["fn"].name)

@@ -6,7 +6,8 @@ import types
 import pytest
 import torch
 
-from groupconv import devices, explain, stub_driver
+from groupconv import devices, explain
+from groupconv.compiling import stub_driver
 
 EVERY = tuple(devices.BY_SLUG.values())
 

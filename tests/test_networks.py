@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from groupconv.perf_reports import networks
-from groupconv.perf_reports.rows import Layer
+from groupconv.common import Layer
+from groupconv.perf_reports import layers
 from groupconv.problem import ConvProblem
 
 pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same'")
@@ -97,7 +97,7 @@ def libraries(request, monkeypatch):
 def test_layers_of_a_model():
     """Each distinct problem once, in the order of the calls; a layer's x has the padding that others put there."""
     common = {"dtype": "fp16", "layout": "nchw", "out_layout": "nchw"}
-    found = networks.layers("timm:network", 2, None, "fp16", "nchw")
+    found = layers.of_model("timm:network", 2, None, "fp16", "nchw")
     assert found == [
         Layer("network.stage.0", ConvProblem(2, 8, 12, 8, 8, 3, 3, pad=(1, 1, 1, 1), groups=2, **common)),
         Layer("network.stage.2", ConvProblem(2, 8, 12, 8, 8, 3, 3, (1, 1), (2, 2, 2, 2), (2, 2), 2, **common)),
@@ -110,24 +110,24 @@ def test_layers_of_a_model():
 
 def test_size_and_channels():
     """A size is both sides'; without one it is the model's, or 224 by 224 pixels of 3 channels."""
-    first = networks.layers("timm:network", 5, 32, "bf16", "nhwc")[0].problem
+    first = layers.of_model("timm:network", 5, 32, "bf16", "nhwc")[0].problem
     assert first.x_shape == (5, 8, 16, 16)
     assert (first.dtype, first.layout, first.out_layout) == ("bf16", "nhwc", "nhwc")
-    assert networks.layers("torchvision:pyramid", 1, None, "bf16", "nhwc")[0].problem.x_shape == (1, 3, 224, 224)
+    assert layers.of_model("torchvision:pyramid", 1, None, "bf16", "nhwc")[0].problem.x_shape == (1, 3, 224, 224)
 
 
 def test_second_problem_of_a_module_has_its_own_name():
-    found = networks.layers("torchvision:pyramid", 1, 20, "bf16", "nhwc")
+    found = layers.of_model("torchvision:pyramid", 1, 20, "bf16", "nhwc")
     assert [(layer.name, layer.problem.h_in) for layer in found] == [("pyramid.head", 20), ("pyramid.head#2", 10)]
 
 
 def test_built_model_is_for_training():
     torch.manual_seed(0)
-    model = networks.builder("timm:network")()
+    model = layers.builder("timm:network")()
     assert model.training
     assert model.stem.weight.device.type == "cpu"
     torch.manual_seed(0)
-    assert torch.equal(networks.builder("torchvision:network")().stem.weight, model.stem.weight)
+    assert torch.equal(layers.builder("torchvision:network")().stem.weight, model.stem.weight)
 
 
 @pytest.mark.parametrize(
@@ -144,7 +144,7 @@ def test_built_model_is_for_training():
 )
 def test_refused(spec, said):
     with pytest.raises(ValueError) as error:  # noqa: PT011
-        networks.layers(spec, 1, 16, "bf16", "nhwc")
+        layers.of_model(spec, 1, 16, "bf16", "nhwc")
     assert str(error.value) == said
 
 
@@ -154,7 +154,7 @@ def test_refused(spec, said):
 )
 def test_model_that_does_not_run(spec, size, reason):
     with pytest.raises(ValueError, match=f"'{spec}' does not run on meta tensors: {reason}"):
-        networks.layers(spec, 1, size, "bf16", "nhwc")
+        layers.of_model(spec, 1, size, "bf16", "nhwc")
 
 
 @pytest.mark.parametrize(("library", "module"), [("timm", "timm"), ("torchvision", "torchvision.models")])
@@ -163,7 +163,7 @@ def test_library_that_is_not_there(library, module, monkeypatch):
     with pytest.raises(
         ValueError, match=rf"'{library}:x': {library} cannot be imported: .*; try: pip install {library}"
     ):
-        networks.builder(f"{library}:x")
+        layers.builder(f"{library}:x")
 
 
 def test_library_that_breaks_on_import(monkeypatch, tmp_path):
@@ -172,7 +172,7 @@ def test_library_that_breaks_on_import(monkeypatch, tmp_path):
     monkeypatch.delitem(sys.modules, "timm")
     monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(ValueError, match="'timm:x': timm cannot be imported: operator torchvision::nms does not exist"):
-        networks.builder("timm:x")
+        layers.builder("timm:x")
 
 
 SHAPES = {  # of the first layer and the last: x_shape, w_shape, stride, groups
@@ -187,7 +187,7 @@ SHAPES = {  # of the first layer and the last: x_shape, w_shape, stride, groups
 @pytest.mark.parametrize("name", SHAPES)
 def test_real_model(name):
     count, *ends = SHAPES[name]
-    found = networks.layers(f"timm:{name}", 8, 224, "bf16", "nhwc")
+    found = layers.of_model(f"timm:{name}", 8, 224, "bf16", "nhwc")
     assert len(found) == count
     for layer, (x_shape, w_shape, stride, groups) in zip((found[0], found[-1]), ends, strict=True):
         problem = layer.problem
@@ -200,7 +200,7 @@ def test_real_model(name):
 @pytest.mark.gpu
 def test_real_libraries_agree():
     by_timm, by_torchvision = (
-        networks.layers(f"{library}:resnext50_32x4d", 8, 224, "bf16", "nhwc") for library in ("timm", "torchvision")
+        layers.of_model(f"{library}:resnext50_32x4d", 8, 224, "bf16", "nhwc") for library in ("timm", "torchvision")
     )
     assert by_timm == by_torchvision
     assert by_timm[0].name == "resnext50_32x4d.layer1.0.conv2"

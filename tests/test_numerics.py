@@ -54,13 +54,12 @@ def test_pass(case, pass_, name, device):
 
 
 @pytest.mark.parametrize("dtype", cases.MODES)
-def test_many_splits(dtype, device, monkeypatch):
+def test_many_splits(dtype, device):
     """Split-K wgrad in more than a few splits, the last one short."""
     problem = ConvProblem(4, 2, 16, 19, 2, 3, 3, pad=(1, 1, 1, 1), groups=2, dtype=dtype)
     case = cases.Case(problem, tiles="many")
     given, on = cases.operands(case, device), cases.target(device)
-    config = cases.config(implicit_gemm, problem, "wgrad", on, "many")
-    monkeypatch.setattr(implicit_gemm, "_splits", lambda *_: (7, 11 * config["BLOCK_K"]))
+    config = cases.config(implicit_gemm, problem, "wgrad", on, "many") | {"SPLITS": 7}
     with cases.guarded():
         run = implicit_gemm.prepare(problem, "wgrad", config, on, given.strides(problem))
         out = run(given.dy, given.x)
@@ -72,14 +71,15 @@ def test_many_splits(dtype, device, monkeypatch):
 @pytest.mark.parametrize("beside", [1, 4])
 @pytest.mark.parametrize("stride", [1, 2])
 @pytest.mark.parametrize("pass_", ["dgrad", "wgrad", "backward"])
-def test_several_blocks_of_lanes(pass_, stride, beside, device, monkeypatch):
+def test_several_blocks_of_lanes(pass_, stride, beside, device):
     """Programs of row_march that walk down more than one block, the last of them ragged."""
     problem = ConvProblem(
         8, 12, 6, 7 * stride, 12, 3, 3, (stride, stride), (1, 1, 1, 1), groups=3, dtype="fp16", out_layout="nchw"
     )
-    grid = row_march._Grid(groups=2, blocks=2, segments=1, steps=row_march._march(problem, pass_).rows)
-    monkeypatch.setattr(row_march, "_grid", lambda *_: grid)
-    config = {"BLOCK_P": 16, "BLOCK_C": 16, "BLOCK_S": 4, "BLOCK_R": beside, "num_warps": 4, "num_stages": 2}
+    config = {
+        "BLOCK_P": 16, "BLOCK_C": 16, "BLOCK_S": 4, "BLOCK_R": beside, "SEGMENTS": 1, "LANE_BLOCKS": 2,
+        "num_warps": 4, "num_stages": 2,
+    }  # fmt: skip
     given = cases.operands(cases.Case(problem, "nhwc", dy="nchw"), device)
     with cases.guarded():
         out = row_march.prepare(problem, pass_, config, ON, given.strides(problem))(*given.of(pass_))

@@ -1,8 +1,10 @@
 """The package as it is installed: its imports, its layers, and what it leaves alone."""
 
 import ast
+import importlib.util
 import os
 import pathlib
+import re
 import subprocess
 import sys
 
@@ -11,7 +13,6 @@ import pytest
 import groupconv
 
 ENVIRONMENT = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-PACKAGE = pathlib.Path(groupconv.__file__).parent
 
 
 def python(code, cwd, **environment):
@@ -43,49 +44,96 @@ print("matplotlib" in sys.modules, "rich" in sys.modules, len(prepared._CALLS))
     assert python(code, tmp_path) == "False False 0"
 
 
-def imports(path):
-    """The groupconv modules that a file imports when it is imported."""
-    found = set()
-    for node in ast.parse(path.read_text()).body:
-        if isinstance(node, ast.ImportFrom) and node.level:
-            base = node.module or ""
-            found |= {base.split(".")[0]} if base else {alias.name for alias in node.names}
-        elif isinstance(node, ast.Import):
+def imports(source, module):
+    """What the source of a module imports wherever in it, but for type checkers alone: full names and their parents."""
+    package, found = module.split(".")[:-1], set()
+    waiting = [ast.parse(source)]
+    while waiting:
+        node = waiting.pop()
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+            waiting += node.orelse
+            continue
+        waiting += ast.iter_child_nodes(node)
+        if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
-    return found
+        elif isinstance(node, ast.ImportFrom):
+            base = [*(package[: len(package) + 1 - node.level] if node.level else ()), *(node.module or "").split(".")]
+            found |= {".".join([*filter(None, base), alias.name]) for alias in node.names}
+    return {name[:end] for name in found for end in (*(dot.start() for dot in re.finditer(r"\.", name)), len(name))}
+
+
+def modules():
+    """The library's files by module, those of its packages outside groupconv/ too."""
+    folders = {name: pathlib.Path(spec.submodule_search_locations[0]) for name, spec in PARTS.items()}
+    return {
+        ".".join([name, *path.relative_to(folder).with_suffix("").parts]).removesuffix(".__init__"): path
+        for name, folder in folders.items()
+        for path in folder.rglob("*.py")
+    }
+
+
+def breaches(source, module):
+    """What a module's source imports and must not: of the library what is above it, in the kernels torch."""
+    found = imports(source, module)
+    part = module.split(".")[1] if "." in module else ""
+    if part == "kernels":
+        return found & {"torch"}
+    tools = {f"groupconv.{name}" for name in TOOLS[TOOLS.index(part) + 1 if part in TOOLS else 0 :]}
+    return found & (tools | {f"groupconv.{name}" for name in ABOVE.get(part, ())})
+
+
+PARTS = {name: importlib.util.find_spec(name) for name in ("groupconv", "groupconv.kernels", "groupconv.perf_reports")}
+# The tools, each of which imports only those before it and the runtime; the runtime none of them.
+TOOLS = ("options", "common", "compiling", "measuring", "perf_reports", "cli", "__main__")
+CALLS = {"api", "eager", "operators", "prepared"}
+ABOVE = {  # of the runtime: what each module must not import
+    "problem": CALLS | {"dispatch", "algorithms", "configs", "cost", "devices", "kernels", "occupancy"},
+    "cost": CALLS | {"dispatch", "algorithms", "configs", "devices", "occupancy"},
+    "devices": CALLS | {"dispatch", "algorithms", "configs", "occupancy"},
+    "occupancy": CALLS | {"dispatch", "algorithms", "configs", "cost", "devices", "kernels"},
+    "arguments": CALLS | {"dispatch", "algorithms", "configs", "cost", "devices", "kernels"},
+    "torch_private": CALLS | {"dispatch", "algorithms", "configs", "cost", "devices", "kernels", "arguments"},
+    "configs": CALLS | {"dispatch"},
+    "algorithms": CALLS | {"dispatch"},
+    "dispatch": CALLS | {"kernels"},
+    "prepared": {"api", "eager", "operators", "equivalents", "kernels"},
+    "operators": {"api", "eager", "equivalents", "dispatch", "kernels"},
+    "eager": {"api", "equivalents", "dispatch", "kernels"},
+    "equivalents": CALLS | {"dispatch", "algorithms", "configs", "devices", "kernels"},
+    "api": {"modules"},
+    "modules": {"eager", "operators", "prepared", "dispatch"},
+}
 
 
 def test_imports_point_down():
-    """api -> eager -> operators -> prepared -> dispatch -> algorithms -> kernels; problem, cost and devices are the
-    ground floor.
+    """api -> eager -> operators -> prepared -> dispatch -> algorithms -> kernels, and below them the ground floor."""
+    files = modules()
+    assert {"groupconv.prepared", "groupconv.algorithms.gemm", "groupconv.kernels.tiles"} <= files.keys()
+    assert {name: found for name, path in files.items() if (found := breaches(path.read_text(), name))} == {}
 
-    Nothing of the library imports its tools.
-    """
-    tools = {"cli", "compile_command", "options", "progress", "tuning", "perf_reports"}
-    calls = {"api", "eager", "operators", "prepared"}
-    above = {
-        "problem": calls | {"dispatch", "algorithms", "configs", "cost", "devices", "kernels"},
-        "cost": calls | {"dispatch", "algorithms", "configs", "devices"},
-        "devices": calls | {"dispatch", "algorithms", "configs"},
-        "arguments": calls | {"dispatch", "algorithms", "configs", "cost", "devices", "kernels"},
-        "torch_private": calls | {"dispatch", "algorithms", "configs", "cost", "devices", "kernels", "arguments"},
-        "configs": calls | {"dispatch"},
-        "dispatch": calls | {"kernels"},
-        "prepared": {"api", "eager", "operators", "equivalents", "kernels"},
-        "operators": {"api", "eager", "equivalents", "dispatch", "kernels"},
-        "eager": {"api", "equivalents", "dispatch", "kernels"},
-        "equivalents": calls | {"dispatch", "algorithms", "configs", "devices", "kernels"},
-        "api": {"modules"},
-        "modules": {"eager", "operators", "prepared", "dispatch"},
-        "numerics": calls | {"dispatch"},
-        "children": calls | {"dispatch"},
-        "compile_check": calls,
-    }
-    for name, forbidden in above.items():
-        assert not imports(PACKAGE / f"{name}.py") & (forbidden | tools), name
-    kernels = pathlib.Path(python("import groupconv.kernels as k; print(k.__file__)", PACKAGE)).parent
-    for path in kernels.glob("*.py"):
-        assert "torch" not in imports(path), path.name
+
+@pytest.mark.parametrize(
+    ("module", "source", "breach"),
+    [
+        ("kernels.tiles", "from torch import nn", "torch"),
+        ("kernels.tiles", "import torch.nn", "torch"),
+        ("kernels.tiles", "def f():\n    import torch.nn.functional as F", "torch"),
+        ("dispatch", "from .prepared import lookup", "groupconv.prepared"),
+        ("dispatch", "from . import devices, eager", "groupconv.eager"),
+        ("dispatch", "import groupconv.operators as o", "groupconv.operators"),
+        ("algorithms.gemm", "from ..measuring import lab", "groupconv.measuring"),
+        ("algorithms.gemm", "def f():\n    from ..common.files import read", "groupconv.common"),
+        ("common.files", "from ..compiling.compiler import Job", "groupconv.compiling"),
+        ("compiling.command", "from ..measuring.lab import Lab", "groupconv.measuring"),
+        ("measuring.search", "from ..perf_reports.rows import FIELDS", "groupconv.perf_reports"),
+        ("measuring.search", "from groupconv import perf_reports", "groupconv.perf_reports"),
+        ("perf_reports.text", "if x:\n    from .. import cli", "groupconv.cli"),
+        ("perf_reports.text", "from groupconv.measuring import lab", None),
+        ("prepared", "if TYPE_CHECKING:\n    from .api import triton_conv", None),
+    ],
+)
+def test_an_import_that_points_up_is_found(module, source, breach):
+    assert breaches(source, f"groupconv.{module}") == (set() if breach is None else {breach})
 
 
 def test_no_call_reads_the_environment_or_prints(capfd):

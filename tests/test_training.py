@@ -10,7 +10,8 @@ from torch import nn
 
 import groupconv
 from groupconv import modules, triton_conv
-from groupconv.perf_reports import networks, rows, training
+from groupconv.common import files
+from groupconv.perf_reports import layers, training
 
 MADE = []
 
@@ -61,7 +62,7 @@ class Steps:
 def steps(monkeypatch):
     MADE.clear()
     models = {"small": Network, "broken": Broken, "infinite": Infinite}
-    monkeypatch.setattr(networks, "builder", models.__getitem__)
+    monkeypatch.setattr(layers, "builder", models.__getitem__)
     return Steps()
 
 
@@ -74,7 +75,7 @@ def test_rows_of_a_model(steps):
     assert [(row["layout"], row["provider"], row["converted"]) for row in made] == [
         ("nhwc", "torch", 0), ("nhwc", "groupconv", 2), ("nchw", "torch", 0), ("nchw", "groupconv", 2),
     ]  # fmt: skip
-    environment = {"utc", *rows.environment("modelled", "none")}
+    environment = {"utc", *files.environment("modelled", "none")}
     assert set(training.FIELDS) == environment | set(made[0])
     for row in made:
         assert row.keys() <= set(training.FIELDS)

@@ -4,8 +4,10 @@ Each is a module with
     NAME
     BLOCKS                                             its tile sizes: name -> (least, most), powers of two, or
                                                        (least, most, step), multiples of it
+    DIVISION                                           in the same way, how its work is divided among programs
     supports(problem, pass_, target) -> str | None     why it cannot serve, or None
-    candidates(problem, pass_, target) -> list[dict]   configurations worth measuring, pruned
+    candidates(problem, pass_, target) -> list[dict]   tiles worth measuring, pruned: configurations without DIVISION
+    divisions(problem, pass_, tile, target) -> list[dict]   of a tile's work, the likely best first
     tiling(problem, pass_, config, target) -> Tiling   what a launch would ask of the machine, for the model
     prepare(problem, pass_, config, target, strides) -> callable
 `prepare` binds a pass to its launches. `strides` are element strides of x, w, y, dx and dw by name, and of dy in the
@@ -15,8 +17,9 @@ its `launches` are the `launcher.Launch` objects that it makes. It knows nothing
 `pass_` is one of problem.PASSES or "backward": dgrad and wgrad by one kernel that reads dy once. Its callable takes
 (dy, x, w) and returns (dx, dw).
 
-A configuration has the BLOCKS of its algorithm, num_warps and num_stages. Candidates do not spill registers:
-`groupconv compile` holds those that suite layers take to that.
+A configuration has the BLOCKS of its algorithm, its DIVISION, num_warps and num_stages, and says all of a launch.
+Candidates do not spill registers: `groupconv compile` holds those that suite layers take to that. Any division is
+legal: work is divided in no more parts than there are, nor in so many that partial sums take more memory than operands.
 """
 
 from __future__ import annotations
@@ -87,3 +90,10 @@ def lack(name: str, problem: ConvProblem, pass_: str, target: Target) -> str | N
 def able(problem: ConvProblem, pass_: str, target: Target) -> list[str]:
     """The algorithms that can serve a pass."""
     return [name for name in REGISTRY if lack(name, problem, pass_, target) is None]
+
+
+def divided(name: str, problem: ConvProblem, pass_: str, tile: dict, target: Target) -> list[dict]:
+    """The configurations of an algorithm that have a tile, the likely best division of their work first."""
+    blocks = {field: value for field, value in tile.items() if field.startswith("BLOCK_")}
+    options = {field: value for field, value in tile.items() if field.islower()}
+    return [{**blocks, **division, **options} for division in REGISTRY[name].divisions(problem, pass_, tile, target)]

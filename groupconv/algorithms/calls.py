@@ -10,7 +10,7 @@ import triton
 from .. import launcher
 from ..devices import Target
 from ..kernels.reduce import sum_splits_kernel
-from ..problem import ConvProblem
+from ..problem import ConvProblem, dense_strides
 
 SUM_TILE = 2048  # partials that a program of the sum reads at once,
 SUM_ROWS = 64  # of at most this many splits
@@ -72,8 +72,8 @@ def precision(kernel, problem: ConvProblem, target: Target) -> str:
 
 def split_config(config: dict) -> tuple[dict, dict]:
     """A configuration's kernel arguments (BLOCK_...) and its compile options."""
-    blocks = {name: value for name, value in config.items() if name.isupper()}
-    return blocks, {name: value for name, value in config.items() if name not in blocks}
+    blocks = {name: value for name, value in config.items() if name.startswith("BLOCK_")}
+    return blocks, {name: value for name, value in config.items() if name.islower()}
 
 
 class Single:
@@ -91,60 +91,86 @@ class Single:
         return out
 
 
-class SplitK:
-    """wgrad: a launch writes fp32 sums, [splits, c_out, KH * KW * CIN_G], and a second one adds them up.
+class FilterGradient:
+    """Where wgrad's sums go: into dw itself, or, of several splits, into fp32 partials that a second launch adds up.
 
-    `run`: how to call the first with (dy, x, part), where that is not its own order.
+    arguments: a kernel's, of the strides of [splits, c_out, CIN_G, KH, KW].
     """
 
-    __slots__ = ("launches", "reduce", "run", "shape", "splits", "strides")
+    __slots__ = ("arguments", "launches", "shape", "splits", "strides")
 
-    def __init__(self, partial: launcher.Launch, problem: ConvProblem, splits: int, strides, run=None):
-        self.run, self.splits = run or partial, splits
-        self.reduce = sum_of_splits(problem, splits, strides)
-        self.launches = (partial, self.reduce)
-        self.shape, self.strides = problem.w_shape, strides
+    def __init__(self, problem: ConvProblem, splits: int, strides):
+        """strides: dw's; None where the kernel is not asked for it."""
+        self.splits, self.shape, self.strides = splits, problem.w_shape, strides
+        if splits == 1 or strides is None:
+            self.arguments = {"stride_dw_split": 0, **named_strides("dw", strides or (0, 0, 0, 0))}
+            self.launches: tuple[launcher.Launch, ...] = ()
+        else:
+            self.arguments = {"stride_dw_split": problem.params}
+            self.arguments |= named_strides("dw", dense_strides(problem.w_shape, True))
+            self.launches = (sum_of_splits(problem, splits, strides),)
 
-    def __call__(self, dy, x):
-        part, dw = workspace(self.splits, self.shape, x), launcher.allocate(self.shape, self.strides, x)
-        self.run(dy, x, part)
-        self.reduce(part, dw)
+    def depthwise_arguments(self) -> dict[str, int]:
+        """Those of kernels of one input channel a group."""
+        return {name: stride for name, stride in self.arguments.items() if name != "stride_dw_c"}
+
+    def new(self, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """(what a kernel writes its sums to, dw), one and the same where there is one split."""
+        dw = launcher.allocate(self.shape, self.strides, like)
+        if not self.launches:
+            return dw, dw
+        size = math.prod(self.shape)
+        return launcher.allocate((self.splits, size), (size, 1), like, torch.float32), dw
+
+    def added(self, sums: torch.Tensor, dw: torch.Tensor) -> torch.Tensor:
+        """dw, once the kernel has written its sums."""
+        for launch in self.launches:
+            launch(sums, dw)
         return dw
 
 
+class SplitK:
+    """wgrad by a launch of (dy, x, dw). `run`: how to call it so, where that is not its own order."""
+
+    __slots__ = ("launches", "result", "run")
+
+    def __init__(self, launch: launcher.Launch, result: FilterGradient, run=None):
+        self.run, self.result = run or launch, result
+        self.launches = (launch, *result.launches)
+
+    @property
+    def splits(self) -> int:
+        return self.result.splits
+
+    def __call__(self, dy, x):
+        sums, dw = self.result.new(x)
+        self.run(dy, x, sums)
+        return self.result.added(sums, dw)
+
+
 class Fused:
-    """dgrad and wgrad: a launch (dy, x, w, dx, part), and one that adds up its partial sums of dw."""
+    """dgrad and wgrad by a launch of (dy, x, w, dx, dw)."""
 
-    __slots__ = ("dw_shape", "dw_strides", "dx_shape", "dx_strides", "launches", "splits")
+    __slots__ = ("launches", "result", "shape", "strides")
 
-    def __init__(self, launch: launcher.Launch, problem: ConvProblem, splits: int, dx_strides, dw_strides):
-        self.launches = (launch, sum_of_splits(problem, splits, dw_strides))
-        self.splits = splits
-        self.dx_shape, self.dx_strides = problem.x_shape, dx_strides
-        self.dw_shape, self.dw_strides = problem.w_shape, dw_strides
+    def __init__(self, launch: launcher.Launch, problem: ConvProblem, result: FilterGradient, dx_strides):
+        self.launches, self.result = (launch, *result.launches), result
+        self.shape, self.strides = problem.x_shape, dx_strides
 
     def __call__(self, dy, x, w):
-        launch, reduce = self.launches
-        dx = launcher.allocate(self.dx_shape, self.dx_strides, dy)
-        part, dw = workspace(self.splits, self.dw_shape, x), launcher.allocate(self.dw_shape, self.dw_strides, x)
-        launch(dy, x, w, dx, part)
-        reduce(part, dw)
-        return dx, dw
+        dx = launcher.allocate(self.shape, self.strides, dy)
+        sums, dw = self.result.new(x)
+        self.launches[0](dy, x, w, dx, sums)
+        return dx, self.result.added(sums, dw)
 
 
-def call_of_backward(pass_: str, launch: launcher.Launch, problem: ConvProblem, splits: int, dx_strides, dw_strides):
-    """How a backward pass calls a kernel of (dy, x, w, dx, part) that does dgrad, wgrad or both."""
+def call_of_backward(pass_: str, launch: launcher.Launch, problem: ConvProblem, result: FilterGradient, dx_strides):
+    """How a backward pass calls a kernel of (dy, x, w, dx, dw) that does dgrad, wgrad or both."""
     if pass_ == "dgrad":
         return Single(launch, problem.x_shape, dx_strides, lambda dy, w, dx: launch(dy, None, w, dx, None))
     if pass_ == "wgrad":
-        return SplitK(launch, problem, splits, dw_strides, lambda dy, x, part: launch(dy, x, None, None, part))
-    return Fused(launch, problem, splits, dx_strides, dw_strides)
-
-
-def workspace(splits: int, shape, like: torch.Tensor) -> torch.Tensor:
-    """fp32 memory for the partial sums of a weight of `shape`."""
-    size = math.prod(shape)
-    return launcher.allocate((splits, size), (size, 1), like, torch.float32)
+        return SplitK(launch, result, lambda dy, x, dw: launch(dy, x, None, None, dw))
+    return Fused(launch, problem, result, dx_strides)
 
 
 def sum_of_splits(problem: ConvProblem, splits: int, strides) -> launcher.Launch:

@@ -12,14 +12,26 @@ from .. import launcher
 from ..cost import Tiling
 from ..devices import Target
 from ..kernels import depthwise_direct as kernels
+from ..occupancy import resident
 from ..problem import ConvProblem
-from .calls import Single, align, call_of_backward, emulate_bf16, index_64, named_strides, pixels_last, split_config
+from .calls import (
+    FilterGradient,
+    Single,
+    align,
+    call_of_backward,
+    emulate_bf16,
+    index_64,
+    named_strides,
+    pixels_last,
+    split_config,
+)
 
 NAME = "depthwise_direct"
 BLOCKS = {"BLOCK_P": (1, 4096), "BLOCK_C": (1, 256)}
+MOST_SEGMENTS = 16
+DIVISION = {"SEGMENTS": (1, MOST_SEGMENTS, 1)}  # of the rows
 MOST_TAPS = 64  # of a filter, and twice as many of all that a channel meets: each is held in a register
 MOST_REGISTERS = 196  # as estimated: some compile to more, and 255 are there
-MOST_SEGMENTS = 16
 BUSY = 4  # programs that keep a multiprocessor's memory pipeline busy
 
 
@@ -56,6 +68,7 @@ class _March:
     multiply_adds: int
 
 
+@functools.lru_cache(4096)
 def _march(problem: ConvProblem, pass_: str) -> _March:
     stride_h, stride_w = problem.stride
     dil_h, dil_w = problem.dilation
@@ -116,7 +129,11 @@ def candidates(problem: ConvProblem, pass_: str, target: Target) -> list[dict]:
         for elements in (1, 2, 4, 8, 16):
             block_p = elements * 4 * target.warp_size // block_c
             config = {"BLOCK_P": block_p, "BLOCK_C": block_c, "num_warps": 4, "num_stages": 1}
-            if block_p >= 1 and _registers(problem, pass_, config, target) <= most:
+            if block_p < 1 or _registers(problem, pass_, config, target) > most:
+                continue
+            # Programs along the columns and the batch cannot share their sums of dw.
+            room = problem.min_bytes(pass_) // (4 * problem.params)
+            if not march.sums or math.ceil(march.columns / block_p) <= max(1, room):
                 found.append(config)
     # Loads as wide as the channels allow, if any tile that fits has them.
     widest = max((_elements(problem, config, target)[1] for config in found), default=1)
@@ -124,29 +141,48 @@ def candidates(problem: ConvProblem, pass_: str, target: Target) -> list[dict]:
 
 
 def _resident(problem: ConvProblem, pass_: str, config: dict, target: Target) -> int:
-    """Programs that share a multiprocessor, by registers and threads."""
-    threads = target.warp_size * config["num_warps"]
-    return max(1, min(65536 // (threads * _registers(problem, pass_, config, target)), 2048 // threads))
+    return resident(_registers(problem, pass_, config, target), 0, config["num_warps"], target)
 
 
-def _grid(problem: ConvProblem, pass_: str, config: dict, target: Target) -> tuple[int, int, int]:
-    """(programs of a row segment, segments, steps a segment): as many segments as end the march soonest."""
+def _tiles(march: _March, config: dict) -> tuple[int, int]:
+    """Programs of a row segment: along columns and batch, and along the channels."""
+    return math.ceil(march.columns / config["BLOCK_P"]), math.ceil(march.channels / config["BLOCK_C"])
+
+
+def _most_segments(problem: ConvProblem, pass_: str, config: dict) -> int:
+    """The most row segments whose partial sums of dw have room beside the operands."""
     march = _march(problem, pass_)
-    tiles = math.ceil(march.columns / config["BLOCK_P"]) * math.ceil(march.channels / config["BLOCK_C"])
+    most = min(march.rows, MOST_SEGMENTS)
+    if march.sums:
+        most = min(most, problem.min_bytes(pass_) // (4 * problem.params * max(1, _tiles(march, config)[0])))
+    return max(1, most)
+
+
+def _grid(problem: ConvProblem, pass_: str, config: dict) -> tuple[int, int, int]:
+    """(programs of a row segment, segments, steps a segment)."""
+    march = _march(problem, pass_)
+    steps = math.ceil(march.rows / min(config["SEGMENTS"], _most_segments(problem, pass_, config)))
+    return math.prod(_tiles(march, config)), math.ceil(march.rows / steps), steps
+
+
+def divisions(problem: ConvProblem, pass_: str, config: dict, target: Target) -> list[dict[str, int]]:
+    march = _march(problem, pass_)
+    tiles = math.prod(_tiles(march, config))
     busy = min(BUSY, _resident(problem, pass_, config, target))
 
     def end(segments):
         programs = max(busy, math.ceil(tiles * segments / target.multiprocessors))
         return programs * (math.ceil(march.rows / segments) + march.warm_up + 1)
 
-    segments = min(range(1, min(march.rows, MOST_SEGMENTS) + 1), key=end)
-    steps = math.ceil(march.rows / segments)
-    return tiles, math.ceil(march.rows / steps), steps
+    found = sorted(range(1, _most_segments(problem, pass_, config) + 1), key=end)
+    # The one that ends the march soonest, and powers of two.
+    tried = dict.fromkeys([found[0], *(segments for segments in found if segments.bit_count() == 1)])
+    return [{"SEGMENTS": segments} for segments in tried]
 
 
 def tiling(problem: ConvProblem, pass_: str, config: dict, target: Target) -> Tiling:
     march, (elements, vector) = _march(problem, pass_), _elements(problem, config, target)
-    tiles, segments, steps = _grid(problem, pass_, config, target)
+    tiles, segments, steps = _grid(problem, pass_, config)
     programs, size = tiles * segments, problem.element_bytes
     threads = target.warp_size * config["num_warps"]
     # Steps of all programs; the first row segment of a backward pass has no rows before it.
@@ -158,8 +194,8 @@ def tiling(problem: ConvProblem, pass_: str, config: dict, target: Target) -> Ti
     again = 1 + march.warm_up / steps * (segments > 1)
     halo = 1 + (problem.kw - 1) * problem.dilation[1] / (config["BLOCK_P"] * problem.stride[1])
     sector = max(1.0, 32 / (config["BLOCK_C"] * size)) if problem.layout == "nhwc" else 1.0
-    partials = 2 * 4 * problem.params * (tiles // math.ceil(march.channels / config["BLOCK_C"])) * segments
-    partials *= march.sums > 0
+    splits = _tiles(march, config)[0] * segments if march.sums else 1
+    partials = 2 * 4 * problem.params * splits * (splits > 1)
     # L1 serves a line of 128 bytes a clock: narrow channel tiles touch many.
     split = problem.layout == "nhwc" and config["BLOCK_C"] < march.channels
     lines = max(1.0, 128 / (config["BLOCK_C"] * size)) if split else 1.0
@@ -170,23 +206,22 @@ def tiling(problem: ConvProblem, pass_: str, config: dict, target: Target) -> Ti
         instructions=walked * threads * elements * instructions + programs * threads * once,
         dram_bytes=problem.min_bytes(pass_) + partials,
         resident=_resident(problem, pass_, config, target),
-        launches=2 if march.sums else 1,
+        launches=1 + (splits > 1),
         shared_bytes=walked * threads * elements * march.loads * max(size * lines, 4 / vector),
     )
 
 
 def prepare(problem: ConvProblem, pass_: str, config: dict, target: Target, strides: dict):
-    tiles, segments, steps = _grid(problem, pass_, config, target)
-    channels = _march(problem, pass_).channels
+    march, (tiles, segments, steps) = _march(problem, pass_), _grid(problem, pass_, config)
     kernel = kernels.fprop_kernel if pass_ == "fprop" else kernels.backward_kernel
     blocks, options = split_config(config)
     x, w, y, dx, dw, dy = (strides.get(name) for name in ("x", "w", "y", "dx", "dw", "dy"))
-    splits = tiles // math.ceil(channels / config["BLOCK_C"]) * segments
+    splits = _tiles(march, config)[0] * segments
     scalars = {
         "batch": problem.batch, "h_in": problem.h_in, "w_in": problem.w_in,
         "h_out": problem.h_out, "w_out": problem.w_out, "steps": steps,
         **named_strides("x", x), **named_strides("wgt", w),
-        "CHANNELS": channels, "MULTIPLIER": problem.cout_g, "KH": problem.kh, "KW": problem.kw,
+        "CHANNELS": march.channels, "MULTIPLIER": problem.cout_g, "KH": problem.kh, "KW": problem.kw,
         "CONV_STRIDE_H": problem.stride[0], "CONV_STRIDE_W": problem.stride[1],
         "PAD_H": problem.pad[0], "PAD_W": problem.pad[2], "DIL_H": problem.dilation[0], "DIL_W": problem.dilation[1],
         "PIXELS_LAST": pixels_last(x if pass_ == "fprop" else dy), "X_ALIGN": align(x),
@@ -196,9 +231,11 @@ def prepare(problem: ConvProblem, pass_: str, config: dict, target: Target, stri
     if pass_ == "fprop":
         scalars |= {**named_strides("y", y), "HAS_BIAS": problem.bias, "Y_ALIGN": align(y)}
         return Single(launcher.Launch(kernel, (tiles, segments), scalars, **options), problem.y_shape, y)
+    result = FilterGradient(problem, splits, dw if march.sums else None)
     scalars |= {
-        **named_strides("dy", dy), **named_strides("dx", dx), "DY_ALIGN": align(dy), "DX_ALIGN": align(dx),
+        **result.depthwise_arguments(), **named_strides("dy", dy), **named_strides("dx", dx),
+        "DY_ALIGN": align(dy), "DX_ALIGN": align(dx),
         "WANT_DX": pass_ != "wgrad", "WANT_DW": pass_ != "dgrad",
     }  # fmt: skip
     launch = launcher.Launch(kernel, (tiles, segments), scalars, **options)
-    return call_of_backward(pass_, launch, problem, splits, dx, dw)
+    return call_of_backward(pass_, launch, problem, result, dx)

@@ -8,20 +8,31 @@ import math
 
 import triton
 
-from .. import cost, launcher
+from .. import launcher
 from ..cost import Tiling
 from ..devices import Target
 from ..kernels import depthwise_plane as kernels
+from ..occupancy import most_splits, resident
 from ..problem import ConvProblem
-from .calls import Single, align, call_of_backward, emulate_bf16, index_64, named_strides, split_config
+from .calls import (
+    FilterGradient,
+    Single,
+    align,
+    call_of_backward,
+    emulate_bf16,
+    index_64,
+    named_strides,
+    split_config,
+)
 
 NAME = "depthwise_plane"
 BLOCKS = {"BLOCK_N": (16, 128), "BLOCK_C": (1, 16), "BLOCK_IN": (16, 128), "BLOCK_OUT": (16, 128)}
+MOST_SPLITS = 64
+DIVISION = {"SPLITS": (1, MOST_SPLITS, 1)}  # programs that share the images of a channel
 MOST_PIXELS = 256  # of a map: above, the products are mostly zeros, or too many to be unrolled
 # Products in a kernel's loop, which is unrolled: more compile for long, and spill.
 MOST_PRODUCTS = {"fprop": 49, "dgrad": 49, "wgrad": 40, "backward": 48}
 TAPS = 64  # summed at once
-MOST_SPLITS = 64
 # Thread instructions, from compiled kernels for sm_90: of an element moved (and of its load or store, which has a
 # vector of them), of an entry of a matrix or of a gathered accumulator, and of a thread besides.
 AN_ELEMENT, A_VECTOR, AN_ENTRY, A_THREAD = 2, 8.5, 8, 300
@@ -223,37 +234,41 @@ def _vector(problem: ConvProblem, config: dict, chunks: Chunks) -> int:
     return math.gcd(wide, *(h * w for h, w, _ in sizes), *(rows * w for _, w, rows in sizes))
 
 
-def _splits(problem: ConvProblem, pass_: str, config: dict, target: Target) -> tuple[int, int]:
-    """(programs that share the images of a channel, blocks of images of each): the fastest by the model."""
-    blocks = math.ceil(problem.batch / config["BLOCK_N"])
-    most = min(blocks, MOST_SPLITS)
-    if pass_ in ("wgrad", "backward"):  # partial sums small beside x
-        most = min(most, max(1, problem.min_bytes(pass_) // (4 * 4 * problem.params)))
-
-    def score(each):
-        return cost.estimate(problem, _tiling(problem, pass_, config, target, each), target).score
-
-    shares = sorted({math.ceil(blocks / splits) for splits in range(1, most + 1)}, reverse=True)
-    each = min(shares, key=score)
+def _split(problem: ConvProblem, pass_: str, config: dict) -> tuple[int, int]:
+    """(programs that share the images of a channel, blocks of images of each)."""
+    blocks = max(1, math.ceil(problem.batch / config["BLOCK_N"]))
+    most = min(blocks, config["SPLITS"])
+    if pass_ in ("wgrad", "backward"):  # no more partial sums than operands
+        most = min(most, max(1, problem.min_bytes(pass_) // (4 * problem.params)))
+    each = math.ceil(blocks / most)
     return math.ceil(blocks / each), each
+
+
+def divisions(problem: ConvProblem, pass_: str, config: dict, target: Target) -> list[dict[str, int]]:
+    whole = _whole(problem, config)
+    blocks = max(1, math.ceil(problem.batch / config["BLOCK_N"]))
+    most = min(blocks, MOST_SPLITS)
+    if pass_ in ("wgrad", "backward"):
+        most = min(most, most_splits(problem, pass_))
+    channels = math.ceil((problem.c_out if pass_ in ("fprop", "wgrad") else problem.c_in) / config["BLOCK_C"])
+    places = target.multiprocessors * _resident(problem, pass_, whole, cut(problem, whole), target)
+    # Building the matrices takes about as long as a block of images.
+    found = {math.ceil(blocks / math.ceil(blocks / splits)) for splits in range(1, most + 1)}
+    shortest = sorted(sorted(found), key=lambda n: math.ceil(channels * n / places) * (math.ceil(blocks / n) + 1))
+    return [{"SPLITS": splits} for splits in shortest]
 
 
 def tiling(problem: ConvProblem, pass_: str, config: dict, target: Target) -> Tiling:
     config = _whole(problem, config)
-    return _tiling(problem, pass_, config, target, _splits(problem, pass_, config, target)[1])
-
-
-def _tiling(problem: ConvProblem, pass_: str, config: dict, target: Target, each: int) -> Tiling:
+    splits, each = _split(problem, pass_, config)
     chunks = cut(problem, config)
     n, c, size = config["BLOCK_N"], config["BLOCK_C"], problem.element_bytes
     block_in, block_out = config["BLOCK_IN"], config["BLOCK_OUT"]
-    blocks = math.ceil(problem.batch / n)
-    splits = math.ceil(blocks / each)
     channels = math.ceil((problem.c_out if pass_ in ("fprop", "wgrad") else problem.c_in) / c)
     multiplier = problem.cout_g if pass_ == "dgrad" else 1
     programs = channels * splits
     steps = programs * each  # blocks of images, those past the batch too
-    partials = 2 * splits * problem.params * 4 if pass_ in ("wgrad", "backward") else 0
+    partials = 2 * splits * problem.params * 4 if pass_ in ("wgrad", "backward") and splits > 1 else 0
 
     pairs = chunks.pairs * multiplier * c
     operands = {
@@ -288,9 +303,8 @@ def _tiling(problem: ConvProblem, pass_: str, config: dict, target: Target, each
 
 def _resident(problem: ConvProblem, pass_: str, config: dict, chunks: Chunks, target: Target) -> int:
     """Programs that share a multiprocessor."""
-    registers = min(255, _registers(problem, pass_, config, chunks, target) + 56)
-    by_registers = 65536 // int(32 * config["num_warps"] * registers)
-    return max(1, min(by_registers, target.shared_bytes // shared_bytes(problem, pass_, config, chunks), 16))
+    registers = _registers(problem, pass_, config, chunks, target) + 56
+    return resident(registers, shared_bytes(problem, pass_, config, chunks), config["num_warps"], target)
 
 
 def _tap_tile(problem: ConvProblem) -> tuple[int, int]:
@@ -302,7 +316,7 @@ def _tap_tile(problem: ConvProblem) -> tuple[int, int]:
 def prepare(problem: ConvProblem, pass_: str, config: dict, target: Target, strides: dict):
     config = _whole(problem, config)
     blocks, options = split_config(config)
-    splits, each = _splits(problem, pass_, config, target)
+    splits, each = _split(problem, pass_, config)
     kernel = kernels.fprop_kernel if pass_ == "fprop" else kernels.backward_kernel
     channels = problem.c_out if pass_ in ("fprop", "wgrad") else problem.c_in
     # Offsets of a channel's image are multiples of these; in the 3-D tiles channels are the contiguous axis.
@@ -336,5 +350,6 @@ def prepare(problem: ConvProblem, pass_: str, config: dict, target: Target, stri
         "TAP_ROWS": tap_rows, "BLOCK_TAPS": block_taps,
         "WANT_DX": pass_ != "wgrad", "WANT_DW": pass_ != "dgrad",
     }  # fmt: skip
-    launch = launcher.Launch(kernel, grid, scalars, **options)
-    return call_of_backward(pass_, launch, problem, splits, dx, dw)
+    result = FilterGradient(problem, splits, None if pass_ == "dgrad" else dw)
+    launch = launcher.Launch(kernel, grid, scalars | result.depthwise_arguments(), **options)
+    return call_of_backward(pass_, launch, problem, result, dx)

@@ -9,16 +9,30 @@ from .. import launcher
 from ..cost import Tiling
 from ..devices import Target
 from ..kernels import depthwise_toeplitz as kernels
+from ..occupancy import most_splits, resident
 from ..problem import ConvProblem
-from .calls import Single, SplitK, align, emulate_bf16, index_64, named_strides, pixels_last, split_config
+from .calls import (
+    FilterGradient,
+    Single,
+    SplitK,
+    align,
+    emulate_bf16,
+    index_64,
+    named_strides,
+    pixels_last,
+    split_config,
+)
 
 NAME = "depthwise_toeplitz"
 BLOCKS = {
     "BLOCK_C": (1, 32), "BLOCK_M": (16, 256), "BLOCK_W": (8, 64), "BLOCK_H": (4, 1024), "BLOCK_T": (1, 32),
-    "BLOCK_R": (1, 16),
+    "BLOCK_U": (1, 8, 1), "BLOCK_R": (1, 16),
 }  # fmt: skip
-# BLOCK_H: the most output rows of a segment, about. BLOCK_T: wgrad's filter rows of a program. BLOCK_R: output rows
-# that a program holds at once: 1 marches, 16 holds a whole map (map_kernel).
+# BLOCK_H: the most output rows of a segment, about. BLOCK_T: wgrad's filter rows of a program, and BLOCK_U its steps
+# that share a row's change of layout. BLOCK_R: output rows that a program holds at once: 1 marches, 16 holds a whole
+# map (map_kernel).
+MOST_SPLITS = 4096
+DIVISION = {"SPLITS": (1, MOST_SPLITS, 1)}  # of wgrad's blocks of lanes, or map_kernel's of images
 
 LEAST_TAPS = 10
 BLOCK_K = 16  # input columns of a product
@@ -133,27 +147,29 @@ class Launched:
     c_blocks: int
     m_blocks: int
     t_blocks: int
-    unroll: int  # steps of wgrad that share a row's change of layout
 
 
-def _launched(problem: ConvProblem, pass_: str, config: dict, target: Target) -> Launched:
+def _launched(problem: ConvProblem, pass_: str, config: dict) -> Launched:
     taps = min(problem.kh, config["BLOCK_T"]) if pass_ == "wgrad" else problem.kh
     cut = lanes(problem, pass_, config, taps)
     stride = problem.stride[0]
-    made = Launched(
+    return Launched(
         cut, taps, *((1, stride) if pass_ == "dgrad" else (stride, 1)), (taps - 1) // stride,
         math.ceil(problem.c_out / config["BLOCK_C"]), math.ceil(cut.count / config["BLOCK_M"]),
-        math.ceil(problem.kh / taps), unroll=1,
+        math.ceil(problem.kh / taps),
     )  # fmt: skip
-    if pass_ != "wgrad":
-        return made
+
+
+def _unroll(problem: ConvProblem, config: dict, target: Target) -> int:
+    """The BLOCK_U of wgrad with the least work for which there are registers, for a configuration whose own is 1."""
+    made = _launched(problem, "wgrad", config)
+    cut, taps, stride = made.cut, made.taps, problem.stride[0]
     row = config["BLOCK_C"] * config["BLOCK_M"] * config["BLOCK_W"] * problem.element_bytes / 4
-    room = MOST_REGISTERS[1] - _registers(problem, pass_, config, made, target)
+    room = MOST_REGISTERS[1] - _registers(problem, "wgrad", config, made, target)
     most = min(MOST_UNROLL, MOST_PRODUCTS // (taps * cut.chunks), MOST_LOADS // (stride * cut.chunks))
     most = min(most, 1 + int(room * target.warp_size * config["num_warps"] / row))
     steps = cut.last - cut.first
-    unroll = min(range(1, max(1, most) + 1), key=lambda n: math.ceil(steps / n) * (2 * n + made.warm))
-    return dataclasses.replace(made, unroll=unroll)
+    return min(range(1, max(1, most) + 1), key=lambda n: math.ceil(steps / n) * (2 * n + made.warm))
 
 
 def _wide(problem: ConvProblem) -> bool:
@@ -173,7 +189,7 @@ def _registers(problem: ConvProblem, pass_: str, config: dict, made: Launched, t
     addresses = 0 if _wide(problem) else 5 * x
     if pass_ == "wgrad":
         acc = made.taps * made.cut.chunks * x * config["BLOCK_W"] / config["BLOCK_M"]
-        rows = words * (made.read * made.cut.chunks * x + (made.warm + made.unroll) * y)
+        rows = words * (made.read * made.cut.chunks * x + (made.warm + config["BLOCK_U"]) * y)
         return 1.15 * acc + rows + addresses + 58
     acc = made.written * (made.warm + 1) * y
     held = 0.0
@@ -195,7 +211,7 @@ def shared_bytes(problem: ConvProblem, pass_: str, config: dict, made: Launched,
 
 
 def _fits(problem: ConvProblem, pass_: str, config: dict, target: Target) -> bool:
-    made = _launched(problem, pass_, config, target)
+    made = _launched(problem, pass_, config)
     registers = _registers(problem, pass_, config, made, target)
     if registers > min(MOST_REGISTERS[pass_ == "wgrad"], 65536 // (32 * config["num_warps"])):
         return False
@@ -217,12 +233,10 @@ class Maps:
     matrices: int  # of a channel
     pairs: int  # of an input and an output row that meet
     c_blocks: int
-    blocks: int  # of images, of a program
-    programs: int
-    resident: int
+    m_blocks: int  # of images
 
 
-def _maps(problem: ConvProblem, pass_: str, config: dict, target: Target) -> Maps:
+def _maps(problem: ConvProblem, pass_: str, config: dict) -> Maps:
     maps = (problem.h_in, problem.w_in, problem.h_out, problem.w_out)
     pad_h, pad_w = problem.pad[0], problem.pad[2]
     if pass_ == "dgrad":
@@ -231,16 +245,12 @@ def _maps(problem: ConvProblem, pass_: str, config: dict, target: Target) -> Map
     taps = [h - out + pad_h for h in range(maps[0]) for out in range(maps[2])]
     taps = [tap for tap in taps if 0 <= tap < problem.kh]
     c_blocks, m_blocks = math.ceil(problem.c_out / config["BLOCK_C"]), math.ceil(problem.batch / config["BLOCK_M"])
-    # It takes nearly all the registers that a thread can have.
-    resident = 65536 // (256 * 32 * config["num_warps"])
-    resident = max(1, min(resident, target.shared_bytes // _map_shared_bytes(problem, config, len(set(taps)))))
+    return Maps(*maps, pad_h, pad_w, len(set(taps)), len(taps), c_blocks, m_blocks)
 
-    def rounds(splits):  # building the matrices takes about as long as a block of images
-        return math.ceil(splits * c_blocks / (target.multiprocessors * resident)) * (math.ceil(m_blocks / splits) + 1)
 
-    blocks = math.ceil(m_blocks / min(range(1, m_blocks + 1), key=rounds))
-    programs = c_blocks * math.ceil(m_blocks / blocks)
-    return Maps(*maps, pad_h, pad_w, len(set(taps)), len(taps), c_blocks, blocks, programs, resident)
+def _map_resident(problem: ConvProblem, config: dict, made: Maps, target: Target) -> int:
+    """It takes nearly all the registers that a thread can have."""
+    return resident(255, _map_shared_bytes(problem, config, made.matrices), config["num_warps"], target)
 
 
 def _map_shared_bytes(problem: ConvProblem, config: dict, matrices: int) -> int:
@@ -267,33 +277,35 @@ def _map_configs(problem: ConvProblem, pass_: str, target: Target):
     for block_c, block_m, warps in shapes:
         config = {
             "BLOCK_C": block_c, "BLOCK_M": block_m, "BLOCK_W": 8 if out[1] <= 8 else 16, "BLOCK_H": SMALL,
-            "BLOCK_T": 16, "BLOCK_R": SMALL, "num_warps": warps, "num_stages": 1,
+            "BLOCK_T": 16, "BLOCK_U": 1, "BLOCK_R": SMALL, "num_warps": warps, "num_stages": 1,
         }  # fmt: skip
-        made = _maps(problem, pass_, config, target)
+        made = _maps(problem, pass_, config)
         acc = out[0] * block_c * block_m * config["BLOCK_W"] / (32 * warps)
         if acc <= MOST_MAP[roomy] and _map_shared_bytes(problem, config, made.matrices) <= target.shared_bytes:
             yield config
 
 
 def _map_tiling(problem: ConvProblem, pass_: str, config: dict, target: Target) -> Tiling:
-    made, size = _maps(problem, pass_, config, target), problem.element_bytes
+    made, size = _maps(problem, pass_, config), problem.element_bytes
     block_c, block_m, block_w = (config[f"BLOCK_{axis}"] for axis in "CMW")
-    maps = made.programs * made.blocks * block_c * block_m
+    splits, blocks = _split(made.m_blocks, config["SPLITS"])
+    programs = made.c_blocks * splits
+    maps = programs * blocks * block_c * block_m
     x, y, products = maps * made.h_in * BLOCK_K, maps * made.h_out * block_w, maps * made.pairs * BLOCK_K * block_w
-    matrices = made.programs * block_c * made.matrices * BLOCK_K * block_w
+    matrices = programs * block_c * made.matrices * BLOCK_K * block_w
     waste = max(1.0, 32 / (block_c * size)) if problem.layout == "nhwc" else 1 + 32 / (made.w_in * size)
     if block_c == 1:  # wgmma reads both operands of every product from shared memory
         fragments = products / block_m + products / block_w
     else:
-        fragments = matrices * made.blocks
+        fragments = matrices * blocks
     return Tiling(
-        programs=made.programs,
+        programs=programs,
         # wgmma of so few columns waits for its other operand half of the time
         matrix_flops=2.0 * products * (2 if target.has_warpgroups else 1),
         l2_bytes=problem.min_bytes(pass_) * waste + matrices * size,
         instructions=(4 if _wide(problem) else 8) * (x + y) + products / 64 + 10 * matrices,
         dram_bytes=problem.min_bytes(pass_),
-        resident=made.resident,
+        resident=_map_resident(problem, config, made, target),
         shared_bytes=(2 * (x + y) + fragments) * size,
     )
 
@@ -317,54 +329,73 @@ def _configs(problem: ConvProblem, pass_: str, target: Target):
                     for height in heights:
                         config = {
                             "BLOCK_C": block_c, "BLOCK_M": block_m, "BLOCK_W": block_w, "BLOCK_H": height,
-                            "BLOCK_T": block_t, "BLOCK_R": 1, "num_warps": warps, "num_stages": 1,
+                            "BLOCK_T": block_t, "BLOCK_U": 1, "BLOCK_R": 1, "num_warps": warps, "num_stages": 1,
                         }  # fmt: skip
+                        if pass_ == "wgrad":
+                            config["BLOCK_U"] = _unroll(problem, config, target)
                         if _fits(problem, pass_, config, target):
                             yield config
 
 
 def _resident(problem: ConvProblem, pass_: str, config: dict, made: Launched, target: Target) -> int:
-    threads = target.warp_size * config["num_warps"]
-    file = 65536 * (2 if target.backend == "hip" else 1)  # registers of a multiprocessor
-    registers = file // (threads * 8 * math.ceil(_registers(problem, pass_, config, made, target) / 8))
-    shared = target.shared_bytes // shared_bytes(problem, pass_, config, made, target)
-    return max(1, min(registers, shared, 2048 // threads, 16))
+    shared = shared_bytes(problem, pass_, config, made, target)
+    return resident(_registers(problem, pass_, config, made, target), shared, config["num_warps"], target)
 
 
-def _splits(problem: ConvProblem, config: dict, made: Launched, target: Target) -> tuple[int, int]:
-    """(splits, blocks of lanes a split) of wgrad: the shortest in rounds of blocks, the partials small beside x."""
-    slots = target.multiprocessors * _resident(problem, "wgrad", config, made, target)
-    tiles = made.c_blocks * made.t_blocks
-    affordable = problem.min_bytes("wgrad") // (4 * 4 * problem.params)
-    most = max(1, min(math.ceil(MOST_WAVES * slots / tiles), affordable, made.m_blocks))
+def _split(blocks: int, splits: int) -> tuple[int, int]:
+    """(splits, blocks of each) of so many blocks that are to be split in `splits`."""
+    each = max(1, math.ceil(blocks / min(splits, max(1, blocks))))
+    return max(1, math.ceil(blocks / each)), each
 
-    def rounds(splits):
-        return math.ceil(splits * tiles / slots) * math.ceil(made.m_blocks / splits)
 
-    # Every number of blocks a split that there can be, or nearly.
-    few = range(1, math.isqrt(made.m_blocks) + 1)
-    counts = {min(most, n) for n in (*few, *(math.ceil(made.m_blocks / n) for n in few))}
-    blocks = max(1, math.ceil(made.m_blocks / min(sorted(counts), key=rounds)))
-    return max(1, math.ceil(made.m_blocks / blocks)), blocks
+def _wgrad_split(problem: ConvProblem, config: dict, made: Launched) -> tuple[int, int]:
+    """As `_split`; fewer where partial sums would take more memory than the operands."""
+    largest = max(1, problem.min_bytes("wgrad") // (4 * problem.params))
+    return _split(made.m_blocks, min(config["SPLITS"], largest))
+
+
+def divisions(problem: ConvProblem, pass_: str, config: dict, target: Target) -> list[dict[str, int]]:
+    if config["BLOCK_R"] > 1:
+        maps = _maps(problem, pass_, config)
+        blocks, tiles, most, prologue = maps.m_blocks, maps.c_blocks, maps.m_blocks, 1
+        slots = target.multiprocessors * _map_resident(problem, config, maps, target)
+    elif pass_ == "wgrad":
+        made = _launched(problem, pass_, config)
+        blocks, tiles, prologue = made.m_blocks, made.c_blocks * made.t_blocks, 0
+        slots = target.multiprocessors * _resident(problem, pass_, config, made, target)
+        most = min(math.ceil(MOST_WAVES * slots / tiles), most_splits(problem, pass_))
+    else:
+        return [{"SPLITS": 1}]
+    most = max(1, min(most, blocks, MOST_SPLITS))
+
+    def rounds(splits):  # of blocks; to build map_kernel's matrices takes about as long as a block
+        return math.ceil(splits * tiles / slots) * (math.ceil(blocks / splits) + prologue)
+
+    # Every number of blocks a split that there can be, or nearly: the shortest, and its neighbours.
+    few = range(1, math.isqrt(blocks) + 1)
+    counts = {min(most, _split(blocks, n)[0]) for n in (*few, *(math.ceil(blocks / n) for n in few))}
+    shortest = sorted(sorted(counts), key=rounds)[:4] or [1]
+    return [{"SPLITS": splits} for splits in shortest]
 
 
 def tiling(problem: ConvProblem, pass_: str, config: dict, target: Target) -> Tiling:
     if config["BLOCK_R"] > 1:
         return _map_tiling(problem, pass_, config, target)
-    made = _launched(problem, pass_, config, target)
+    made = _launched(problem, pass_, config)
     cut, size = made.cut, problem.element_bytes
     block_c, block_m, block_w = (config[f"BLOCK_{axis}"] for axis in "CMW")
     programs, partials, splits = made.m_blocks * made.c_blocks, 0, 1
     if pass_ == "wgrad":
-        splits, blocks = _splits(problem, config, made, target)
-        programs, partials = splits * made.c_blocks * made.t_blocks, 2 * splits * problem.params * 4
+        splits, blocks = _wgrad_split(problem, config, made)
+        programs = splits * made.c_blocks * made.t_blocks
+        partials = 2 * splits * problem.params * 4 * (splits > 1)
         moved = programs * blocks
     else:
         moved = programs
     height, width, out_width = problem.h_in, problem.w_in, problem.w_out
     if pass_ == "dgrad":
         height, width, out_width = problem.h_out, problem.w_out, problem.w_in
-    unroll = made.unroll if pass_ == "wgrad" else 1
+    unroll = config["BLOCK_U"]
     march = math.ceil((cut.last - cut.first) / unroll) * unroll
     steps = moved * block_c * block_m * march  # of one channel's lane
     window = cut.chunks * BLOCK_K
@@ -396,7 +427,7 @@ def tiling(problem: ConvProblem, pass_: str, config: dict, target: Target) -> Ti
         instructions=instructions + products / 64 + 10 * matrices,
         dram_bytes=problem.min_bytes(pass_) + partials,
         resident=_resident(problem, pass_, config, made, target),
-        launches=2 if pass_ == "wgrad" else 1,
+        launches=1 + (splits > 1),
         shared_bytes=shared,
     )
 
@@ -404,11 +435,11 @@ def tiling(problem: ConvProblem, pass_: str, config: dict, target: Target) -> Ti
 def prepare(problem: ConvProblem, pass_: str, config: dict, target: Target, strides: dict):
     top, _, pad, _ = problem.pad
     tiles, options = split_config(config)
-    del tiles["BLOCK_H"], tiles["BLOCK_T"], tiles["BLOCK_R"]
+    del tiles["BLOCK_H"], tiles["BLOCK_T"], tiles["BLOCK_U"], tiles["BLOCK_R"]
     if config["BLOCK_R"] > 1:
-        return _prepare_map(problem, pass_, config, target, strides, tiles, options)
+        return _prepare_map(problem, pass_, config, strides, tiles, options, target.precision(problem.dtype))
     transposed, wgrad = pass_ == "dgrad", pass_ == "wgrad"
-    made = _launched(problem, pass_, config, target)
+    made = _launched(problem, pass_, config)
     cut = made.cut
     step = config["BLOCK_W"] // problem.stride[1] if transposed else config["BLOCK_W"] * problem.stride[1]
 
@@ -438,11 +469,13 @@ def prepare(problem: ConvProblem, pass_: str, config: dict, target: Target, stri
         arguments = (f"{name.upper()}_{fact}" for fact in ("PIXELS_LAST", "ALIGN", "RUN"))
         scalars |= dict(zip(arguments, values, strict=True))
     if wgrad:
-        splits, blocks = _splits(problem, config, made, target)
+        splits, blocks = _wgrad_split(problem, config, made)
+        gradient = FilterGradient(problem, splits, strides["dw"])
+        scalars |= gradient.depthwise_arguments()
         scalars |= named_strides("dy", strides["dy"]) | named_strides("x", strides["x"])
-        scalars |= {"blocks": blocks, "TAPS": made.taps, "UNROLL": made.unroll}
+        scalars |= {"blocks": blocks, "TAPS": made.taps, "UNROLL": config["BLOCK_U"]}
         grid = (splits * made.c_blocks * made.t_blocks,)
-        return SplitK(launcher.Launch(kernel, grid, scalars, **options), problem, splits, strides["dw"])
+        return SplitK(launcher.Launch(kernel, grid, scalars, **options), gradient)
     scalars |= {"first": cut.first, "last": cut.last, "DRAIN": cut.drain, "TRANSPOSED": transposed}
     scalars |= {"HAS_BIAS": problem.bias and not transposed}
     scalars |= named_strides("x", strides[source]) | named_strides("wgt", strides["w"])
@@ -453,11 +486,12 @@ def prepare(problem: ConvProblem, pass_: str, config: dict, target: Target, stri
     return Single(launch, problem.y_shape, strides["y"])
 
 
-def _prepare_map(problem: ConvProblem, pass_: str, config: dict, target: Target, strides: dict, tiles, options):
-    made, transposed = _maps(problem, pass_, config, target), pass_ == "dgrad"
+def _prepare_map(problem: ConvProblem, pass_: str, config: dict, strides: dict, tiles, options, precision: str):
+    made, transposed = _maps(problem, pass_, config), pass_ == "dgrad"
+    splits, blocks = _split(made.m_blocks, config["SPLITS"])
     source, result = ("dy", "dx") if transposed else ("x", "y")
     scalars = {
-        "batch": problem.batch, "blocks": made.blocks,
+        "batch": problem.batch, "blocks": blocks,
         **named_strides("x", strides[source]), **named_strides("wgt", strides["w"]),
         **named_strides("y", strides[result]),
         "H_IN": made.h_in, "W_IN": made.w_in, "H_OUT": made.h_out, "W_OUT": made.w_out,
@@ -465,14 +499,14 @@ def _prepare_map(problem: ConvProblem, pass_: str, config: dict, target: Target,
         "PAD_H": made.pad_h, "PAD_W": made.pad_w,
         "TRANSPOSED": transposed, "HAS_BIAS": problem.bias and not transposed,
         "INDEX_64": index_64(problem, strides),
-        "PRECISION": target.precision(problem.dtype),
+        "PRECISION": precision,
         "EMULATE_BF16": emulate_bf16(kernels.map_kernel, problem),
         **tiles, "BLOCK_K": BLOCK_K, "GROUP": GROUP,
     }  # fmt: skip
     for name, memory in (("X", strides[source]), ("Y", strides[result])):
         last = pixels_last(memory)
         scalars |= {f"{name}_PIXELS_LAST": last, f"{name}_ALIGN": align(memory, (0, 1, 2) if last else (0, 2, 3))}
-    launch = launcher.Launch(kernels.map_kernel, (made.programs,), scalars, **options)
+    launch = launcher.Launch(kernels.map_kernel, (made.c_blocks * splits,), scalars, **options)
     if transposed:
         return Single(launch, problem.x_shape, strides["dx"], lambda dy, w, dx: launch(dy, w, None, dx))
     return Single(launch, problem.y_shape, strides["y"])

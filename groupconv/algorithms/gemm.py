@@ -6,19 +6,22 @@ import dataclasses
 import functools
 import itertools
 import math
-from collections.abc import Callable
 
-from ..cost import Tiling, estimate
 from ..devices import Target
 from ..kernels.tiles import part_sizes
+from ..occupancy import most_splits
 from ..problem import ConvProblem
 
 MOST_SPLITS = 256
+START_STEPS = 4  # as long as a program takes to load its first tiles and to store its sums; a guess
 LEAST_STEPS = 8  # of a split, which has to fill the pipeline first
 # Guesses, in the modelled times only.
 DRAIN_CLOCKS = 40  # from a warp group's product to the next that adds to it, where Triton waits in between
 STEP_CLOCKS = 50  # to wait for a step's tiles
 START_CLOCKS = 1200  # to load the first tiles and to store the last
+
+
+parts = functools.lru_cache(1024)(part_sizes)
 
 
 def column_tiles(n: int, problem: ConvProblem, target: Target) -> list[int]:
@@ -38,7 +41,7 @@ def column_tiles(n: int, problem: ConvProblem, target: Target) -> list[int]:
 
 def starved(columns: int, k: int, warps: int, element_bytes: int, target: Target) -> bool:
     """Whether the narrowest part of so many columns gives a thread less than 4 bytes, which no pipeline loads."""
-    return part_sizes(columns)[-1] * k * element_bytes < 4 * target.warp_size * warps
+    return parts(columns)[-1] * k * element_bytes < 4 * target.warp_size * warps
 
 
 def registers_for_all(options: dict, target: Target) -> dict:
@@ -47,14 +50,6 @@ def registers_for_all(options: dict, target: Target) -> dict:
     For tcgen05, whose sums lie elsewhere, ptxas aims at more programs than shared memory holds, and spills.
     """
     return options | {"maxnreg": 255} if target.matrix_unit == "tcgen05" else options
-
-
-def resident(registers: int, shared_bytes: int, warps: int, target: Target) -> int:
-    """Programs that share a multiprocessor: by registers of a thread and by shared memory."""
-    threads = target.warp_size * warps
-    return max(
-        1, min(65536 // (threads * min(255, registers)), target.shared_bytes // shared_bytes, 2048 // threads, 16)
-    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,36 +69,44 @@ def product(m: int, n: int, k: int, warps: int, element_bytes: int, target: Targ
     fewer rows than 64 for each group, the groups share the columns instead. Without warp groups a warp reads what it
     multiplies into registers: 16 rows or more, and all columns.
     """
-    parts = part_sizes(n)
+    sizes = parts(n)
     groups = warps // 4
     if not target.has_warpgroups or m < 64 or not groups:
         half_rate = 2 if target.has_warpgroups else 1
-        read = k * (m * len(parts) + n * min(warps, max(1, m // 16))) * element_bytes
+        read = k * (m * len(sizes) + n * min(warps, max(1, m // 16))) * element_bytes
         return Product(2.0 * m * n * k * half_rate, read, m * n * k / 32)
     own = max(1, groups * 64 // m)  # groups that share rows
-    slow = 8 * (parts[-1] == 8)  # columns without an instruction of a warp group, at half the rate
-    read = k * (m * own * len(parts) + n * max(1, m // 64)) * element_bytes
-    issued = groups * len(parts) * math.ceil(m / (64 * groups)) * math.ceil(k / 16)  # by warp groups
+    slow = 8 * (sizes[-1] == 8)  # columns without an instruction of a warp group, at half the rate
+    read = k * (m * own * len(sizes) + n * max(1, m // 64)) * element_bytes
+    issued = groups * len(sizes) * math.ceil(m / (64 * groups)) * math.ceil(k / 16)  # by warp groups
     return Product(2.0 * m * (n + slow) * k, read, 5 * 128 * issued)
 
 
-def best_splits(
-    problem: ConvProblem, steps: int, tiles: int, places: int, target: Target, tiling: Callable[[int], Tiling]
-) -> tuple[int, int]:
-    """(splits, steps a split) of a wgrad of so many steps, for the modelled fastest.
+def split(problem: ConvProblem, steps: int, splits: int) -> tuple[int, int]:
+    """(splits, steps of each) of a wgrad of so many steps that is to be split in `splits`.
 
-    tiles: programs of a split; places: programs that the device holds. tiling: of a number of splits.
+    Fewer, where not each would have a step, or where partial sums would take more memory than the operands.
     """
-    affordable = max(1, problem.min_bytes("wgrad") // (4 * 4 * problem.params))
-    most = max(1, min(affordable, steps // LEAST_STEPS, MOST_SPLITS))
-    # Whole waves of programs, and powers of two.
-    tried = {1, most} | {waves * places // tiles for waves in range(1, 5)} | {2**i for i in range(9)}
-    found = {}
-    for wanted in sorted(count for count in tried if 1 <= count <= most):
-        each = math.ceil(steps / wanted)
-        splits = max(1, math.ceil(steps / each))
-        found[splits, each] = estimate(problem, tiling(splits), target).score
-    return min(found, key=found.__getitem__)
+    steps, largest = max(1, steps), max(1, problem.min_bytes("wgrad") // (4 * problem.params))
+    each = math.ceil(steps / min(splits, steps, largest))
+    return math.ceil(steps / each), each
+
+
+def splits_to_try(problem: ConvProblem, steps: int, tiles: int, fit: int, target: Target) -> list[int]:
+    """Numbers of splits that may be good, the likely best first: whole waves of programs, and powers of two.
+
+    tiles: programs of a split, of which a multiprocessor holds `fit`.
+    """
+    places = target.multiprocessors * fit
+    most = max(1, min(most_splits(problem, "wgrad"), steps // LEAST_STEPS, MOST_SPLITS))
+    wanted = {1, most} | {waves * places // tiles for waves in range(1, 5)} | {2**i for i in range(9)}
+    found = {split(problem, steps, splits) for splits in wanted if 1 <= splits <= most}
+
+    def end(choice):  # of the multiprocessor with most programs, in steps
+        splits, each = choice
+        return math.ceil(tiles * splits / target.multiprocessors) * (each + START_STEPS), splits
+
+    return [splits for splits, _ in sorted(found, key=end)]
 
 
 def waits(

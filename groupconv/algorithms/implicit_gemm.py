@@ -12,9 +12,10 @@ from .. import launcher
 from ..cost import Tiling
 from ..devices import Target
 from ..kernels import implicit_gemm as kernels
-from ..kernels.tiles import part_sizes
+from ..occupancy import resident
 from ..problem import ELEMENT_BYTES, ConvProblem
 from .calls import (
+    FilterGradient,
     Single,
     SplitK,
     align,
@@ -26,10 +27,11 @@ from .calls import (
     precision,
     split_config,
 )
-from .gemm import best_splits, column_tiles, product, resident, starved, waits
+from .gemm import MOST_SPLITS, column_tiles, parts, product, split, splits_to_try, starved, waits
 
 NAME = "implicit_gemm"
 BLOCKS = {"BLOCK_M": (16, 512), "BLOCK_N": (8, 512, 8), "BLOCK_K": (16, 512)}
+DIVISION = {"SPLITS": (1, MOST_SPLITS, 1)}  # of wgrad's pixels
 INSTRUCTIONS_A_LOAD = 8  # a masked load, its address and predicates
 INSTRUCTIONS_A_STEP = 60  # of each thread, to wait and to go on
 MOST_REGISTERS = 224
@@ -97,6 +99,7 @@ def registers(problem: ConvProblem, pass_: str, config: dict, target: Target) ->
     return math.ceil(40 + max(sums + 4 * loads, sums * (1 + 2 / stored)))
 
 
+@functools.lru_cache(4096)
 def _runs(problem: ConvProblem, pass_: str) -> tuple[int, int, int]:
     """Elements of one access: of the gathered operand, of the other, and of the result."""
     wide = 16 // problem.element_bytes
@@ -112,7 +115,7 @@ def _unfit(problem: ConvProblem, pass_: str, config: dict, target: Target) -> bo
     warps = config["num_warps"]
     if warps == 8 and config["BLOCK_M"] < 128:
         return True  # fewer than 16 rows a warp
-    *_, last = part_sizes(config["BLOCK_N"])
+    *_, last = parts(config["BLOCK_N"])
     if last < config["BLOCK_N"] and config["BLOCK_K"] > 32 and not target.has_warpgroups:
         return True  # operands of several products in registers
     if last < config["BLOCK_N"] and starved(last, config["BLOCK_K"], warps, problem.element_bytes, target):
@@ -128,30 +131,30 @@ def _resident(problem: ConvProblem, pass_: str, config: dict, target: Target) ->
     return resident(registers(problem, pass_, config, target), shared, config["num_warps"], target)
 
 
-@functools.lru_cache(4096)
-def _splits(problem: ConvProblem, options: tuple, target: Target) -> tuple[int, int]:
-    """(splits, pixels a split) of wgrad: the modelled fastest."""
-    config = dict(options)
+def divisions(problem: ConvProblem, pass_: str, config: dict, target: Target) -> list[dict[str, int]]:
+    if pass_ != "wgrad":
+        return [{"SPLITS": 1}]
     m, n, k = problem.gemm("wgrad")
     tiles = math.ceil(m / config["BLOCK_M"]) * math.ceil(n / config["BLOCK_N"]) * problem.groups
-    places = target.multiprocessors * _resident(problem, "wgrad", config, target)
-    splits, steps = best_splits(
-        problem, max(1, math.ceil(k / config["BLOCK_K"])), tiles, places, target,
-        lambda splits: _tiling(problem, "wgrad", config, target, splits),
-    )  # fmt: skip
+    fit = _resident(problem, "wgrad", config, target)
+    tried = splits_to_try(problem, math.ceil(k / config["BLOCK_K"]), tiles, fit, target)
+    return [{"SPLITS": splits} for splits in tried]
+
+
+def _split(problem: ConvProblem, pass_: str, config: dict) -> tuple[int, int]:
+    """(splits, pixels of each)."""
+    if pass_ != "wgrad":
+        return 1, 0
+    splits, steps = split(problem, math.ceil(problem.out_pixels / config["BLOCK_K"]), config["SPLITS"])
     return splits, steps * config["BLOCK_K"]
 
 
 def tiling(problem: ConvProblem, pass_: str, config: dict, target: Target) -> Tiling:
-    splits = _splits(problem, tuple(config.items()), target)[0] if pass_ == "wgrad" else 1
-    return _tiling(problem, pass_, config, target, splits)
-
-
-def _tiling(problem: ConvProblem, pass_: str, config: dict, target: Target, splits: int) -> Tiling:
+    splits, _ = _split(problem, pass_, config)
     m, n, k = problem.gemm(pass_)
     bm, bn, bk = config["BLOCK_M"], config["BLOCK_N"], config["BLOCK_K"]
     size, nhwc = problem.element_bytes, problem.layout == "nhwc"
-    partials = 2 * splits * problem.params * 4 * (pass_ == "wgrad")
+    partials = 2 * splits * problem.params * 4 * (splits > 1)
     columns = math.ceil(n / bn)
     steps = math.ceil(k / bk)
     tiles = math.ceil(m / bm) * columns * problem.groups
@@ -178,7 +181,7 @@ def _tiling(problem: ConvProblem, pass_: str, config: dict, target: Target, spli
         instructions=(loads + issued) * INSTRUCTIONS_A_LOAD + stepping,
         dram_bytes=problem.min_bytes(pass_) + partials,
         resident=fit,
-        launches=2 if pass_ == "wgrad" else 1,
+        launches=1 + (splits > 1),
         shared_bytes=tiles * steps * (bk * size * (bm + bn) + each.shared_bytes),
         waits=waits(each, tiles * splits, tiles * steps, 0, config["num_warps"], fit, problem.dtype, target),
     )
@@ -189,7 +192,7 @@ def prepare(problem: ConvProblem, pass_: str, config: dict, target: Target, stri
     dil_h, dil_w = problem.dilation
     x, w, y, dx = (strides[name] for name in ("x", "w", "y", "dx"))
     dy = strides.get("dy")
-    splits, chunk = _splits(problem, tuple(config.items()), target) if pass_ == "wgrad" else (1, 0)
+    splits, chunk = _split(problem, pass_, config)
     blocks, options = split_config(config)
     kernel = {"fprop": kernels.fprop_kernel, "dgrad": kernels.dgrad_kernel, "wgrad": kernels.wgrad_kernel}[pass_]
     scalars = {
@@ -248,9 +251,9 @@ def prepare(problem: ConvProblem, pass_: str, config: dict, target: Target, stri
         "DY_ALIGN": align(dy),
         "X_ALIGN": align(x),
     }
+    result = FilterGradient(problem, splits, strides["dw"])
     grid = (math.ceil(m / config["BLOCK_M"]) * tiles * splits,)
-    partial = launcher.Launch(kernel, grid, scalars, **options)
-    return SplitK(partial, problem, splits, strides["dw"])
+    return SplitK(launcher.Launch(kernel, grid, scalars | result.arguments, **options), result)
 
 
 def _flat(problem: ConvProblem, pass_: str, strides: dict) -> bool:

@@ -12,12 +12,25 @@ from .. import launcher
 from ..cost import Tiling
 from ..devices import Target
 from ..kernels import row_block as kernels
+from ..occupancy import resident
 from ..problem import ConvProblem
-from .calls import Single, SplitK, align, convolution, emulate_bf16, index_64, named_strides, pixels_last, split_config
-from .gemm import best_splits, column_tiles, product, registers_for_all, resident, starved, waits
+from .calls import (
+    FilterGradient,
+    Single,
+    SplitK,
+    align,
+    convolution,
+    emulate_bf16,
+    index_64,
+    named_strides,
+    pixels_last,
+    split_config,
+)
+from .gemm import MOST_SPLITS, column_tiles, product, registers_for_all, split, splits_to_try, starved, waits
 
 NAME = "row_block"
 BLOCKS = {"BLOCK_R": (1, 16, 1), "BLOCK_M": (16, 512), "BLOCK_N": (8, 512, 8), "BLOCK_K": (16, 512)}
+DIVISION = {"SPLITS": (1, MOST_SPLITS, 1)}  # of wgrad's blocks
 MOST_ROWS = 8
 MOST_TAPS = 7  # kernel rows: each has its tiles in every step
 MOST_PADDING = 1.2  # of rows, by blocks that reach past the map
@@ -81,11 +94,12 @@ def axes(problem: ConvProblem, pass_: str) -> tuple[int, int, float]:
 
 
 @functools.lru_cache(4096)
-def met_rows(problem: ConvProblem, pass_: str, block_r: int) -> list[tuple[int, int, int]]:
-    """The (row, kernel row, source row) that meet in a block."""
-    return kernels.meetings(
+def met_counts(problem: ConvProblem, pass_: str, block_r: int) -> tuple[int, int, int]:
+    """How many (row, kernel row, source row) meet in a block, and how many different kernel rows and source rows."""
+    met = kernels.meetings(
         pass_ == "dgrad", block_r, problem.kh, problem.stride[0], problem.pad[0], problem.dilation[0]
     )
+    return len(met), len({r for _, r, _ in met}), len({row for _, _, row in met})
 
 
 def row_blocks(work: Work, block_r: int) -> int:
@@ -105,12 +119,10 @@ class _Step:
 
 def _step(problem: ConvProblem, pass_: str, config: dict) -> _Step:
     block_r, bm, bn, bk = (config[name] for name in BLOCKS)
-    met = met_rows(problem, pass_, block_r)
-    source = len({row for _, _, row in met}) * bm * bk
+    products, taps, rows = met_counts(problem, pass_, block_r)
     if pass_ == "wgrad":
-        return _Step(source, block_r * bk * bn, len(met), problem.kh * bm * bn)
-    taps = len({r for _, r, _ in met})
-    return _Step(source, taps * bk * bn, len(met), block_r * bm * bn)
+        return _Step(rows * bm * bk, block_r * bk * bn, products, problem.kh * bm * bn)
+    return _Step(rows * bm * bk, taps * bk * bn, products, block_r * bm * bn)
 
 
 @functools.lru_cache(256)
@@ -194,7 +206,7 @@ def _fits(problem: ConvProblem, pass_: str, config: dict, target: Target) -> boo
     if shared_bytes(problem, pass_, config, target) > target.shared_bytes:
         return False
     # A product takes columns of tensor memory, about 1.5 for each of N, and there are 512.
-    products = len(met_rows(problem, pass_, config["BLOCK_R"]))
+    products, _, _ = met_counts(problem, pass_, config["BLOCK_R"])
     if target.matrix_unit == "tcgen05" and products * bn * 3 // 2 > 512:
         return False
     # What passes through registers: elements that are loaded one by one, and the operands of all products but those of
@@ -226,25 +238,29 @@ def _resident(problem: ConvProblem, pass_: str, config: dict, target: Target) ->
     return resident(registers(problem, pass_, config, target), shared, config["num_warps"], target)
 
 
-@functools.lru_cache(4096)
-def _splits(problem: ConvProblem, options: tuple, target: Target) -> tuple[int, int]:
-    """(splits, blocks a split) of wgrad: the modelled fastest."""
-    config = dict(options)
+def divisions(problem: ConvProblem, pass_: str, config: dict, target: Target) -> list[dict[str, int]]:
+    if pass_ != "wgrad":
+        return [{"SPLITS": 1}]
     work = work_of(problem, "wgrad")
     tiles = math.ceil(work.m / config["BLOCK_M"]) * math.ceil(work.n / config["BLOCK_N"]) * problem.groups
-    steps = math.ceil(work.k / config["BLOCK_K"]) * row_blocks(work, config["BLOCK_R"])
-    places = target.multiprocessors * _resident(problem, "wgrad", config, target)
-    return best_splits(
-        problem, steps, tiles, places, target, lambda splits: _tiling(problem, "wgrad", config, target, splits)
-    )
+    fit = _resident(problem, "wgrad", config, target)
+    tried = splits_to_try(problem, _blocks(problem, config), tiles, fit, target)
+    return [{"SPLITS": splits} for splits in tried]
+
+
+def _blocks(problem: ConvProblem, config: dict) -> int:
+    """Blocks of pixels that wgrad reduces over."""
+    work = work_of(problem, "wgrad")
+    return math.ceil(work.k / config["BLOCK_K"]) * row_blocks(work, config["BLOCK_R"])
+
+
+def _split(problem: ConvProblem, pass_: str, config: dict) -> tuple[int, int]:
+    """(splits, blocks of each)."""
+    return split(problem, _blocks(problem, config), config["SPLITS"]) if pass_ == "wgrad" else (1, 0)
 
 
 def tiling(problem: ConvProblem, pass_: str, config: dict, target: Target) -> Tiling:
-    splits = _splits(problem, tuple(config.items()), target)[0] if pass_ == "wgrad" else 1
-    return _tiling(problem, pass_, config, target, splits)
-
-
-def _tiling(problem: ConvProblem, pass_: str, config: dict, target: Target, splits: int) -> Tiling:
+    splits, _ = _split(problem, pass_, config)
     work, step = work_of(problem, pass_), _step(problem, pass_, config)
     block_r, bm, bn, bk = (config[name] for name in BLOCKS)
     size, nhwc, threads = problem.element_bytes, problem.layout == "nhwc", target.warp_size * config["num_warps"]
@@ -252,7 +268,7 @@ def _tiling(problem: ConvProblem, pass_: str, config: dict, target: Target, spli
     tiles = math.ceil(work.m / bm) * math.ceil(work.n / bn) * problem.groups * work.phases
     programs = tiles * (splits if pass_ == "wgrad" else blocks)
     steps = math.ceil(work.k / bk) * tiles * blocks  # of all programs
-    partials = 2 * splits * problem.params * 4 * (pass_ == "wgrad")
+    partials = 2 * splits * problem.params * 4 * (splits > 1)
     source_width = problem.cout_g if pass_ == "dgrad" else problem.cin_g
     other_width = problem.cout_g if pass_ == "wgrad" else problem.cin_g
 
@@ -273,7 +289,7 @@ def _tiling(problem: ConvProblem, pass_: str, config: dict, target: Target, spli
         instructions=steps * (loads + threads * INSTRUCTIONS_A_STEP + step.products * each.instructions) + 4 * stored,
         dram_bytes=problem.min_bytes(pass_) + partials,
         resident=fit,
-        launches=2 if pass_ == "wgrad" else 1,
+        launches=1 + (splits > 1),
         shared_bytes=steps * ((step.source + step.other) * size + step.products * each.shared_bytes),
         waits=waits(each, programs, steps, chained, config["num_warps"], fit, problem.dtype, target),
     )
@@ -283,7 +299,7 @@ def prepare(problem: ConvProblem, pass_: str, config: dict, target: Target, stri
     work = work_of(problem, pass_)
     x, w, y, dx = (strides[name] for name in ("x", "w", "y", "dx"))
     dy = strides.get("dy")
-    splits, chunk = _splits(problem, tuple(config.items()), target) if pass_ == "wgrad" else (1, 0)
+    splits, chunk = _split(problem, pass_, config)
     blocks, options = split_config(config)
     options = registers_for_all(options, target)
     kernel = {"fprop": kernels.fprop_kernel, "dgrad": kernels.dgrad_kernel, "wgrad": kernels.wgrad_kernel}[pass_]
@@ -333,5 +349,5 @@ def prepare(problem: ConvProblem, pass_: str, config: dict, target: Target, stri
         "DY_ALIGN": align(dy),
         "X_ALIGN": align(x),
     }
-    partial = launcher.Launch(kernel, grid, scalars, **options)
-    return SplitK(partial, problem, splits, strides["dw"])
+    result = FilterGradient(problem, splits, strides["dw"])
+    return SplitK(launcher.Launch(kernel, grid, scalars | result.arguments, **options), result)

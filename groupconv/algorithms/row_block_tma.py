@@ -14,16 +14,29 @@ from .. import launcher
 from ..cost import Tiling
 from ..devices import Target
 from ..kernels import row_block_tma as kernels
+from ..occupancy import resident
 from ..problem import ConvProblem, dense_strides
-from .calls import Single, SplitK, align, convolution, emulate_bf16, index_64, named_strides, split_config
-from .gemm import best_splits, product, registers_for_all, resident, waits
-from .row_block import heights, met_rows, row_blocks, work_of
+from .calls import (
+    FilterGradient,
+    Single,
+    SplitK,
+    align,
+    convolution,
+    emulate_bf16,
+    index_64,
+    named_strides,
+    split_config,
+)
+from .gemm import MOST_SPLITS, product, registers_for_all, split, splits_to_try, waits
+from .row_block import heights, met_counts, row_blocks, work_of
 
 NAME = "row_block_tma"
 BLOCKS = {
     "BLOCK_R": (1, 16, 1), "BLOCK_T": (1, 16, 1), "BLOCK_M": (16, 256), "BLOCK_I": (1, 256),
     "BLOCK_N": (16, 256, 16), "BLOCK_K": (16, 256),
 }  # fmt: skip
+# SPLITS: of wgrad's blocks. RESIDENT: programs of a multiprocessor, in the other passes, which are persistent.
+DIVISION = {"SPLITS": (1, MOST_SPLITS, 1), "RESIDENT": (1, 32, 1)}
 MOST_TAPS = 7  # kernel rows
 MOST_REGISTERS = {"wgmma": 235, "tcgen05": 235, "mma.sync": 110}  # as estimated
 TENSOR_MEMORY = 512  # columns of tcgen05's, half of them for the tile that comes next
@@ -106,11 +119,11 @@ class _Step:
 def _step(problem: ConvProblem, pass_: str, config: dict) -> _Step:
     block_r, taps, bm, _, bn, bk = (config[name] for name in BLOCKS)
     parts = bn // _part(bn)
-    met = met_rows(problem, pass_, block_r)
+    products, _, rows = met_counts(problem, pass_, block_r)
     if taps == 1 and problem.kh > 1:  # one kernel row in a step
         sources, products, weights = block_r, block_r, 1
     else:
-        sources, products, weights = len({row for _, _, row in met}), len(met), problem.kh
+        sources, weights = rows, problem.kh
     if pass_ == "wgrad":
         other = block_r * bn * bk
         return _Step(sources * bm * bk, other, sources + block_r * parts, products, problem.kh * bm * bn)
@@ -207,27 +220,26 @@ def _blocks(problem: ConvProblem, config: dict) -> int:
     return row_blocks(work_of(problem, "wgrad"), config["BLOCK_R"]) * lanes.column_tiles * lanes.image_tiles
 
 
-@functools.lru_cache(4096)
-def _splits(problem: ConvProblem, options: tuple, target: Target) -> tuple[int, int]:
-    """(splits, blocks a split) of wgrad: the modelled fastest."""
-    config = dict(options)
-    places = target.multiprocessors * _resident(problem, "wgrad", config, target)
-    return best_splits(
-        problem, _blocks(problem, config), _tiles(problem, "wgrad", config), places, target,
-        lambda splits: _tiling(problem, "wgrad", config, target, splits),
-    )  # fmt: skip
+def divisions(problem: ConvProblem, pass_: str, config: dict, target: Target) -> list[dict[str, int]]:
+    fit = _resident(problem, pass_, config, target)
+    if pass_ != "wgrad":
+        return [{"SPLITS": 1, "RESIDENT": fit}]
+    tiles = _tiles(problem, "wgrad", config)
+    tried = splits_to_try(problem, _blocks(problem, config), tiles, fit, target)
+    return [{"SPLITS": splits, "RESIDENT": 1} for splits in tried]
+
+
+def _split(problem: ConvProblem, pass_: str, config: dict) -> tuple[int, int]:
+    """(splits, blocks of each)."""
+    return split(problem, _blocks(problem, config), config["SPLITS"]) if pass_ == "wgrad" else (1, 0)
 
 
 def tiling(problem: ConvProblem, pass_: str, config: dict, target: Target) -> Tiling:
-    splits = _splits(problem, tuple(config.items()), target)[0] if pass_ == "wgrad" else 1
-    return _tiling(problem, pass_, config, target, splits)
-
-
-def _tiling(problem: ConvProblem, pass_: str, config: dict, target: Target, splits: int) -> Tiling:
+    splits, _ = _split(problem, pass_, config)
     step, tiles = _step(problem, pass_, config), _tiles(problem, pass_, config)
     size, threads = problem.element_bytes, target.warp_size * config["num_warps"]
     steps = tiles * (_blocks(problem, config) if pass_ == "wgrad" else _steps(problem, pass_, config))
-    partials = 2 * splits * problem.params * 4 * (pass_ == "wgrad")
+    partials = 2 * splits * problem.params * 4 * (splits > 1)
     each = product(config["BLOCK_M"], _part(config["BLOCK_N"]), config["BLOCK_K"], config["num_warps"], size, target)
     parts, fit = config["BLOCK_N"] // _part(config["BLOCK_N"]), _resident(problem, pass_, config, target)
     chained = steps * parts * max(0, step.products - (problem.kh if pass_ == "wgrad" else config["BLOCK_R"]))
@@ -241,7 +253,7 @@ def _tiling(problem: ConvProblem, pass_: str, config: dict, target: Target, spli
         + 4.0 * tiles * splits * step.sums,
         dram_bytes=problem.min_bytes(pass_) + partials,
         resident=fit,
-        launches=2 if pass_ == "wgrad" else 1,
+        launches=1 + (splits > 1),
         shared_bytes=steps * ((step.source + step.other) * size + step.products * parts * each.shared_bytes),
         waits=waits(each, starts, steps, chained, config["num_warps"], fit, problem.dtype, target),
     )
@@ -312,7 +324,7 @@ def _landed(problem: ConvProblem, pass_: str, config: dict, target: Target) -> b
 
 
 def prepare(problem: ConvProblem, pass_: str, config: dict, target: Target, strides: dict):
-    splits, chunk = _splits(problem, tuple(config.items()), target) if pass_ == "wgrad" else (1, 0)
+    splits, chunk = _split(problem, pass_, config)
     lanes, part = _lanes(problem, pass_, config), _part(config["BLOCK_N"])
     blocks, options = split_config(config)
     kernel = {"fprop": kernels.fprop_kernel, "dgrad": kernels.dgrad_kernel, "wgrad": kernels.wgrad_kernel}[pass_]
@@ -328,16 +340,16 @@ def prepare(problem: ConvProblem, pass_: str, config: dict, target: Target, stri
         "PART_N": part, "LANDED": _landed(problem, pass_, config, target), **blocks,
     }  # fmt: skip
     tiles = _tiles(problem, pass_, config)
-    places = target.multiprocessors * _resident(problem, pass_, config, target)
+    programs = min(tiles, target.multiprocessors * config["RESIDENT"])
     view_w = problem.stride[1] if lanes.columns > 1 else 1
     if pass_ == "fprop":
         x = _pixels(problem, problem.x_shape, strides["x"], bm, images, bk, view_w)
         w = _weights(problem, strides["w"], part, bk)
         scalars |= named_strides("y", strides["y"])
         scalars |= {
-            "programs": min(tiles, places), "HAS_BIAS": problem.bias, "VIEW_W": view_w, "Y_ALIGN": align(strides["y"])
+            "programs": programs, "HAS_BIAS": problem.bias, "VIEW_W": view_w, "Y_ALIGN": align(strides["y"])
         }  # fmt: skip
-        launch = launcher.Launch(kernel, (min(tiles, places),), scalars, **options)
+        launch = launcher.Launch(kernel, (programs,), scalars, **options)
         return Single(
             launch, problem.y_shape, strides["y"], lambda a, b, bias, y: launch(x.of(a), w.of(b), bias, y)
         )  # fmt: skip
@@ -348,14 +360,15 @@ def prepare(problem: ConvProblem, pass_: str, config: dict, target: Target, stri
         common = math.gcd(problem.stride[1], problem.dilation[1])
         scalars |= named_strides("dx", strides["dx"])
         scalars |= {
-            "programs": min(tiles, places),
+            "programs": programs,
             "COMMON_W": common,
             "INVERSE_W": pow(problem.dilation[1] // common, -1, problem.stride[1] // common),
             "DX_ALIGN": align(strides["dx"]),
         }
-        launch = launcher.Launch(kernel, (min(tiles, places),), scalars, **options)
+        launch = launcher.Launch(kernel, (programs,), scalars, **options)
         return Single(launch, problem.x_shape, strides["dx"], lambda a, b, dx: launch(dy.of(a), w.of(b), dx))
     x = _pixels(problem, problem.x_shape, strides["x"], bk, images, bm, view_w)
-    scalars |= {"chunk": chunk, "VIEW_W": view_w}
-    partial = launcher.Launch(kernel, (tiles * splits,), scalars, **options)
-    return SplitK(partial, problem, splits, strides["dw"], lambda a, b, part_: partial(dy.of(a), x.of(b), part_))
+    result = FilterGradient(problem, splits, strides["dw"])
+    scalars |= {"chunk": chunk, "VIEW_W": view_w, **result.arguments}
+    launch = launcher.Launch(kernel, (tiles * splits,), scalars, **options)
+    return SplitK(launch, result, lambda a, b, dw: launch(dy.of(a), x.of(b), dw))

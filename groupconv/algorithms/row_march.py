@@ -10,11 +10,13 @@ import math
 import triton
 
 from .. import launcher
-from ..cost import Tiling, estimate
+from ..cost import Tiling
 from ..devices import Target
 from ..kernels import row_march as kernels
+from ..occupancy import resident
 from ..problem import ConvProblem
 from .calls import (
+    FilterGradient,
     Single,
     align,
     call_of_backward,
@@ -28,11 +30,13 @@ from .calls import (
 
 NAME = "row_march"
 BLOCKS = {"BLOCK_P": (16, 512), "BLOCK_C": (16, 256), "BLOCK_S": (1, 16), "BLOCK_R": (1, 8)}
+MOST_SEGMENTS = 16
+# SEGMENTS: of the rows. LANE_BLOCKS: blocks of lanes that a program of wgrad or backward walks down, one after another.
+DIVISION = {"SEGMENTS": (1, MOST_SEGMENTS, 1), "LANE_BLOCKS": (1, 2**20)}
 MOST_WIDTH = 64  # of a group; wider ones fill a matrix instruction alone
 MOST_TAPS = 49
 MOST_REGISTERS = 195  # as estimated: some compile to more, and 255 are there
 MOST_COLUMNS = 256  # of a product of a warp group
-MOST_SEGMENTS = 16
 ENOUGH = 8  # programs for each multiprocessor: no more are made by cutting the rows
 
 
@@ -68,7 +72,6 @@ class _Channels:
     align: int  # of the first channel read
 
 
-@functools.lru_cache(4096)
 def _channels(result: int, source: int, groups: int, block_c: int, align: int) -> _Channels:
     """The cut with the least padding, in tiles of at most block_c channels.
 
@@ -110,6 +113,7 @@ class _March:
     fresh: int  # so many are new in each step
 
 
+@functools.lru_cache(4096)
 def _march(problem: ConvProblem, pass_: str) -> _March:
     (kh, kw), (stride_h, stride_w), dil_h = (problem.kh, problem.kw), problem.stride, problem.dilation[0]
     top, _, left, _ = problem.pad
@@ -136,6 +140,7 @@ def _march(problem: ConvProblem, pass_: str) -> _March:
     )  # fmt: skip
 
 
+@functools.lru_cache(4096)
 def _cut(problem: ConvProblem, pass_: str, block_c: int) -> _Channels:
     align = 16 // problem.element_bytes if problem.layout == "nhwc" else 1
     widths = (problem.cout_g, problem.cin_g) if pass_ == "fprop" else (problem.cin_g, problem.cout_g)
@@ -157,17 +162,22 @@ class _Size:
 
 
 def _size(problem: ConvProblem, pass_: str, config: dict) -> _Size:
-    march, made, most = _march(problem, pass_), _cut(problem, pass_, config["BLOCK_C"]), config["BLOCK_R"]
-    chunks, wide = math.ceil(march.shifts / config["BLOCK_S"]), config["BLOCK_S"] * made.block_k
-    result = config["BLOCK_P"] * config["BLOCK_C"]
+    return _size_of(problem, pass_, *(config[name] for name in BLOCKS))
+
+
+@functools.lru_cache(4096)
+def _size_of(problem: ConvProblem, pass_: str, block_p: int, block_c: int, block_s: int, most: int) -> _Size:
+    march, made = _march(problem, pass_), _cut(problem, pass_, block_c)
+    chunks, wide = math.ceil(march.shifts / block_s), block_s * made.block_k
+    result = block_p * block_c
     joint = tiles = march.products
-    if most > 1:  # as in kernels/row_march.py: `beside`
-        each = [min(most, triton.next_power_of_2(march.sums - first)) for first in range(0, march.sums, most)]
+    if most > 1:
+        each = [kernels.beside(product, march.sums, most) for product in range(math.ceil(march.sums / most))]
         joint, tiles = march.rows_loaded * len(each), march.rows_loaded * sum(each)
-    loaded = march.rows_loaded * chunks * config["BLOCK_P"] * wide + march.fresh * result
+    loaded = march.rows_loaded * chunks * block_p * wide + march.fresh * result
     return _Size(
-        products=march.products * chunks, joint=joint * chunks, columns=tiles * chunks * config["BLOCK_C"],
-        wide=wide, weight=wide * config["BLOCK_C"], result=result, loaded=loaded,
+        products=march.products * chunks, joint=joint * chunks, columns=tiles * chunks * block_c,
+        wide=wide, weight=wide * block_c, result=result, loaded=loaded,
     )  # fmt: skip
 
 
@@ -284,28 +294,43 @@ class _Grid:
     steps: int
 
 
-@functools.lru_cache(4096)
-def _grid(problem: ConvProblem, pass_: str, options: tuple, target: Target) -> _Grid:
-    config = dict(options)
+def _grid(problem: ConvProblem, pass_: str, config: dict) -> _Grid:
+    """The grid of a configuration; of programs that leave partial sums, no more than have room beside the operands."""
     march = _march(problem, pass_)
     blocks = math.ceil(march.lanes / config["BLOCK_P"])
-    programs = max(1, blocks * _cut(problem, pass_, config["BLOCK_C"]).tiles)
-    grids, most = [], min(march.rows, MOST_SEGMENTS, math.ceil(ENOUGH * target.multiprocessors / programs))
-    for segments in range(1, most + 1):
-        steps = math.ceil(march.rows / segments)
-        if segments == 1 or math.ceil(march.rows / steps) == segments:
-            grids.append(_Grid(blocks, 1, segments, steps))
-    if march.held:  # fewer programs leave fewer partial sums
-        each = {2**n for n in range(1, blocks.bit_length())}
-        grids += [_Grid(math.ceil(blocks / n), n, 1, march.rows) for n in sorted(each)]
-    return min(grids, key=lambda grid: estimate(problem, _tiling(problem, pass_, config, target, grid), target).score)
+    each = min(config["LANE_BLOCKS"], max(1, blocks))
+    steps = math.ceil(march.rows / min(config["SEGMENTS"], march.rows))
+    if march.held:
+        most = max(1, problem.min_bytes(pass_) // (4 * problem.params))
+        if math.ceil(blocks / each) * math.ceil(march.rows / steps) > most:
+            steps, each = march.rows, max(each, math.ceil(blocks / most))
+    return _Grid(math.ceil(blocks / each), each, math.ceil(march.rows / steps), steps)
+
+
+def divisions(problem: ConvProblem, pass_: str, config: dict, target: Target) -> list[dict[str, int]]:
+    march = _march(problem, pass_)
+    blocks = math.ceil(march.lanes / config["BLOCK_P"])
+    tiles = _cut(problem, pass_, config["BLOCK_C"]).tiles
+    places = target.multiprocessors * _resident(problem, pass_, config, target)
+    affordable = max(1, problem.min_bytes(pass_) // (4 * problem.params)) if march.held else math.inf
+    # Segments where there are few programs, and blocks of lanes where there are many.
+    programs = max(1, blocks * tiles)
+    most = min(march.rows, MOST_SEGMENTS, math.ceil(ENOUGH * target.multiprocessors / programs))
+    found = [(segments, 1) for segments in range(1, most + 1) if segments * blocks <= affordable]
+    found += [(1, 2**n) for n in range(blocks.bit_length()) if march.held and math.ceil(blocks / 2**n) <= affordable]
+    if not found:
+        found = [(1, 2 ** max(0, blocks - 1).bit_length())]
+
+    def apart(division):  # from one program for each place
+        segments, each = division
+        return abs(math.log2(max(1, math.ceil(blocks / each)) * tiles * segments / places))
+
+    distinct = dict.fromkeys(sorted(found, key=apart))
+    return [{"SEGMENTS": segments, "LANE_BLOCKS": each} for segments, each in distinct]
 
 
 def tiling(problem: ConvProblem, pass_: str, config: dict, target: Target) -> Tiling:
-    return _tiling(problem, pass_, config, target, _grid(problem, pass_, tuple(config.items()), target))
-
-
-def _tiling(problem: ConvProblem, pass_: str, config: dict, target: Target, grid: _Grid) -> Tiling:
+    grid = _grid(problem, pass_, config)
     march, made = _march(problem, pass_), _cut(problem, pass_, config["BLOCK_C"])
     size, bytes_, nhwc = _size(problem, pass_, config), problem.element_bytes, problem.layout == "nhwc"
     block_p, block_c = config["BLOCK_P"], config["BLOCK_C"]
@@ -321,7 +346,8 @@ def _tiling(problem: ConvProblem, pass_: str, config: dict, target: Target, grid
     # Pipelined loads bypass L1; those of NCHW are too narrow for the pipeline, and L1 has what the shifts share.
     again = march.shifts if nhwc else 1 + (march.shifts - 1) * problem.dilation[1] / block_p
     read = march.rows_loaded * again * moved(made.read) + march.fresh * moved(made.step)
-    partials = 2 * 4 * problem.params * grid.groups * grid.segments * (march.held > 0)
+    splits = grid.groups * grid.segments if march.held else 1
+    partials = 2 * 4 * problem.params * splits * (splits > 1)
 
     # Counted in the compiled loops of sm_90: a load or store with its address and mask takes a thread 8 instructions,
     # or 5 where taps share them, a product of 16 in K that warps share 5 of each, and sums and results are moved or
@@ -350,21 +376,19 @@ def _tiling(problem: ConvProblem, pass_: str, config: dict, target: Target, grid
         instructions=walked * instructions + programs * once,
         dram_bytes=problem.min_bytes(pass_) + partials,
         resident=_resident(problem, pass_, config, target),
-        launches=2 if march.held else 1,
+        launches=1 + (splits > 1),
         shared_bytes=walked * shared * bytes_,
     )
 
 
 def _resident(problem: ConvProblem, pass_: str, config: dict, target: Target) -> int:
-    """Programs that share a multiprocessor, by registers and shared memory."""
-    threads = target.warp_size * config["num_warps"]
-    by_registers = 65536 // (threads * _registers(problem, pass_, config, target))
-    return max(1, min(by_registers, target.shared_bytes // _shared(problem, pass_, config, target), 2048 // threads))
+    shared = _shared(problem, pass_, config, target)
+    return resident(_registers(problem, pass_, config, target), shared, config["num_warps"], target)
 
 
 def prepare(problem: ConvProblem, pass_: str, config: dict, target: Target, strides: dict):
     march, made = _march(problem, pass_), _cut(problem, pass_, config["BLOCK_C"])
-    grid = _grid(problem, pass_, tuple(config.items()), target)
+    grid = _grid(problem, pass_, config)
     kernel = kernels.fprop_kernel if pass_ == "fprop" else kernels.backward_kernel
     blocks, options = split_config(config)
     x, w, y, dx, dw, dy = (strides.get(name) for name in ("x", "w", "y", "dx", "dw", "dy"))
@@ -386,11 +410,12 @@ def prepare(problem: ConvProblem, pass_: str, config: dict, target: Target, stri
             "Y_PIXELS_LAST": pixels_last(y), "Y_ALIGN": align(y),
         }  # fmt: skip
         return Single(launcher.Launch(kernel, programs, scalars, **options), problem.y_shape, y)
+    result = FilterGradient(problem, splits, dw if march.held else None)
     scalars |= {
-        "blocks": grid.blocks, **named_strides("dy", dy), **named_strides("dx", dx),
+        "blocks": grid.blocks, **result.arguments, **named_strides("dy", dy), **named_strides("dx", dx),
         "DY_PIXELS_LAST": pixels_last(dy), "DX_PIXELS_LAST": pixels_last(dx),
         "DY_ALIGN": align(dy), "DX_ALIGN": align(dx),
         "WANT_DX": pass_ != "wgrad", "WANT_DW": pass_ != "dgrad",
     }  # fmt: skip
     launch = launcher.Launch(kernel, programs, scalars, **options)
-    return call_of_backward(pass_, launch, problem, splits, dx, dw)
+    return call_of_backward(pass_, launch, problem, result, dx)

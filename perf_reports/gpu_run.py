@@ -1,10 +1,15 @@
-"""`make gpu`: everything that a GPU is needed for, in one folder and in as many runs as it takes.
+"""`make gpu`: everything that a GPU is needed for, in one folder and in as many runs as it takes; `make ship`.
 
-python -m groupconv.perf_reports.gpu --out DIR --budget-seconds S
+    python -m groupconv.perf_reports.gpu_run --out DIR --budget-seconds S
+    python -m groupconv.perf_reports.gpu_run ship DIR
 
 Tests, tuning, benchmarks and plots, each step a command of its own that goes on where an earlier run ended. The folder
 holds at most 8 files: tests.txt, <device>.json and its journal <device>.jsonl, bench.csv, host.csv, models.csv,
-REPORT.md and plots.pdf. Run from the checkout's root; `ship` takes the folder's results into the project.
+REPORT.md and plots.pdf. Run from the checkout's root.
+
+`ship` makes what lies in the folder the project's own: configurations go to autotune_configs/, CSV files with plots and
+REPORT.md to perf_reports/<device>/. Nothing is copied unless all of it is measured, on one device that is none of ours
+to pretend, with the kernels as they are.
 """
 
 from __future__ import annotations
@@ -14,6 +19,7 @@ import collections
 import os
 import pathlib
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -23,7 +29,13 @@ import pytest
 import torch
 from rich.console import Console
 
-from . import bench_plot, bench_text, rows
+from groupconv import configs, devices
+from groupconv.common import files
+from groupconv.common.progress import Deadline
+from groupconv.measuring import stub
+
+from . import plots, text
+from .comparison import FILES
 
 WRITE_UP_SECONDS = 30.0  # of the budget, kept for plots and tables
 GRACE_SECONDS = 10.0  # after its time, for what a step has begun
@@ -36,7 +48,10 @@ TESTS_END = "tests ended"
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the steps that the time is enough for; the exit status is 1 if tests failed or a step did."""
+    """Run the steps that the time is enough for, or ship; the exit status is 1 if tests failed or a step did."""
+    argv = sys.argv[1:] if argv is None else argv
+    if argv[:1] == ["ship"]:
+        return ship_command(argv[1:])
     parser = argparse.ArgumentParser(
         prog="make gpu", description="Tests, tuning and benchmarks of the library on a GPU."
     )
@@ -46,14 +61,14 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--quick", action="store_true", help="few layers, for a smoke test")
     args = parser.parse_args(argv)
     try:
-        rows.check_budget(args.budget_seconds)
+        Deadline(args.budget_seconds)
         if not (args.stub or torch.cuda.is_available()):
             raise ValueError("there is no GPU here; --stub tries the steps without one")
     except ValueError as error:
         print(f"make gpu: {error}", file=sys.stderr)
         return 2
     args.out.mkdir(parents=True, exist_ok=True)
-    deadline = rows.Deadline(args.budget_seconds and max(1.0, args.budget_seconds - WRITE_UP_SECONDS))
+    deadline = Deadline(args.budget_seconds and max(1.0, args.budget_seconds - WRITE_UP_SECONDS))
     log = args.out / "tests.txt"
     failed = [] if tests(log, deadline) else ["tests"]
     cut_short = TESTS_END not in log.read_text(encoding="utf-8")
@@ -85,10 +100,10 @@ def steps(args: argparse.Namespace) -> list[list[str]]:
     """The commands, what matters most first."""
     common = ["--out", str(args.out), *(["--stub"] if args.stub else []), *(["--quick"] if args.quick else [])]
 
-    def tune(dtype, layout):
+    def tune(dtype: str, layout: str) -> list[str]:
         return ["tune", *common, "--dtypes", dtype, "--layouts", layout]
 
-    def bench(parts, *variants):
+    def bench(parts: list[str], *variants: tuple[str, str]) -> list[str]:
         dtypes, layouts = (list(dict.fromkeys(column)) for column in zip(*variants, strict=True))
         return ["bench", *common, "--csv-only", "--parts", *parts, "--dtypes", *dtypes, "--layouts", *layouts]
 
@@ -102,11 +117,11 @@ def steps(args: argparse.Namespace) -> list[list[str]]:
     ]
 
 
-def tests(log: pathlib.Path, deadline: rows.Deadline) -> bool:
+def tests(log: pathlib.Path, deadline: Deadline) -> bool:
     """Whether the GPU tests passed so far. Those that an earlier run got to are not run again, unless it was of another
     commit; a run's tests take at most TESTS_SHARE of its time.
     """
-    head = f"commit {rows.environment('measured', '')['commit']}"
+    head = f"commit {files.environment('measured', '')['commit']}"
     written = log.read_text(encoding="utf-8") if log.exists() else ""
     if not written.startswith(head):
         written = f"{head}\n"
@@ -147,8 +162,8 @@ def _pytest(log: pathlib.Path, done: list[str], seconds: float | None) -> int | 
         workers = min(8, os.cpu_count() or 1)
         command = [sys.executable, "-m", "pytest", "-m", "gpu", "-v", "-n", str(workers), "--timeout", "200"]
         # Other files' tests need none, but their imports may need what only a development machine has.
-        files = [str(path) for path in sorted(pathlib.Path("tests").glob("test_*.py")) if GPU_MARK in path.read_text()]
-        command += ["-p", "no:cacheprovider", f"@{skipped.name}", *files]
+        marked = [str(path) for path in sorted(pathlib.Path("tests").glob("test_*.py")) if GPU_MARK in path.read_text()]
+        command += ["-p", "no:cacheprovider", f"@{skipped.name}", *marked]
         process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, start_new_session=True)
         try:
             return process.wait(seconds)
@@ -162,9 +177,61 @@ def _write_up(folder: pathlib.Path) -> None:
     """Plots and REPORT.md of the CSV files there are, and a short table."""
     if not (folder / "bench.csv").exists():
         return
-    bench_plot.pdf(folder, folder / "plots.pdf")
-    rows.write_atomically(folder / "REPORT.md", bench_text.markdown(folder))
-    Console(width=None if sys.stdout.isatty() else 160).print(bench_text.table(folder))
+    plots.write_pdf(plots.draw_bench(folder), folder / "plots.pdf")
+    files.write_atomically(folder / "REPORT.md", text.bench(folder))
+    Console(width=None if sys.stdout.isatty() else 160).print(text.bench_table(folder))
+
+
+def ship_command(argv: list[str]) -> int:
+    """Ship a folder; exit status 2 if it holds what must not be."""
+    parser = argparse.ArgumentParser(prog="make ship", description="Take a GPU's results into the project.")
+    parser.add_argument("folder", type=pathlib.Path)
+    parser.add_argument("--to", type=pathlib.Path, default=pathlib.Path(), help="the checkout's root (default: here)")
+    args = parser.parse_args(argv)
+    try:
+        for path in ship(args.folder, args.to):
+            print(path)
+    except (ValueError, OSError) as error:
+        print(f"make ship: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def ship(folder: pathlib.Path, root: pathlib.Path) -> list[pathlib.Path]:
+    """Check and copy; the files written. ValueError says what must not be shipped."""
+    for name in ("autotune_configs", "perf_reports"):
+        if not (root / name).is_dir():
+            raise ValueError(f"{root} is no checkout of groupconv: it has no {name}")
+    parsed = [
+        configs.parse_device(path.read_text(encoding="utf-8"), path.name) for path in sorted(folder.glob("*.json"))
+    ]
+    if len(parsed) != 1:
+        raise ValueError(f"{folder} must hold the configuration file of one device, but holds {len(parsed)}")
+    (file,) = parsed
+    slug = devices.slugify(file.device)
+    if file.kind != "measured" or stub.NAME in (slug, file.path.removesuffix(".json")):
+        raise ValueError(f"{file.path}: a stub clock's times are not measurements")
+    if file.path != f"{slug}.json":
+        raise ValueError(f"{file.path} is of {file.device}, whose file is called {slug}.json")
+    if file.stale:
+        raise ValueError(f"{file.path}: {file.stale} entries were measured with other kernels")
+    tables = {name: folder / name for name in FILES if (folder / name).exists()}
+    for name, path in tables.items():
+        for row in files.read(path, FILES[name]):
+            if row["kind"] != "measured" or row["gpu"] != file.device:
+                raise ValueError(f"{name}: a row of {row['gpu']} is {row['kind']}, not measured on {file.device}")
+    reports = root / "perf_reports" / slug
+    reports.mkdir(exist_ok=True)
+    written = [root / "autotune_configs" / file.path]
+    shutil.copyfile(folder / file.path, written[0])
+    for name, path in tables.items():
+        shutil.copyfile(path, reports / name)
+        written.append(reports / name)
+    if tables:
+        written += plots.write(plots.draw_bench(reports), reports)
+        files.write_atomically(reports / "REPORT.md", text.bench(reports))
+        written.append(reports / "REPORT.md")
+    return written
 
 
 if __name__ == "__main__":

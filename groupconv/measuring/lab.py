@@ -6,24 +6,30 @@ import contextlib
 import dataclasses
 import functools
 import gc
-import importlib
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, Protocol
 
 import torch
-import torch.nn.functional as F
 import triton
-from torch import Tensor
 
-from .. import compile_check, cost, devices, prepared, resources
+from .. import cost, devices, prepared
 from ..algorithms import REGISTRY
-from ..numerics import Operands, operands, poisoned, reference, worst_error
+from ..common.numerics import (
+    TORCH_DTYPES,
+    Operands,
+    dense_operand_strides,
+    operands,
+    poisoned,
+    reference,
+    worst_error,
+)
+from ..compiling import resources, workers
 from ..problem import ConvProblem
-from .contenders import Contender, same_layout
+from . import peers
+from .contenders import Contender
 
-Run = Callable[[], object]
+Run = Callable[[], Any]
 Race = Callable[[dict[str, Run], int], dict[str, list[float]]]
-FORMATS = {"torch_contiguous": torch.contiguous_format, "torch_channels_last": torch.channels_last}
 COPY_BYTES = 2**30
 MATRIX_SIZE = 8192
 LIMIT_ROUNDS = 20
@@ -86,20 +92,52 @@ def race_on_gpu(runs: dict[str, Run], rounds: int) -> dict[str, list[float]]:
     return {name: [start.elapsed_time(end) * 1e3 for start, end in pairs] for name, pairs in marks.items()}
 
 
-class Lab:
-    """A device on which subjects are measured. `race` times calls; the tests pass another, and "cpu"."""
+class Subject(Protocol):
+    """A problem that can be measured."""
 
-    kind = "measured"  # what its times are
+    def checked_on(self, pass_: str) -> str:
+        """What of a pass's result is compared with the reference."""
+
+    def check(self, pass_: str, contender: Contender) -> Checked:
+        """Run a contender once. Raises what it raises; DeviceLost if the device is gone then."""
+
+    def used(self, pass_: str, contender: Contender) -> dict[str, int | str]:
+        """A row's fields of what the main kernel of one of ours takes, once checked; none where it is not known."""
+
+    def race(self, pass_: str, contenders: list[Contender], rounds: int) -> dict[str, list[float]]:
+        """Microseconds of every round of each contender, by name. Raises as `check`."""
+
+    def forget(self, pass_: str) -> None:
+        """Drop what was kept for a pass."""
+
+
+class Lab(Protocol):
+    """Where subjects are measured. kind: what its times are; name: the device's."""
+
+    name: str
+    kind: str
+    target: devices.Target
+
+    def subject(self, problem: ConvProblem) -> contextlib.AbstractContextManager[Subject]:
+        """A problem with operands on the device; its memory is free afterwards."""
+
+    def limits(self, dtype: str) -> Limits:
+        """What the device reaches in a dtype."""
+
+
+class GpuLab:
+    """A GPU as a `Lab`. `race` times calls; the tests pass another, and "cpu"."""
+
+    kind = "measured"
 
     def __init__(self, target: devices.Target, name: str, device: str = "cuda", race: Race = race_on_gpu):
         self.target, self.name, self.device, self.race = target, name, device, race
 
     @contextlib.contextmanager
     def subject(self, problem: ConvProblem) -> Iterator[Subject]:
-        """A problem with operands on the device; its memory is free afterwards."""
         with settings(problem.dtype):
             try:
-                yield Subject(problem, self)
+                yield GpuSubject(problem, self)
             finally:
                 gc.collect()
                 if self.device == "cuda":
@@ -107,20 +145,19 @@ class Lab:
                         torch.cuda.empty_cache()
 
     def limits(self, dtype: str, copy_bytes: int = COPY_BYTES, matrix_size: int = MATRIX_SIZE) -> Limits:
-        """Measure the limits in a dtype."""
         with settings(dtype):
             source = torch.randint(256, (copy_bytes,), dtype=torch.uint8, device=self.device)
             target = torch.empty_like(source)
             a, b = (torch.randn(matrix_size, matrix_size, device=self.device) for _ in range(2))
-            a, b = (matrix.to(compile_check.TORCH_DTYPES[dtype]) for matrix in (a, b))
+            a, b = (matrix.to(TORCH_DTYPES[dtype]) for matrix in (a, b))
             times = self.race({"copy": lambda: target.copy_(source), "matrix": lambda: a @ b}, LIMIT_ROUNDS)
         copy, matrix = (median(times[name]) for name in ("copy", "matrix"))
         return Limits(2 * copy_bytes / copy / 1e3, 2 * matrix_size**3 / matrix / 1e6)
 
 
-def this_gpu() -> Lab:
+def this_gpu() -> GpuLab:
     """The current CUDA or ROCm device."""
-    return Lab(devices.of_device(torch.cuda.current_device()), torch.cuda.get_device_name())
+    return GpuLab(devices.of_device(torch.cuda.current_device()), torch.cuda.get_device_name())
 
 
 def median(times: list[float]) -> float:
@@ -147,27 +184,26 @@ def settings(dtype: str) -> Iterator[None]:
         backends.cudnn.benchmark, backends.cudnn.conv.fp32_precision, backends.cuda.matmul.fp32_precision = before
 
 
-class Subject:
+class GpuSubject:
     """One problem on a device: random operands, references, and the calls that serve its passes."""
 
-    def __init__(self, problem: ConvProblem, lab: Lab):
+    def __init__(self, problem: ConvProblem, lab: GpuLab):
         self.problem, self.lab = problem, lab
         # The first images and the last: an index that overflows does so at the end.
         self.images = sorted({0, min(1, problem.batch - 1), problem.batch - 1})
         self._expected: tuple[str, Any] | None = None
-        self._runs: dict[tuple[str, str], functools.partial] = {}
+        self._runs: dict[tuple[str, str], Run] = {}
 
     @functools.cached_property
     def given(self) -> Operands:
         return operands(self.problem, self.lab.device)
 
     def checked_on(self, pass_: str) -> str:
-        """What of a pass's result is compared with the reference."""
         images = ", ".join(map(str, self.images))
         return "dw" if pass_ == "wgrad" else f"{'dw, ' * (pass_ == 'backward')}images {images}"
 
     def check(self, pass_: str, contender: Contender) -> Checked:
-        """Run a contender once into poisoned memory. Raises what it raises; DeviceLost if the device is gone then."""
+        """Ours are run into poisoned memory."""
         try:
             run = self._run(pass_, contender)
             if not contender.ours:
@@ -179,26 +215,17 @@ class Subject:
             self._alive(failure)
             raise
 
-    def used(self, pass_: str, contender: Contender) -> dict:
-        """A row's fields of what the main kernel of one of ours takes, once checked; none where it was interpreted."""
-        call: Any = self._run(pass_, contender).func
-        compiled = call.launches[0].compiled
-        if compiled is None:
+    def used(self, pass_: str, contender: Contender) -> dict[str, int | str]:
+        call: Any = self._run(pass_, contender)
+        compiled = call.func.launches[0].compiled
+        if compiled is None:  # it was interpreted
             return {}
         try:
-            found = resources.of(compiled)
+            return {**resources.of(compiled).fields(), "compiled_for": self.lab.target.arch_name}
         except FileNotFoundError:  # no disassembler: the call is as good without
             return {}
-        return {
-            "registers": found.registers,
-            "spill_bytes": found.spill_bytes,
-            "shared_bytes": found.shared_bytes,
-            "matrix": f"{found.matrix} {found.matrix_count}" if found.matrix else "",
-            "compiled_for": self.lab.target.arch_name,
-        }
 
     def race(self, pass_: str, contenders: list[Contender], rounds: int) -> dict[str, list[float]]:
-        """Microseconds of every round of each contender, by name. Raises as `check`."""
         try:
             return self.lab.race({each.name: self._run(pass_, each) for each in contenders}, rounds)
         except Exception as failure:
@@ -209,16 +236,16 @@ class Subject:
         """Drop the calls of a pass, and the copies of operands that PyTorch's hold."""
         self._runs = {key: run for key, run in self._runs.items() if key[0] != pass_}
 
-    def _run(self, pass_: str, contender: Contender) -> functools.partial:
+    def _run(self, pass_: str, contender: Contender) -> Run:
         run = self._runs.get((pass_, contender.name))
         if run is None:
             if contender.ours:
-                strides = compile_check.dense_operand_strides(self.problem)
+                strides = dense_operand_strides(self.problem)
                 prepare = REGISTRY[contender.provider].prepare
                 call = prepare(self.problem, pass_, contender.config, self.lab.target, strides)
                 run = functools.partial(call, *self.given.of(pass_))
             else:
-                run = _peer(self.problem, pass_, contender.provider, self.given)
+                run = peers.call(self.problem, pass_, contender.provider, self.given)
             self._runs[pass_, contender.name] = run
         return run
 
@@ -243,65 +270,4 @@ def failure(error: Exception) -> str:
     """A row's note of what was raised."""
     if isinstance(error, torch.cuda.OutOfMemoryError):
         return "failed: out of memory"
-    return f"failed: {type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
-
-
-def _peer(problem: ConvProblem, pass_: str, provider: str, given: Operands) -> functools.partial:
-    """A pass by PyTorch or another library. Padding that is not symmetric is put there first, and is not timed."""
-    like = FORMATS[same_layout(problem).provider]
-    x, w, dy = (t.contiguous(memory_format=FORMATS.get(provider, like)) for t in (given.x, given.w, given.dy))
-    top, bottom, left, right = problem.pad
-    padding = (top, left) if (top, left) == (bottom, right) else (0, 0)
-    if (top, left) != (bottom, right):
-        x = F.pad(x, (left, right, top, bottom))
-    args = (problem.stride, padding, problem.dilation)
-
-    def trimmed(dx: Tensor) -> Tensor:
-        same = dx.shape[2:] == (problem.h_in, problem.w_in)
-        return dx if same else dx[:, :, top : top + problem.h_in, left : left + problem.w_in]
-
-    if provider == "flag_gems":
-        return functools.partial(_flag_gems(problem, pass_, x, w, dy, args, trimmed))
-
-    def fprop(x, w):
-        return F.conv2d(x, w, None, *args, problem.groups)
-
-    def backward(dy, x, w):
-        mask = [pass_ != "wgrad", pass_ != "dgrad", False]
-        dx, dw, _ = torch.ops.aten.convolution_backward(dy, x, w, None, *args, False, (0, 0), problem.groups, mask)
-        dx = None if dx is None else trimmed(dx)
-        return {"dgrad": dx, "wgrad": dw, "backward": (dx, dw)}[pass_]
-
-    call, tensors = (fprop, (x, w)) if pass_ == "fprop" else (backward, (dy, x, w))
-    if provider == "torch_compile":
-        call = torch.compile(call, dynamic=False, options={"max_autotune": True})
-    elif provider == "torch_native":
-        call = _without_cudnn(call)
-    return functools.partial(call, *tensors)
-
-
-def _without_cudnn(call: Callable) -> Callable:
-    def run(*tensors):
-        before, torch.backends.cudnn.enabled = torch.backends.cudnn.enabled, False
-        try:
-            return call(*tensors)
-        finally:
-            torch.backends.cudnn.enabled = before
-
-    return run
-
-
-def _flag_gems(problem: ConvProblem, pass_: str, x: Tensor, w: Tensor, dy: Tensor, args: tuple, trimmed) -> Run:
-    conv2d = importlib.import_module("flag_gems").conv2d
-    if pass_ == "fprop":
-        return lambda: conv2d(x, w, None, *args, problem.groups)
-    x, w = x.detach().requires_grad_(pass_ != "wgrad"), w.detach().requires_grad_(pass_ != "dgrad")
-    y = conv2d(x, w, None, *args, problem.groups)
-
-    def backward():
-        found = torch.autograd.grad(y, [t for t in (x, w) if t.requires_grad], dy, retain_graph=True)
-        if pass_ == "wgrad":
-            return found[0]
-        return (trimmed(found[0]), found[1]) if pass_ == "backward" else trimmed(found[0])
-
-    return backward
+    return f"failed: {workers.in_a_line(error)}"

@@ -1,6 +1,6 @@
-"""The interpreter's answers to `modelled`: the errors of kernels on problems shrunk to what it can do.
+"""The errors of kernels under Triton's interpreter, on problems shrunk to what it can do.
 
-TRITON_INTERPRET=1 python -m groupconv.perf_reports.interpreted < jobs
+TRITON_INTERPRET=1 python -m groupconv.compiling.interpreter < jobs
 """
 
 from __future__ import annotations
@@ -11,10 +11,11 @@ import math
 
 import torch
 
-from .. import children, compile_check, devices
+from .. import devices
 from ..algorithms import REGISTRY
-from ..numerics import Operands, operands, poisoned, reference, worst_error
+from ..common.numerics import Operands, dense_operand_strides, operands, poisoned, reference, worst_error
 from ..problem import ConvProblem
+from . import workers
 
 # Images, rows and columns of a problem shrunk for the interpreter, where a program costs milliseconds of every size.
 SMALL = (2, 9, 7)
@@ -27,7 +28,7 @@ def shrunk(problem: ConvProblem) -> ConvProblem:
     The kernel stays as it is, and maps are as large as it takes for each tap to meet a pixel.
     """
 
-    def size(small, actual, kernel, pad, dilation):
+    def size(small: int, actual: int, kernel: int, pad: int, dilation: int) -> int:
         return min(actual, max(small, dilation * (kernel - 1) + 1 - pad))
 
     top, bottom, left, right = problem.pad
@@ -48,7 +49,7 @@ def _narrowed(width: int) -> int:
     return width if width <= NARROW_WIDTH else NARROW_WIDTH // 2 + width % (NARROW_WIDTH // 2)
 
 
-def largest_tiles(candidates: list[dict]) -> dict:
+def largest_tiles(candidates: list[dict[str, int]]) -> dict[str, int]:
     """The configuration of the fewest programs: they are what the interpreter's time goes to."""
     return max(candidates, key=lambda config: math.prod(v for k, v in config.items() if k.startswith("BLOCK")))
 
@@ -58,12 +59,12 @@ def _operands(problem: ConvProblem) -> Operands:
     return operands(problem)
 
 
-def _answer(job: dict) -> dict:
-    problem, pass_, algorithm = children.problem_of(job["problem"]), job["pass"], REGISTRY[job["algorithm"]]
+def _answer(job: workers.Fields) -> workers.Fields:
+    problem, pass_, algorithm = workers.problem_of(job["problem"]), job["pass_"], REGISTRY[job["algorithm"]]
     # Where nothing is worth measuring for so small a problem, the configuration of the one that it stands for.
     config = largest_tiles(algorithm.candidates(problem, pass_, devices.DEFAULT) or [job["config"]])
     given = _operands(problem)
-    call = algorithm.prepare(problem, pass_, config, devices.DEFAULT, compile_check.dense_operand_strides(problem))
+    call = algorithm.prepare(problem, pass_, config, devices.DEFAULT, dense_operand_strides(problem))
     with poisoned():
         found = call(*given.of(pass_))
     error, bound = worst_error(problem, pass_, found, reference(problem, given, pass_))
@@ -72,4 +73,4 @@ def _answer(job: dict) -> dict:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    children.serve(_answer)
+    workers.serve(_answer)

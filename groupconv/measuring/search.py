@@ -11,41 +11,23 @@ import dataclasses
 import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, Protocol
 
 from ..algorithms import able
+from ..common import Layer
+from ..common.progress import Deadline
+from ..compiling.compiler import Compiler, Job
 from ..devices import Target
-from ..perf_reports.rows import Deadline
 from ..problem import PLANNED, ConvProblem
 from . import contenders as contenders_
-from .compiler import Compiler, compiled_fault
 from .contenders import Contender
 from .journal import Finding, Journal
-from .lab import Checked, DeviceLost, failure, median
+from .lab import DeviceLost, Lab, Subject, failure, median
 
 FIRST_ROUNDS, LAST_ROUNDS = 4, 32
 FINALISTS = 2  # of ours
 COMPILED_AHEAD = 32  # tasks
 SEEDED_BY = {"fp16": "bf16"}  # kernels of the two are alike: of fp16 only bf16's finalists are tried, once known
 OUT_OF_TIME = "out of time"
-
-
-class Subject(Protocol):
-    """A problem that can be measured: lab.Subject, stub.StubSubject."""
-
-    def check(self, pass_: str, contender: Contender) -> Checked: ...
-    def race(self, pass_: str, contenders: list[Contender], rounds: int) -> dict[str, list[float]]: ...
-    def forget(self, pass_: str) -> None: ...
-
-
-class Lab(Protocol):
-    """Where subjects are measured: lab.Lab, stub.StubLab."""
-
-    name: str
-    kind: str
-    target: Target
-
-    def subject(self, problem: ConvProblem) -> contextlib.AbstractContextManager[Any]: ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,8 +77,8 @@ class Result:
         return min((self.medians_us[each.name] for each in self.finalists if not each.ours), default=None)
 
 
-def tasks(layers: Iterable, target: Target) -> list[Task]:
-    """Each pass of each layer (rows.Layer); "backward", both gradients by one kernel, where one can. None twice."""
+def tasks(layers: Iterable[Layer], target: Target) -> list[Task]:
+    """Each pass of each layer; "backward", both gradients by one kernel, where one can. None twice."""
     found: dict[str, Task] = {}
     for layer in layers:
         for pass_ in PLANNED:
@@ -104,6 +86,12 @@ def tasks(layers: Iterable, target: Target) -> list[Task]:
                 task = Task(layer.name, layer.problem, pass_)
                 found.setdefault(str(task), task)
     return list(found.values())
+
+
+def job(task: Task, contender: Contender, target: Target) -> Job:
+    """What compiles one of ours."""
+    assert contender.config is not None
+    return Job(contender.provider, task.pass_, contender.config, task.problem, target.arch_name)
 
 
 class Search:
@@ -164,7 +152,7 @@ class Search:
             return
         for contender in self._own(task):
             if (str(task), contender.name) not in self._journal.findings:
-                self._compiler.submit(task.problem, task.pass_, contender)
+                self._compiler.submit(job(task, contender, self._lab.target))
 
     def _guarded(self, task: Task, subject: Subject) -> tuple[Result | None, str]:
         try:
@@ -216,13 +204,12 @@ class Search:
         return finding
 
     def _examined(self, task: Task, contender: Contender, subject: Subject) -> Finding:
-        resources: dict = {}
+        resources: dict[str, int | str] = {}
         if contender.ours and self._compiler is not None:
-            why_not, resources = compiled_fault(
-                self._compiler.answer(task.problem, task.pass_, contender, self._deadline.left), self._lab.target
-            )
-            if why_not is not None:
-                return Finding(None, None, resources, why_not)
+            compiled = self._compiler.answer(job(task, contender, self._lab.target), self._deadline.left)
+            resources = compiled.kernels[0].fields() if compiled.kernels else {}
+            if faults := compiled.faults(self._lab.target):
+                return Finding(None, None, resources, "; ".join(faults))
         try:
             checked = subject.check(task.pass_, contender)
         except DeviceLost as error:

@@ -1,13 +1,33 @@
-"""How far a command is: a bar on a terminal, elsewhere a line now and then."""
+"""How far a command is: its time budget; and a bar on a terminal, elsewhere a line now and then."""
 
 from __future__ import annotations
 
 import contextlib
+import math
 import sys
 import time
 from collections.abc import Callable, Iterator
 
 SECONDS = 10.0  # at least, from a line to the next
+
+
+class Deadline:
+    """A time budget; None never ends. ValueError for a --budget-seconds that is none."""
+
+    def __init__(self, seconds: float | None, clock: Callable[[], float] = time.monotonic):
+        if seconds is not None and not (math.isfinite(seconds) and seconds > 0):
+            raise ValueError(f"--budget-seconds: {seconds} is not a positive number")
+        self._clock = clock
+        self._end = None if seconds is None else clock() + seconds
+
+    @property
+    def passed(self) -> bool:
+        return self._end is not None and self._clock() >= self._end
+
+    @property
+    def left(self) -> float | None:
+        """Seconds, not below 0; None of a budget that never ends."""
+        return None if self._end is None else max(0.0, self._end - self._clock())
 
 
 @contextlib.contextmanager

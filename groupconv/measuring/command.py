@@ -6,60 +6,57 @@ import argparse
 import collections
 import contextlib
 import dataclasses
-import datetime
 import sys
 
 import torch
 import triton
 
-from .. import children, configs, devices, progress
-from ..perf_reports import layers, rows
+from .. import configs, devices
+from ..common import Layer, files, progress
+from ..common.progress import Deadline
+from ..compiling import workers
+from ..compiling.compiler import Compiler, processes
 from . import contenders, results, share, stub
-from .compiler import Compiler, compiled_fault, processes
 from .journal import Journal
-from .lab import DeviceLost, this_gpu
-from .search import Lab, Result, Search, Task, tasks
+from .lab import DeviceLost, Lab, this_gpu
+from .search import Result, Search, Task, job, tasks
 from .summary import print_summary
 
 
-def run(args: argparse.Namespace) -> int:
-    """Tune; ValueError for arguments that make no run, before any work."""
-    deadline = rows.Deadline(args.budget_seconds)
-    rows.check_budget(args.budget_seconds)
+def run(args: argparse.Namespace, layers: list[Layer]) -> int:
+    """Tune for layers; ValueError for arguments that make no run, before any work."""
+    deadline = Deadline(args.budget_seconds)
     if args.jobs is not None and args.jobs < 1:
         raise ValueError(f"--jobs: {args.jobs} is not a positive number")
     if args.stub and args.out is None:
         raise ValueError("--stub: its times are pretended, so it needs --out, a folder that no call reads")
     if args.target is not None and not (args.stub or args.compile_only):
         raise ValueError(f"--target: {args.target} is for --compile-only and --stub; a run measures the GPU it is on")
-    chosen = layers.variants(args)
     target = devices.named(args.target or devices.DEFAULT.slug)
     if not (args.stub or args.compile_only or torch.cuda.is_available()):
         raise ValueError("there is no GPU here; --compile-only and --stub need none")
-    status = None if args.stub else children.rerun_compiling(args.argv)
+    status = None if args.stub else workers.rerun_compiling(args.argv)
     if status is not None:
         return status
     if args.compile_only:
-        return _compile_only(tasks(chosen, target), target, deadline, args.jobs)
+        return _compile_only(tasks(layers, target), target, deadline, args.jobs)
     with share.joined() as mine:
         lab = stub.StubLab(target) if args.stub else this_gpu()
-        return _tune(chosen, lab, mine, deadline, args)
+        return _tune(layers, lab, mine, deadline, args)
 
 
-def _tune(
-    chosen: list[rows.Layer], lab: Lab, mine: share.Share, deadline: rows.Deadline, args: argparse.Namespace
-) -> int:
+def _tune(layers: list[Layer], lab: Lab, mine: share.Share, deadline: Deadline, args: argparse.Namespace) -> int:
     folder = args.out or configs.user_folder()
     if folder is None:
         raise ValueError("--out: there is no home with a configuration folder here, so it must name one")
     slug = devices.slugify(lab.name)
-    todo = _part(tasks(chosen, lab.target), mine)
+    todo = _part(tasks(layers, lab.target), mine)
     journal_path = folder / (f"{slug}.jsonl" if mine.count == 1 else f"{slug}.rank{mine.rank}.jsonl")
     unfinished: dict[str, str] = {}
     ended = ""
     with contextlib.ExitStack() as stack:
         journal = stack.enter_context(Journal(journal_path, measured_with(lab)))
-        compiler = None if args.stub else stack.enter_context(Compiler(lab.target, processes(args.jobs)))
+        compiler = None if args.stub else stack.enter_context(Compiler(processes(args.jobs)))
         step = stack.enter_context(progress.shown("tune", "passes", len(todo))) if mine.rank == 0 else None
 
         def on_result(task: Task, result: Result | None, note: str) -> None:
@@ -101,7 +98,7 @@ def _part(todo: list[Task], mine: share.Share) -> list[Task]:
     return [task for task in todo if str(task) in kept]
 
 
-def measured_with(lab: Lab) -> dict:
+def measured_with(lab: Lab) -> dict[str, object]:
     """What a measurement depends on: a journal's lines hold for equal ones."""
     return {
         "device": lab.name, "target": lab.target.slug, "torch": torch.__version__, "triton": triton.__version__,
@@ -109,14 +106,14 @@ def measured_with(lab: Lab) -> dict:
     }  # fmt: skip
 
 
-def tuned_with() -> dict:
+def tuned_with() -> dict[str, str]:
     """For a file's reader: versions, commit and time."""
-    now = datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")
-    environment = rows.environment("measured", "")
-    return {**{name: environment[name] for name in ("torch", "triton", "cudnn", "driver", "commit")}, "utc": now}
+    environment = files.environment("measured", "")
+    names = "torch", "triton", "cudnn", "driver", "commit"
+    return {**{name: environment[name] for name in names}, "utc": files.utc_now()}
 
 
-def _compile_only(todo: list[Task], target: devices.Target, deadline: rows.Deadline, jobs: int | None) -> int:
+def _compile_only(todo: list[Task], target: devices.Target, deadline: Deadline, jobs: int | None) -> int:
     """A table of what compiles, and why the rest would not be timed."""
     from rich.console import Console
     from rich.table import Table
@@ -125,20 +122,22 @@ def _compile_only(todo: list[Task], target: devices.Target, deadline: rows.Deadl
     for name in ("layer", "pass", "contender", "modelled us", "registers", "shared", "left out because"):
         table.add_column(name, no_wrap=name != "left out because")
     kept = left = 0
-    every = [(task, each) for task in todo for each in contenders.ours(task.problem, task.pass_, target)]
-    with Compiler(target, processes(jobs)) as compiler, progress.shown("tune", "configurations", len(every)) as step:
-        for task, each in every:
-            compiler.submit(task.problem, task.pass_, each)
-        for task, each in every:
+    every = [(task, one) for task in todo for one in contenders.ours(task.problem, task.pass_, target)]
+    with Compiler(processes(jobs)) as compiler, progress.shown("tune", "configurations", len(every)) as step:
+        for task, contender in every:
+            compiler.submit(job(task, contender, target))
+        for task, contender in every:
             try:
-                answer = compiler.answer(task.problem, task.pass_, each, deadline.left)
+                compiled = compiler.answer(job(task, contender, target), deadline.left)
             except TimeoutError:
                 break
-            why_not, used = compiled_fault(answer, target)
             step(task.layer)
-            kept, left = kept + (why_not is None), left + (why_not is not None)
-            figures = [f"{each.modelled_us:.1f}", *(str(used.get(name, "-")) for name in ("registers", "shared_bytes"))]
-            table.add_row(task.layer, task.pass_, each.name, *figures, why_not or "")
+            faults = compiled.faults(target)
+            kept, left = kept + (not faults), left + bool(faults)
+            used = compiled.kernels[0].fields() if compiled.kernels else {}
+            counted = (str(used.get(name, "-")) for name in ("registers", "shared_bytes"))
+            line = task.layer, task.pass_, contender.name, f"{contender.modelled_us:.1f}"
+            table.add_row(*line, *counted, "; ".join(faults))
     console = Console(width=None if sys.stdout.isatty() else 180)
     console.print(table)
     console.print(f"{kept} configurations of {len(todo)} passes are worth timing, {left} are left out")

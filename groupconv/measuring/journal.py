@@ -13,6 +13,7 @@ import math
 import os
 import pathlib
 import warnings
+from typing import Any
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,7 +22,7 @@ class Finding:
 
     error: float | None
     bound: float | None
-    resources: dict
+    resources: dict[str, int | str]
     note: str  # empty if it may race
 
 
@@ -32,7 +33,7 @@ class Journal:
     device, versions and kernels; results under an equal one are known.
     """
 
-    def __init__(self, path: pathlib.Path, measured_with: dict):
+    def __init__(self, path: pathlib.Path, measured_with: dict[str, object]):
         self.findings: dict[tuple[str, str], Finding] = {}
         self.races: dict[tuple[str, int], dict[str, list[float]]] = {}
         self._measured_with = json.loads(json.dumps(measured_with))
@@ -64,10 +65,10 @@ class Journal:
     def __enter__(self) -> Journal:
         return self
 
-    def __exit__(self, *exception) -> None:
+    def __exit__(self, *exception: object) -> None:
         self.close()
 
-    def _append(self, record: dict, before: str = "") -> None:
+    def _append(self, record: dict[str, object], before: str = "") -> None:
         self._file.write(before + json.dumps(record) + "\n")
         self._file.flush()
         os.fsync(self._file.fileno())
@@ -86,7 +87,7 @@ class Journal:
         if damaged:
             warnings.warn(f"groupconv: {path}: passing over {damaged} damaged lines", stacklevel=4)
 
-    def _know(self, record: dict) -> None:
+    def _know(self, record: dict[str, Any]) -> None:
         if "contender" in record:
             fields = {field.name: record[field.name] for field in dataclasses.fields(Finding)}
             self.findings[record["task"], record["contender"]] = Finding(**fields)

@@ -10,8 +10,8 @@ import warnings
 from collections.abc import Iterable
 
 from .. import configs, cost
+from ..common import files
 from ..devices import Target
-from ..perf_reports import rows
 from .search import Result
 
 LEAST_MEASURED = 3  # results of a class, for a calibration of it
@@ -112,10 +112,8 @@ def model_correlations(results: list[Result]) -> dict[str, tuple[float | None, f
     }
 
 
-def write(
-    path: pathlib.Path, device: str, kind: str, tuned_with: dict, results: list[Result], target: Target
-) -> list[dict]:
-    """Write a device's file, whole at every moment, and return its entries. kind: what its times are, of configs.KINDS.
+def write(path: pathlib.Path, device: str, kind: str, tuned_with: dict, results: list[Result], target: Target) -> None:
+    """Write a device's file, whole at every moment. kind: what its times are, of configs.KINDS.
 
     Entries of an earlier file that still hold and that nothing new takes the place of stay. An earlier file that has
     more than that, or is none of ours, is kept beside it under another name.
@@ -126,7 +124,7 @@ def write(
     if path.exists():
         before = _earlier(path, device, kind)
         if before is None or before.stale:
-            rows.put_aside(path)
+            files.put_aside(path)
         if before is not None:
             kept = [
                 dataclasses.asdict(each) for each in before.entries if json.dumps(each.key, sort_keys=True) not in keys
@@ -143,8 +141,7 @@ def write(
     text = f'{json.dumps(head)[:-1]},\n "entries": [\n{lines}\n ]}}\n'
     configs.parse_device(text, str(path))
     path.parent.mkdir(parents=True, exist_ok=True)
-    rows.write_atomically(path, text)
-    return made
+    files.write_atomically(path, text)
 
 
 def _earlier(path: pathlib.Path, device: str, kind: str) -> configs.DeviceFile | None:

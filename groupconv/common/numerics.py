@@ -13,10 +13,23 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import compile_check
-from .problem import ConvProblem
+from ..problem import ConvProblem, dense_strides
 
+TORCH_DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16} | dict.fromkeys(
+    ("fp32", "tf32", "bf16x3"), torch.float32
+)
+OPERANDS = {"fprop": ("x", "w", None), "dgrad": ("dy", "w"), "wgrad": ("dy", "x"), "backward": ("dy", "x", "w")}
 CHUNK = 8  # images in float64 at a time
+
+
+def dense_operand_strides(problem: ConvProblem) -> dict[str, tuple[int, ...]]:
+    """The strides that `prepare` takes, of dense tensors in the problem's layouts; the weight is as x."""
+    nhwc, out_nhwc = problem.layout == "nhwc", problem.out_layout == "nhwc"
+    x, y, w = problem.x_shape, problem.y_shape, dense_strides(problem.w_shape, nhwc)
+    return {
+        "x": dense_strides(x, nhwc), "w": w, "y": dense_strides(y, out_nhwc), "dy": dense_strides(y, out_nhwc),
+        "dx": dense_strides(x, out_nhwc), "dw": w,
+    }  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,18 +40,18 @@ class Operands:
     w: Tensor
     dy: Tensor
 
-    def of(self, pass_: str) -> tuple:
+    def of(self, pass_: str) -> tuple[Tensor | None, ...]:
         """What a prepared pass takes."""
-        return tuple(None if name is None else getattr(self, name) for name in compile_check.OPERANDS[pass_])
+        return tuple(None if name is None else getattr(self, name) for name in OPERANDS[pass_])
 
 
 def operands(problem: ConvProblem, device: str = "cpu", seed: int = 0) -> Operands:
     """Standard normal operands; "meta" ones are without values."""
     generator = None if device == "meta" else torch.Generator(device).manual_seed(seed)
-    strides = compile_check.dense_operand_strides(problem)
-    dtype = compile_check.TORCH_DTYPES[problem.dtype]
+    strides = dense_operand_strides(problem)
+    dtype = TORCH_DTYPES[problem.dtype]
 
-    def normal(shape, name):
+    def normal(shape: tuple[int, ...], name: str) -> Tensor:
         tensor = torch.empty_strided(shape, strides[name], dtype=dtype, device=device)
         return tensor.normal_(generator=generator)
 
@@ -52,7 +65,7 @@ def reference(problem: ConvProblem, given: Operands, pass_: str, images: Sequenc
     top, bottom, left, right = problem.pad
     w = given.w.double()
 
-    def chunk(x, dy):
+    def chunk(x: Tensor, dy: Tensor) -> Tensor:
         x = F.pad(x.double(), (left, right, top, bottom))
         args = (problem.stride, (0, 0), problem.dilation)
         if pass_ == "fprop":
@@ -72,7 +85,7 @@ def reference(problem: ConvProblem, given: Operands, pass_: str, images: Sequenc
     return torch.cat(list(parts))
 
 
-def worst_error(problem: ConvProblem, pass_: str, found, expected) -> tuple[float, float]:
+def worst_error(problem: ConvProblem, pass_: str, found: Any, expected: Any) -> tuple[float, float]:
     """(relative error, its bound) of a pass; in "backward" of (dx, dw), the one that is nearer its bound or past it."""
     if pass_ != "backward":
         return relative_error(found, expected), error_bound(problem, pass_)

@@ -9,25 +9,27 @@ Outputs stay unwritten: it checks compilation and times the host's side of a lau
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Iterator
+from typing import Any
 
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
 
-from . import devices
+from .. import devices
 
 
 class _Utils:
     def __init__(self, target: devices.Target):
         self.target = target
 
-    def load_binary(self, name, binary, shared, device):
+    def load_binary(self, name: str, binary: bytes, shared: int, device: int) -> tuple[int, int, int, int, int]:
         return 1, 1, 32, 0, 1024  # module, function, registers, spills, most threads of a program
 
-    def unload_module(self, module):
+    def unload_module(self, module: int) -> None:
         pass
 
-    def get_device_properties(self, device):
+    def get_device_properties(self, device: int) -> dict[str, int]:
         return {
             "max_shared_mem": self.target.shared_bytes,
             "multiprocessor_count": self.target.multiprocessors,
@@ -37,10 +39,10 @@ class _Utils:
 
 
 class _Launcher:
-    def __init__(self, src, metadata):
+    def __init__(self, src: Any, metadata: Any):
         pass
 
-    def __call__(self, *args):
+    def __call__(self, *args: Any) -> None:
         pass
 
 
@@ -53,28 +55,28 @@ class StubDriver:
         # A number for each target: kernels remember what they compiled by device number.
         self.number = 1 + list(devices.BY_SLUG).index(target.slug)
 
-    def is_active(self):
+    def is_active(self) -> bool:
         return True
 
-    def get_current_device(self):
+    def get_current_device(self) -> int:
         return self.number
 
-    def set_current_device(self, device):
+    def set_current_device(self, device: int) -> None:
         pass
 
-    def get_current_stream(self, device):
+    def get_current_stream(self, device: int) -> int:
         return 0
 
-    def get_current_target(self):
+    def get_current_target(self) -> GPUTarget:
         return GPUTarget(self.target.backend, self.target.arch, self.target.warp_size)
 
-    def get_active_torch_device(self):
+    def get_active_torch_device(self) -> torch.device:
         return torch.device("cpu")
 
-    def get_device_interface(self):
+    def get_device_interface(self) -> Any:
         return torch.cuda
 
-    def map_python_to_cpp_type(self, ty):
+    def map_python_to_cpp_type(self, ty: str) -> str:
         return ty
 
 
@@ -85,7 +87,7 @@ def target() -> devices.Target | None:
 
 
 @contextlib.contextmanager
-def active(target: str):
+def active(target: str) -> Iterator[None]:
     """Launch into the void for a named target; Triton's own driver is back afterwards."""
     before = triton.runtime.driver._active
     triton.runtime.driver.set_active(StubDriver(devices.named(target)))

@@ -6,12 +6,11 @@ import dataclasses
 
 from .. import cost, dispatch
 from ..algorithms import REGISTRY, able
-from ..configs import OPTIONS
 from ..devices import Target
 from ..problem import ConvProblem
 
 MOST_EACH = 6  # configurations of one algorithm that are compiled and timed
-MOST_ALIKE = 2  # of them of the same tile: the model knows little of warps and stages
+MOST_ALIKE = 2  # of them of the same tile: the model knows little of warps, stages and splits
 SLOWER = 2.0  # than the algorithm's best, as modelled: left out
 FAR = 4.0  # from the best of all, as modelled: only an algorithm's best is tried, in case the model is wrong
 
@@ -24,7 +23,7 @@ class Contender:
     """
 
     provider: str
-    config: dict | None = None
+    config: dict[str, int] | None = None
     modelled_us: float | None = None
 
     @property
@@ -53,33 +52,9 @@ def peers(problem: ConvProblem) -> list[Contender]:
     return [Contender(name) for name in names]
 
 
-def pruned(before: int, alike: int, modelled_us: float, best_of_algorithm: float, best_of_all: float) -> str | None:
-    """Why a configuration is not worth compiling, or None.
-
-    before: how many of its algorithm that are modelled as faster are tried. alike: how many of them have its tile.
-    """
-    if before == 0:
-        return None
-    if best_of_algorithm > FAR * best_of_all:
-        return f"its algorithm is modelled {best_of_algorithm / best_of_all:.1f} times slower than another"
-    if modelled_us > SLOWER * best_of_algorithm:
-        return f"modelled {modelled_us / best_of_algorithm:.1f} times slower than another configuration"
-    if alike >= MOST_ALIKE:
-        return f"its tile is tried in {alike} others"
-    if before >= MOST_EACH:
-        return f"modelled slower than {before} others"
-    return None
-
-
 def ours(problem: ConvProblem, pass_: str, target: Target) -> list[Contender]:
     """The configurations of our algorithms that are worth compiling, the modelled best of each algorithm first."""
-    ranked: dict[str, list[tuple[cost.Estimate, dict]]] = {}
-    for name in able(problem, pass_, target):
-        estimates = [
-            (cost.estimate(problem, REGISTRY[name].tiling(problem, pass_, config, target), target), config)
-            for config in dispatch.contenders(problem, pass_, target, name)
-        ]
-        ranked[name] = sorted(estimates, key=lambda each: each[0].score)
+    ranked = {name: dispatch.ranked(problem, pass_, target, name) for name in able(problem, pass_, target)}
     best = min((found[0][0].time_us for found in ranked.values()), default=0.0)
     return [
         Contender(name, config, estimate.time_us)
@@ -89,14 +64,18 @@ def ours(problem: ConvProblem, pass_: str, target: Target) -> list[Contender]:
 
 
 def _tried(found: list[tuple[cost.Estimate, dict]], best: float) -> list[tuple[cost.Estimate, dict]]:
-    """Of an algorithm's configurations, the modelled best first, those that are not pruned."""
-    kept: list[tuple[cost.Estimate, dict]] = []
-    for estimate, config in found:
+    """Of an algorithm's configurations, the modelled best first, those worth compiling: that one in any case. best: the
+    modelled time of the best of all algorithms.
+    """
+    fastest = found[0][0].time_us
+    slowest = SLOWER * fastest if fastest <= FAR * best else 0.0
+    kept = found[:1]
+    for estimate, config in found[1:]:
         alike = sum(_tile(config) == _tile(other) for _, other in kept)
-        if pruned(len(kept), alike, estimate.time_us, found[0][0].time_us, best) is None:
+        if estimate.time_us <= slowest and alike < MOST_ALIKE and len(kept) < MOST_EACH:
             kept.append((estimate, config))
     return kept
 
 
 def _tile(config: dict) -> dict:
-    return {name: size for name, size in config.items() if name not in OPTIONS}
+    return {name: size for name, size in config.items() if name.startswith("BLOCK_")}

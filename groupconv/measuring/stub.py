@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from .. import cost, devices
 from ..problem import ConvProblem
 from .contenders import Contender
-from .lab import Checked, Limits
+from .lab import Checked, Limits, Subject
 
 NAME = "stub"
 CHECK_SECONDS, ROUND_SECONDS = 2e-3, 1e-4  # that a check, and a round of a contender, take of the real clock
@@ -22,7 +22,7 @@ NOISE = 0.02
 
 
 class StubLab:
-    """`lab.Lab` without a device."""
+    """A `lab.Lab` without a device."""
 
     name = kind = NAME
 
@@ -30,7 +30,7 @@ class StubLab:
         self.target = target
 
     @contextlib.contextmanager
-    def subject(self, problem: ConvProblem) -> Iterator[StubSubject]:
+    def subject(self, problem: ConvProblem) -> Iterator[Subject]:
         yield StubSubject(problem, self.target)
 
     def limits(self, dtype: str) -> Limits:
@@ -39,7 +39,7 @@ class StubLab:
 
 
 class StubSubject:
-    """`lab.Subject` without operands: no numbers are checked, and times are drawn, the same for the same question."""
+    """A `lab.Subject` without operands: no numbers are checked, and times are drawn, the same for the same question."""
 
     def __init__(self, problem: ConvProblem, target: devices.Target):
         self.problem, self.target = problem, target
@@ -51,7 +51,7 @@ class StubSubject:
         time.sleep(CHECK_SECONDS)
         return Checked(None, None)
 
-    def used(self, pass_: str, contender: Contender) -> dict:
+    def used(self, pass_: str, contender: Contender) -> dict[str, int | str]:
         return {}
 
     def race(self, pass_: str, contenders: list[Contender], rounds: int) -> dict[str, list[float]]:

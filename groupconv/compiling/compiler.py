@@ -1,0 +1,128 @@
+"""Compiling kernels for GPUs that are not there, through the code that launches them, here and in other processes.
+
+python -m groupconv.compiling.compiler < jobs
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import contextlib
+import dataclasses
+import os
+from typing import Any
+
+import torch
+
+from .. import devices, launcher
+from ..algorithms import REGISTRY
+from ..common.numerics import OPERANDS, TORCH_DTYPES, dense_operand_strides
+from ..problem import ConvProblem
+from . import resources, stub_driver, workers
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """A configuration to compile for a problem on a target."""
+
+    algorithm: str
+    pass_: str
+    config: dict[str, int]
+    problem: ConvProblem
+    target: str
+
+    def __str__(self) -> str:
+        p, options = self.problem, " ".join(str(size) for size in self.config.values())
+        return f"{self.algorithm} {self.pass_} {p.kh}x{p.kw} s{p.stride[0]} {p.cin_g}->{p.cout_g} [{options}]"
+
+
+@dataclasses.dataclass(frozen=True)
+class Compiled:
+    """What came of a job. kernels: what each of a pass takes, the main one first; none where that cannot be read, for
+    lack of a disassembler. failed: what the compiler raised.
+    """
+
+    kernels: tuple[resources.Resources, ...] = ()
+    failed: str = ""
+
+    def faults(self, target: devices.Target) -> tuple[str, ...]:
+        """Why a target is not to run it: not compiled, spills, too much shared memory. What cannot be read may run."""
+        if self.failed:
+            return (f"not compiled: {self.failed}",)
+        faults = []
+        if spills := sum(kernel.spill_bytes for kernel in self.kernels):
+            faults.append(f"{spills} bytes of spills")
+        if self.kernels and (shared := self.kernels[0].shared_bytes) > target.shared_bytes:
+            faults.append(f"{shared} bytes of shared memory of {target.shared_bytes}")
+        return tuple(faults)
+
+
+def launched(
+    problem: ConvProblem, pass_: str, algorithm: str, config: dict[str, int], target: str
+) -> tuple[launcher.Launch, ...]:
+    """The launches of one pass, compiled for a target as a call would."""
+    strides = dense_operand_strides(problem)
+    shapes = {"x": problem.x_shape, "w": problem.w_shape, "dy": problem.y_shape}
+    dtype = TORCH_DTYPES[problem.dtype]
+    operands = [
+        None if name is None else torch.empty_strided(shapes[name], strides[name], dtype=dtype, device="meta")
+        for name in OPERANDS[pass_]
+    ]
+    with stub_driver.active(target):
+        call = REGISTRY[algorithm].prepare(problem, pass_, config, devices.named(target), strides)
+        call(*operands)
+    return call.launches
+
+
+def compiled(job: Job) -> Compiled:
+    """Compile a job in this process."""
+    try:
+        launches = launched(job.problem, job.pass_, job.algorithm, job.config, job.target)
+        with contextlib.suppress(FileNotFoundError):  # no disassembler
+            return Compiled(tuple(resources.of(launch.compiled) for launch in launches))
+        return Compiled()
+    except Exception as error:  # whatever the compiler raises is the finding
+        return Compiled(failed=workers.in_a_line(error))
+
+
+def processes(jobs: int | None = None) -> int:
+    """How many may compile: all processes of a job on this machine one a core, but the one that measures."""
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return jobs or max(1, (os.cpu_count() or 1) // local - 1)
+
+
+class Compiler:
+    """`count` processes that compile ahead of need, into Triton's cache on disk. Use it as a context manager."""
+
+    def __init__(self, count: int):
+        self._workers = workers.Workers("groupconv.compiling.compiler", interpret=False, count=count)
+        self._pending: dict[str, concurrent.futures.Future[dict[str, Any]]] = {}
+
+    def submit(self, job: Job) -> None:
+        """Compile a job when its turn comes; once, however often it is asked for."""
+        if repr(job) not in self._pending:
+            self._pending[repr(job)] = self._workers.submit(dataclasses.asdict(job))
+
+    def answer(self, job: Job, seconds: float | None = None) -> Compiled:
+        """What came of a job; TimeoutError if that is not known in time."""
+        self.submit(job)
+        try:
+            answer = self._pending[repr(job)].result(seconds)
+        except concurrent.futures.TimeoutError:  # another class than TimeoutError before Python 3.11
+            raise TimeoutError from None
+        return Compiled(tuple(resources.Resources(**each) for each in answer.get("kernels", ())), answer["failed"])
+
+    def __enter__(self) -> Compiler:
+        self._workers.__enter__()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._workers.__exit__(*exception)
+
+
+def _answer(fields: dict[str, Any]) -> dict[str, Any]:
+    job = Job(**fields | {"problem": workers.problem_of(fields["problem"])})
+    return dataclasses.asdict(compiled(job))
+
+
+if __name__ == "__main__":
+    workers.serve(_answer)
