@@ -231,3 +231,12 @@ def test_a_newer_triton_is_one_line_of_explain(monkeypatch):
     assert after.startswith(before)
     assert added.startswith("Triton 4.1.0+git123 is newer than 3.9.0")
     assert "\n" not in added
+
+
+def test_one_version_of_ruff():
+    """What formats before a commit is what `make lint` asks."""
+    root = pathlib.Path(__file__).parents[1]
+    wanted = re.findall(r"ruff==([\d.]+)", (root / "pyproject.toml").read_text())
+    hooks = re.findall(r"ruff==([\d.]+)", (root / ".pre-commit-config.yaml").read_text())
+    assert len(hooks) == 2
+    assert set(hooks) == set(wanted)
