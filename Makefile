@@ -11,14 +11,20 @@ NEWEST_SLICE := test_pass and bf16 and (k3x3 or k7x7) and x_nhwc-w_nhwc-dy_nhwc
 
 # What compiles kernels in its own process, and so cannot be where they are interpreted.
 COMPILED := tests/softgpu tests/test_compiled_code.py
+# What a change is tried with first: how calls are planned, differentiated, converted, packed.
+SHORT := $(foreach name,problem devices planning configs package torch_private ops autograd modules,tests/test_$(name).py)
+WHEELS := dist
 
-.PHONY: report test test-compiled test-newest softgpu waits lint gpu-test gpu ship clean
+.PHONY: report test test-short test-compiled test-newest softgpu waits lint wheel gpu-test gpu ship clean
 report: $(INSTALLED)
 	$(BIN)/groupconv report $(ARGS)
 
 test: $(INSTALLED) $(OLDEST_TRITON)
 	GROUPCONV_OLDEST_TRITON=$(abspath $(OLDEST_TRITON)) $(BIN)/python -m pytest -n auto $(ARGS)
 	$(if $(ARGS),,$(MAKE) test-compiled)
+
+test-short: $(INSTALLED)
+	$(BIN)/python -m pytest -n auto $(SHORT) $(ARGS)
 
 # Compiled kernels on a software GPU, and their machine code.
 test-compiled: $(INSTALLED)
@@ -42,6 +48,12 @@ lint: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# The only wheel in WHEELS, of nothing that an older build left, and what it holds.
+wheel: $(INSTALLED)
+	rm -rf build $(WHEELS)/groupconv-*.whl
+	$(BIN)/python -m build --wheel --outdir $(WHEELS)
+	$(BIN)/python .ci/inspect_wheel.py $(WHEELS)
 
 gpu-test: $(INSTALLED)
 	$(BIN)/python -m pytest -m gpu $(ARGS)

@@ -166,9 +166,9 @@ def _reduced(name: str) -> str:
 @functools.cache
 def _by_reduced_name() -> dict[str, Target]:
     slugs = ALIASES | {slug: slug for slug in BY_SLUG}
-    found = {_reduced(name): BY_SLUG[slug] for name, slug in slugs.items()}
-    found |= {name: BY_SLUG[slug] for name, slug in FAMILIES.items()}
-    return found | {_reduced(arch): target for arch, target in BY_ARCH.items()}
+    targets = {_reduced(name): BY_SLUG[slug] for name, slug in slugs.items()}
+    targets |= {name: BY_SLUG[slug] for name, slug in FAMILIES.items()}
+    return targets | {_reduced(arch): target for arch, target in BY_ARCH.items()}
 
 
 def named(target: str) -> Target:

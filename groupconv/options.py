@@ -15,21 +15,17 @@ MODELS = ("timm:resnext50_32x4d", "timm:regnety_032", "timm:convnext_tiny", "tim
 
 def parser() -> argparse.ArgumentParser:
     """The parser of `groupconv`; its result's `command` names the command."""
-    made = argparse.ArgumentParser(prog="groupconv", description="Grouped 2-D convolution for PyTorch in Triton.")
-    made.add_argument("--version", action="version", version=f"groupconv {__version__}")
-    commands = made.add_subparsers(dest="command", required=True)
+    main = argparse.ArgumentParser(prog="groupconv", description="Grouped 2-D convolution for PyTorch in Triton.")
+    main.add_argument("--version", action="version", version=f"groupconv {__version__}")
+    commands = main.add_subparsers(dest="command", required=True)
     for name, add, help_ in (
-        (
-            "compile",
-            _compile,
-            "compile what is shipped and planned for GPUs that are not here, and check it",
-        ),
+        ("compile", _compile, "compile what is shipped and planned for GPUs that are not here, and check it"),
         ("report", _report, "compare a layer across group counts; tables and plots in a folder"),
         ("tune", _tune, "measure the fastest configurations on this GPU, and plan by them"),
         ("bench", _bench, "compare with PyTorch's ways, layer by layer and in whole models"),
     ):
         add(commands.add_parser(name, help=help_))
-    return made
+    return main
 
 
 def _compile(parser: argparse.ArgumentParser) -> None:
