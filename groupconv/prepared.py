@@ -119,11 +119,20 @@ def _traits(tensor: Tensor | None):
     """
     if tensor is None:
         return None
-    address: object = tensor.data_ptr() & 15 == 0
+    pointer = tensor.data_ptr()
+    address: object = pointer & 15 == 0 if pointer else None
     if ON_HIP:
         address = address, tensor.untyped_storage().nbytes() < 2**31
     plain_type = type(tensor) in PLAIN_TYPES
     return plain_type, tensor.shape, tensor.stride(), tensor.dtype, tensor.device, address, tensor.is_neg()
+
+
+def _is_unreadable(tensor: Tensor | None) -> bool:
+    """Whether kernels cannot read a tensor where it lies: it is negated lazily, or its memory was freed."""
+    if tensor is None:
+        return False
+    freed = tensor.data_ptr() == 0 and tensor.numel() > 0 and tensor.device.type != "meta"
+    return freed or tensor.is_neg()
 
 
 def torch_gradients(dy, x, w, args: ConvArgs, needs):
@@ -250,7 +259,7 @@ class Call:
         if any(tensor is not None and _traits(tensor) != traits for tensor, traits in saved):
             return False
         alike = dy.shape == self.problem.y_shape and (dy.dtype, dy.device) == self._kind
-        return alike and type(dy) in PLAIN_TYPES and dy.layout is torch.strided and not dy.is_neg()
+        return alike and type(dy) in PLAIN_TYPES and dy.layout is torch.strided and not _is_unreadable(dy)
 
     def _prepare_backward(self, dy: Tensor, need_x: bool, need_w: bool, need_b: bool) -> Callable:
         """What makes the gradients that are needed of a dy like this: one launch for two, one each, or F.conv2d."""
@@ -326,8 +335,7 @@ def lookup(x: Tensor, w: Tensor, bias: Tensor | None, stride, padding, dilation,
     call = _CALLS.get(key)
     if call is None:
         args = normalise(x.shape, w.shape, *given)
-        negated = any(t is not None and t.is_neg() for t in (x, w, bias))  # until the dispatcher makes it so
-        if args is None or negated or not consistent(x, w, bias):
+        if args is None or any(map(_is_unreadable, (x, w, bias))) or not consistent(x, w, bias):
             return None
         call = _plan_call(key, x, w, bias, args, backend)
     return call
@@ -339,7 +347,7 @@ def lookup_of_operator(x: Tensor, w: Tensor, bias: Tensor | None, args: ConvArgs
         return None
     key = _key(x, w, bias, *args, backend)
     call = _CALLS.get(key)
-    if call is None and is_convolution(x.shape, w.shape, args):
+    if call is None and is_convolution(x.shape, w.shape, args) and not any(map(_is_unreadable, (x, w, bias))):
         call = _plan_call(key, x, w, bias, args, backend)
     return call
 

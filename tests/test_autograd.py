@@ -113,6 +113,23 @@ def test_memory_of_a_weight_exchanged_between_forward_and_backward(device):
     check_gradients(y, leaves)
 
 
+def test_memory_of_a_weight_freed_between_forward_and_backward(device):
+    """As sharded training does: gradients are right once it is back; before, PyTorch's exception says so."""
+    leaves = x, w, bias = [t.requires_grad_() for t in operands(device)]
+    values, storage = w.detach().clone(), w.untyped_storage()
+    size = storage.nbytes()
+    y = triton_conv(x, w, bias, **KWARGS, backend="triton")
+    storage.resize_(0)
+    with pytest.raises(RuntimeError, match="not allocated"):
+        torch.autograd.grad(y, leaves, torch.ones_like(y), retain_graph=True)
+    for backend in ("auto", "triton"):
+        with pytest.raises(RuntimeError, match="not allocated"):
+            triton_conv(x, w, bias, **KWARGS, backend=backend)
+    storage.resize_(size)
+    w.data.copy_(values)
+    check_gradients(y, leaves)
+
+
 @dataclasses.dataclass(frozen=True)
 class Scene:
     """A forward and a backward pass, with what happens in between."""
