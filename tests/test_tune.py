@@ -5,8 +5,8 @@ import contextlib
 import dataclasses
 import json
 import os
-import signal
 import re
+import signal
 import subprocess
 import sys
 import time
