@@ -13,7 +13,7 @@ import os
 import pathlib
 import sys
 import tempfile
-from collections.abc import Callable, Generator, Iterable, Sequence
+from collections.abc import Callable, Generator, Sequence
 
 import torch
 from rich.console import Console
@@ -78,7 +78,7 @@ def report(args: argparse.Namespace) -> int:
 
 
 def _take(
-    command: str, unit: str, found: Iterable[rows.Fields], writer: files.Writer, deadline: Deadline,
+    command: str, unit: str, found: Generator[rows.Fields, None, None], writer: files.Writer, deadline: Deadline,
     total: int | None = None, ends: Callable[[rows.Fields], bool] = lambda row: True,
 ) -> tuple[int, bool]:  # fmt: skip
     """Write rows as they come, and say so. How many, and whether the budget ended it, after a row that `ends` a part.
@@ -86,7 +86,7 @@ def _take(
     total: how many there are, if that is known.
     """
     taken, ended = 0, False
-    with progress.shown(command, unit, total) as step:
+    with progress.shown(command, unit, total) as step, contextlib.closing(found):  # its processes end with it
         for row in found:
             writer.append(row)
             step(" ".join(str(row[field]) for field in SHOWN if row.get(field)))
@@ -94,8 +94,6 @@ def _take(
             ended = deadline.passed and ends(row)
             if ended:
                 break
-    if isinstance(found, Generator):
-        found.close()
     return taken, ended
 
 
@@ -168,7 +166,8 @@ class _Run:
 
     def _host(self) -> bool:
         if not self._known("host.csv"):
-            self._append("host.csv", [], list(host_overhead.rows()), lambda row: False)
+            whole = list(host_overhead.rows())  # a part of them would be taken for all by the next run
+            self._append("host.csv", [], (row for row in whole), lambda row: False)
         return True
 
     def _models(self) -> bool:
@@ -206,7 +205,7 @@ class _Run:
         return known
 
     def _append(
-        self, name: str, kept: Sequence[Row], found: Iterable[rows.Fields],
+        self, name: str, kept: Sequence[Row], found: Generator[rows.Fields, None, None],
         ends: Callable[[rows.Fields], bool] = lambda row: True,
     ) -> bool:  # fmt: skip
         """Add rows to the kept ones of a table; whether all came in time. ends: after which the budget may end it."""

@@ -110,9 +110,7 @@ def test_layers_of_a_model():
 
 def test_size_and_channels():
     """A size is both sides'; without one it is the model's, or 224 by 224 pixels of 3 channels."""
-    first = layers.of_model("timm:network", 5, 32, "bf16", "nhwc")[0].problem
-    assert first.x_shape == (5, 8, 16, 16)
-    assert (first.dtype, first.layout, first.out_layout) == ("bf16", "nhwc", "nhwc")
+    assert layers.of_model("timm:network", 5, 32, "bf16", "nhwc")[0].problem.x_shape == (5, 8, 16, 16)
     assert layers.of_model("torchvision:pyramid", 1, None, "bf16", "nhwc")[0].problem.x_shape == (1, 3, 224, 224)
 
 
@@ -134,7 +132,6 @@ def test_built_model_is_for_training():
     ("spec", "said"),
     [
         ("resnext50_32x4d", "'resnext50_32x4d' is not timm:NAME or torchvision:NAME"),
-        ("timm", "'timm' is not timm:NAME or torchvision:NAME"),
         ("keras:network", "'keras:network' is not timm:NAME or torchvision:NAME"),
         ("timm:netwrok", "'timm:netwrok': timm has no model 'netwrok'; near: network"),
         ("timm:zzz", "'timm:zzz': timm has no model 'zzz'"),
@@ -160,9 +157,8 @@ def test_model_that_does_not_run(spec, size, reason):
 @pytest.mark.parametrize(("library", "module"), [("timm", "timm"), ("torchvision", "torchvision.models")])
 def test_library_that_is_not_there(library, module, monkeypatch):
     monkeypatch.setitem(sys.modules, module, None)
-    with pytest.raises(
-        ValueError, match=rf"'{library}:x': {library} cannot be imported: .*; try: pip install {library}"
-    ):
+    message = rf"'{library}:x': {library} cannot be imported: .*; try: pip install {library}"
+    with pytest.raises(ValueError, match=message):
         layers.builder(f"{library}:x")
 
 
