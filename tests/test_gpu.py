@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from groupconv import configs, dispatch, prepared, set_fp32_precision, triton_conv
-from groupconv.algorithms import REGISTRY, able
+from groupconv.algorithms import REGISTRY, able, divided
 from groupconv.perf_reports import layers
 from groupconv.problem import PASSES, ConvProblem
 
@@ -163,13 +163,15 @@ def shipped() -> list[Shipped]:
         for dtype in MODES_OF_SIZE[default.element_bytes]:
             for layout in ("nhwc", "nchw"):
                 problem = problem_of(default, dtype, layout)
-                config = tuple(default.config.items())
+                config = tuple(divided(default.algorithm, problem, default.pass_, default.config, ON)[0].items())
                 found.append(Shipped(f"modelled{default.most_n}", default.algorithm, default.pass_, config, problem))
     for file in configs.device_files(ON.slug):
         for i, entry in enumerate(file.entries):
             problem, pass_ = problem_of_key(entry.key), entry.key["pass"]
-            serves = entry.algorithm in able(problem, pass_, ON)
-            if serves and entry.config in dispatch.contenders(problem, pass_, ON, entry.algorithm):
+            if entry.algorithm not in able(problem, pass_, ON):
+                continue
+            tiles = REGISTRY[entry.algorithm].candidates(problem, pass_, ON)
+            if any(tile.items() <= entry.config.items() for tile in tiles):
                 config = tuple(entry.config.items())
                 found.append(Shipped(f"measured{i}", entry.algorithm, pass_, config, problem))
     return found

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from .. import configs, devices, dispatch
-from ..algorithms import REGISTRY, able
+from ..algorithms import REGISTRY, able, divided
 from ..common import Layer, progress
 from ..problem import LAYOUTS, PLANNED, ConvProblem
 from . import workers
@@ -93,7 +93,9 @@ def shipped(targets: list[str], only_pass: str | None = None, only_dtype: str | 
                 for layout in LAYOUTS:
                     problem = _problem(default, dtype, layout)
                     if configs.modelled(default.algorithm, problem, default.pass_, arch) == default:
-                        jobs.append(Job(default.algorithm, default.pass_, default.config, problem, target))
+                        name, pass_ = default.algorithm, default.pass_
+                        config = divided(name, problem, pass_, default.config, devices.named(target))[0]
+                        jobs.append(Job(name, pass_, config, problem, target))
     return jobs
 
 

@@ -12,7 +12,7 @@ import math
 import torch
 
 from .. import devices
-from ..algorithms import REGISTRY
+from ..algorithms import REGISTRY, divided
 from ..common.numerics import Operands, dense_operand_strides, operands, poisoned, reference, worst_error
 from ..problem import ConvProblem
 from . import workers
@@ -50,7 +50,7 @@ def _narrowed(width: int) -> int:
 
 
 def largest_tiles(candidates: list[dict[str, int]]) -> dict[str, int]:
-    """The configuration of the fewest programs: they are what the interpreter's time goes to."""
+    """The tile of the fewest programs: they are what the interpreter's time goes to."""
     return max(candidates, key=lambda config: math.prod(v for k, v in config.items() if k.startswith("BLOCK")))
 
 
@@ -62,7 +62,8 @@ def _operands(problem: ConvProblem) -> Operands:
 def _answer(job: workers.Fields) -> workers.Fields:
     problem, pass_, algorithm = workers.problem_of(job["problem"]), job["pass_"], REGISTRY[job["algorithm"]]
     # Where nothing is worth measuring for so small a problem, the configuration of the one that it stands for.
-    config = largest_tiles(algorithm.candidates(problem, pass_, devices.DEFAULT) or [job["config"]])
+    tile = largest_tiles(algorithm.candidates(problem, pass_, devices.DEFAULT) or [job["config"]])
+    config = divided(algorithm.NAME, problem, pass_, tile, devices.DEFAULT)[0]
     given = _operands(problem)
     call = algorithm.prepare(problem, pass_, config, devices.DEFAULT, dense_operand_strides(problem))
     with poisoned():
