@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 from groupconv import launcher, prepared, triton_conv
 from groupconv.algorithms import REGISTRY, implicit_gemm, row_march
-from groupconv.problem import ConvProblem
+from groupconv.problem import PLANNED, ConvProblem
 
 pytestmark = [pytest.mark.usefixtures("ieee"), pytest.mark.filterwarnings("ignore:Using padding='same'")]
 ON = cases.target("cuda" if torch.cuda.is_available() else "cpu")
@@ -70,9 +70,9 @@ def test_many_splits(dtype, device):
 
 @pytest.mark.parametrize("beside", [1, 4])
 @pytest.mark.parametrize("stride", [1, 2])
-@pytest.mark.parametrize("pass_", ["dgrad", "wgrad", "backward"])
+@pytest.mark.parametrize("pass_", PLANNED)
 def test_several_blocks_of_lanes(pass_, stride, beside, device):
-    """Programs of row_march that walk down more than one block, the last of them ragged."""
+    """Programs of row_march that are to walk down more than one block, the last of them ragged; fprop's take one."""
     problem = ConvProblem(
         8, 12, 6, 7 * stride, 12, 3, 3, (stride, stride), (1, 1, 1, 1), groups=3, dtype="fp16", out_layout="nchw"
     )

@@ -31,7 +31,7 @@ from .calls import (
 NAME = "row_march"
 BLOCKS = {"BLOCK_P": (16, 512), "BLOCK_C": (16, 256), "BLOCK_S": (1, 16), "BLOCK_R": (1, 8)}
 MOST_SEGMENTS = 16
-# SEGMENTS: of the rows. LANE_BLOCKS: blocks of lanes that a program of wgrad or backward walks down, one after another.
+# SEGMENTS: of the rows. LANE_BLOCKS: blocks of lanes that a program walks down, one after another; in fprop 1.
 DIVISION = {"SEGMENTS": (1, MOST_SEGMENTS, 1), "LANE_BLOCKS": (1, 2**20)}
 MOST_WIDTH = 64  # of a group; wider ones fill a matrix instruction alone
 MOST_TAPS = 49
@@ -299,7 +299,7 @@ def _grid(problem: ConvProblem, pass_: str, config: dict) -> _Grid:
     """The grid of a configuration; of programs that leave partial sums, no more than have room beside the operands."""
     march = _march(problem, pass_)
     blocks = math.ceil(march.lanes / config["BLOCK_P"])
-    each = min(config["LANE_BLOCKS"], max(1, blocks))
+    each = 1 if pass_ == "fprop" else min(config["LANE_BLOCKS"], max(1, blocks))
     steps = math.ceil(march.rows / min(config["SEGMENTS"], march.rows))
     if march.held:
         most = max(1, problem.min_bytes(pass_) // (4 * problem.params))
