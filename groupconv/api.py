@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from . import devices, dispatch, eager, equivalents, prepared, torch_private
-from .arguments import consistent, normalise
+from .arguments import are_tensors, autocast, consistent, normalise
 
 equivalents.register()
 
@@ -113,15 +113,18 @@ def explain(
         )  # fmt: skip
     if backend not in dispatch.BACKENDS:
         raise ValueError(f"explain: backend is {backend!r}, but must be one of {', '.join(dispatch.BACKENDS)}")
-    x = input.unsqueeze(0) if input.dim() == 3 else input
-    args = normalise(x.shape, weight.shape, stride, padding, dilation, groups)
-    if args is None or not consistent(x, weight, bias):
+    if not are_tensors(input, weight, bias):
+        F.conv2d(input, weight, bias, stride, padding, dilation, groups)  # raises
+    x, w, b = autocast(input, weight, bias)
+    x = x.unsqueeze(0) if x.dim() == 3 else x
+    args = normalise(x.shape, w.shape, stride, padding, dilation, groups)
+    if args is None or not consistent(x, w, b):
         F.conv2d(input, weight, bias, stride, padding, dilation, groups)
         raise NotImplementedError("explain: F.conv2d takes this call, but no plan describes it")
     # A named target is planned for wherever the tensors are.
     why_not = prepared.refusal(x, backend) if target is None else prepared.unsupported(x)
     return dispatch.plan(
-        prepared.make_problem(x, weight, bias is not None, args),
+        prepared.make_problem(x, w, b is not None, args),
         devices.named(target) if target is not None else prepared.target_of(x.device),
         backend,
         why_not,

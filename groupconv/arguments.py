@@ -88,6 +88,11 @@ def out_pixels(x_shape, w_shape, stride, padding, dilation):
     )
 
 
+def are_tensors(x, w, bias) -> bool:
+    """Whether the operands are tensors; the bias may be None."""
+    return isinstance(x, Tensor) and isinstance(w, Tensor) and (bias is None or isinstance(bias, Tensor))
+
+
 def consistent(x: Tensor, w: Tensor, bias: Tensor | None) -> bool:
     """Whether dtypes, devices and the bias's shape agree, as F.conv2d demands, and all is dense."""
     if any(t is not None and t.layout is not torch.strided for t in (x, w, bias)):

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import operators, torch_private
-from .arguments import ConvArgs, autocast, consistent, normalise
+from .arguments import ConvArgs, are_tensors, autocast, consistent, normalise
 from .prepared import PLAIN_TYPES, lookup, refusal, torch_gradients
 
 
@@ -103,8 +103,7 @@ def _gradients(dy, x, w, args: ConvArgs, needs, backend: str):
 
 def _dispatched(x, w, bias, stride, padding, dilation, groups, backend) -> Tensor:
     """The call through PyTorch's dispatcher, for whatever traces, transforms or subclasses it."""
-    tensors = isinstance(x, Tensor) and isinstance(w, Tensor) and (bias is None or isinstance(bias, Tensor))
-    if tensors and backend != "torch":
+    if are_tensors(x, w, bias) and backend != "torch":
         x, w, bias = autocast(x, w, bias)
         unbatched = x.dim() == 3
         batched = x.unsqueeze(0) if unbatched else x

@@ -269,6 +269,23 @@ def test_explain_refuses():
         explain(x.double(), w.double(), groups=4, backend="triton", target="sm_90")
 
 
+def test_explain_follows_autocast():
+    """As the call does, whose operands may differ in dtype until autocast has cast them."""
+    x, w = torch.randn(2, 8, 5, 5, dtype=torch.bfloat16), torch.randn(8, 2, 3, 3)
+    with pytest.raises(RuntimeError, match="should be the same"):
+        explain(x, w, groups=4)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert explain(x, w, groups=4).problem.dtype == "bf16"
+        assert explain(w.new_zeros(8, 5, 5), w, groups=4).problem.dtype == "bf16"
+
+
+@pytest.mark.parametrize("operands", [(None, torch.ones(8, 2, 3, 3)), (torch.ones(2, 8, 5, 5), None)])
+def test_explain_of_what_is_no_tensor(operands):
+    for call in (F.conv2d, explain):
+        with pytest.raises(TypeError, match="invalid combination of arguments"):
+            call(*operands)
+
+
 def test_explain_names_the_fallback():
     plan = explain(torch.empty(2, 8, 6, 6).double(), torch.empty(8, 2, 3, 3).double(), groups=4)
     for p in plan.passes:
