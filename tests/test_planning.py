@@ -77,6 +77,27 @@ def test_any_division_of_a_tile_is_legal(target):
 
 
 @pytest.mark.parametrize(
+    ("name", "width", "side"),
+    [
+        ("implicit_gemm", 64, 5), ("row_block", 64, 5), ("row_block_tma", 64, 5), ("row_march", 4, 5),
+        ("depthwise_toeplitz", 1, 11),
+    ],
+)  # fmt: skip
+def test_offsets_of_partial_sums_beyond_32_bits(name, width, side):
+    """No operand has 2^31 elements, but the partial sums of as many splits as may be have more together."""
+    on, module = devices.named("h100"), REGISTRY[name]
+    problem = ConvProblem(
+        98304, 16384, 1, 1, 16384, side, side, pad=(side // 2,) * 4, groups=16384 // width, dtype="tf32"
+    )
+    most = {field: 1 if field == "LANE_BLOCKS" else bounds[1] for field, bounds in module.DIVISION.items()}
+    config = divided(name, problem, "wgrad", module.candidates(problem, "wgrad", on)[0], on)[0] | most
+    call = module.prepare(problem, "wgrad", config, on, strides_of(problem))
+    kernel, scalars = call.launches[0].kernel, call.launches[0].scalars
+    assert call.splits * problem.params >= 2**31
+    assert dict(zip(kernel.arg_names[-len(scalars) :], scalars, strict=True))["INDEX_64"]
+
+
+@pytest.mark.parametrize(
     ("name", "layout"),
     [(name, layout) for name in REGISTRY for layout in ("nhwc", "nchw") if (name, layout) != ("row_block_tma", "nchw")],
 )

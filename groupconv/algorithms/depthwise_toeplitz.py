@@ -474,6 +474,7 @@ def prepare(problem: ConvProblem, pass_: str, config: dict, target: Target, stri
         scalars |= gradient.depthwise_arguments()
         scalars |= named_strides("dy", strides["dy"]) | named_strides("x", strides["x"])
         scalars |= {"blocks": blocks, "TAPS": made.taps, "UNROLL": config["BLOCK_U"]}
+        scalars["INDEX_64"] = index_64(problem, strides, splits * problem.params)
         grid = (splits * made.c_blocks * made.t_blocks,)
         return SplitK(launcher.Launch(kernel, grid, scalars, **options), gradient)
     scalars |= {"first": cut.first, "last": cut.last, "DRAIN": cut.drain, "TRANSPOSED": transposed}
