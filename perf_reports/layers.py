@@ -149,7 +149,11 @@ def _of_file(name: str, dtype: str, layout: str) -> list[Layer]:
     path = pathlib.Path(name)
     if not path.is_file():
         raise ValueError(f'--layers: {name!r} is not "groups", "kernels", "suite" or a CSV file that exists')
-    return _parsed(path.read_text(encoding="utf-8"), name, dtype, layout)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"--layers: {name} is not UTF-8: {error}") from None
+    return _parsed(text, name, dtype, layout)
 
 
 def _size(text: str | None, where: str, column: str) -> int:

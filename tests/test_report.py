@@ -196,11 +196,12 @@ HEADER = "name,N,C_in,H,W,C_out,KH,KW,stride_h,stride_w,pad_h,pad_w,dil_h,dil_w,
         (f"{HEADER}\na,1,8,9,9,8,3,3,1,1,1,1,1,1,3\n", "line 2: 3 groups do not divide 8 and 8 channels"),
         (f"{HEADER}\na,1,8,1,1,8,3,3,1,1,0,0,1,1,1\n", "line 2: the kernel does not fit"),
         (f"{HEADER}\n" + 2 * "a,1,8,9,9,8,3,3,1,1,1,1,1,1,1\n", "line 3: a second layer called 'a'"),
+        (f"{HEADER}\n\xe9", "layers.csv is not UTF-8"),
     ],
 )
 def test_bad_layer_files(content, message, tmp_path, capsys):
     path = tmp_path / "layers.csv"
-    path.write_text(content)
+    path.write_text(content, encoding="latin-1")
     assert cli.main(["report", "--layers", str(path), "--out", str(tmp_path / "out")]) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
