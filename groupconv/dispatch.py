@@ -182,14 +182,12 @@ def _fitting(problem: ConvProblem, pass_: str, target: Target, entry: configs.En
 
     The problems of a class differ in what a configuration's registers and shared memory depend on.
     """
-    if _tile(entry.config) in map(_tile, contenders(problem, pass_, target, entry.algorithm)):
+    algorithm, shipped = REGISTRY[entry.algorithm], configs.modelled(entry.algorithm, problem, pass_, target.arch_name)
+    # Any division of the work is good for any problem.
+    tile = {name: size for name, size in entry.config.items() if name not in algorithm.DIVISION}
+    if tile in algorithm.candidates(problem, pass_, target) or (shipped is not None and tile == shipped.config):
         return entry.config
     return modelled(problem, pass_, target, entry.algorithm)[1]
-
-
-def _tile(config: dict) -> dict:
-    """A configuration without the division of its work: any division is good for any problem."""
-    return {name: size for name, size in config.items() if name.startswith("BLOCK_") or name in configs.OPTIONS}
 
 
 def contenders(problem: ConvProblem, pass_: str, target: Target, name: str) -> list[dict]:

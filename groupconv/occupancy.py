@@ -14,8 +14,9 @@ if TYPE_CHECKING:
 # unit: NVIDIA's CUDA C++ Programming Guide, "Technical Specifications per Compute Capability"; AMD's instruction set
 # architectures of CDNA 3 and RDNA 3, and LLVM's "User Guide for AMDGPU Backend".
 _CUDA = {
-    80: (65536, 2048, 32, 8), 86: (65536, 1536, 16, 8), 87: (65536, 1536, 16, 8), 89: (65536, 1536, 24, 8),
-    90: (65536, 2048, 32, 8), 100: (65536, 2048, 32, 8), 103: (65536, 2048, 32, 8), 120: (65536, 1536, 24, 8),
+    75: (65536, 1024, 16, 8), 80: (65536, 2048, 32, 8), 86: (65536, 1536, 16, 8), 87: (65536, 1536, 16, 8),
+    89: (65536, 1536, 24, 8), 90: (65536, 2048, 32, 8), 100: (65536, 2048, 32, 8), 103: (65536, 2048, 32, 8),
+    120: (65536, 1536, 24, 8),
 }  # fmt: skip
 _CDNA, _RDNA = (131072, 2048, 32, 8), (98304, 1024, 32, 24)
 RESERVED = 1024  # bytes of shared memory that CUDA keeps for itself, of each program
@@ -43,6 +44,23 @@ def resident(registers: float, shared_bytes: int, warps: int, target: Target) ->
     return max(1, min(file // taken, by_shared, threads // most, programs))
 
 
+def shares(parts: int, wanted: int) -> tuple[int, int]:
+    """(how many shares, parts of each) of parts that are to be shared out in `wanted`: none of them is empty."""
+    parts = max(1, parts)
+    each = math.ceil(parts / min(wanted, parts))
+    return math.ceil(parts / each), each
+
+
+def largest_splits(problem: ConvProblem, pass_: str) -> int:
+    """The most splits of a filter gradient whose fp32 partial sums take no more memory than the operands."""
+    return max(1, problem.min_bytes(pass_) // (4 * problem.params))
+
+
 def most_splits(problem: ConvProblem, pass_: str) -> int:
-    """The most splits of a filter gradient whose fp32 partial sums stay small beside the operands; 1 needs none."""
+    """The most splits that are worth planning: their partial sums stay small beside the operands."""
     return max(1, int(WORKSPACE * problem.min_bytes(pass_)) // (4 * problem.params))
+
+
+def partial_bytes(problem: ConvProblem, splits: int) -> int:
+    """What moves of partial sums, once written and once read; one split has none."""
+    return 2 * 4 * splits * problem.params if splits > 1 else 0

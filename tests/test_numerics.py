@@ -63,7 +63,7 @@ def test_many_splits(dtype, device):
     with cases.guarded():
         run = implicit_gemm.prepare(problem, "wgrad", config, on, given.strides(problem))
         out = run(given.dy, given.x)
-    assert run.splits == 7
+    assert run.result.splits == 7
     expected = cases.references(problem, given)["wgrad"]
     assert cases.error(out, expected) <= cases.bound(dtype, problem.out_pixels)
 

@@ -93,7 +93,7 @@ def test_offsets_of_partial_sums_beyond_32_bits(name, width, side):
     config = divided(name, problem, "wgrad", module.candidates(problem, "wgrad", on)[0], on)[0] | most
     call = module.prepare(problem, "wgrad", config, on, strides_of(problem))
     kernel, scalars = call.launches[0].kernel, call.launches[0].scalars
-    assert call.splits * problem.params >= 2**31
+    assert call.result.splits * problem.params >= 2**31
     assert dict(zip(kernel.arg_names[-len(scalars) :], scalars, strict=True))["INDEX_64"]
 
 

@@ -97,11 +97,12 @@ class FilterGradient:
     arguments: a kernel's, of the strides of [splits, c_out, CIN_G, KH, KW].
     """
 
-    __slots__ = ("arguments", "launches", "shape", "splits", "strides")
+    __slots__ = ("arguments", "launches", "partials", "shape", "splits", "strides")
 
     def __init__(self, problem: ConvProblem, splits: int, strides):
         """strides: dw's; None where the kernel is not asked for it."""
         self.splits, self.shape, self.strides = splits, problem.w_shape, strides
+        self.partials = splits, problem.params
         if splits == 1 or strides is None:
             self.arguments = {"stride_dw_split": 0, **named_strides("dw", strides or (0, 0, 0, 0))}
             self.launches: tuple[launcher.Launch, ...] = ()
@@ -119,8 +120,7 @@ class FilterGradient:
         dw = launcher.allocate(self.shape, self.strides, like)
         if not self.launches:
             return dw, dw
-        size = math.prod(self.shape)
-        return launcher.allocate((self.splits, size), (size, 1), like, torch.float32), dw
+        return launcher.allocate(self.partials, (self.partials[1], 1), like, torch.float32), dw
 
     def added(self, sums: torch.Tensor, dw: torch.Tensor) -> torch.Tensor:
         """dw, once the kernel has written its sums."""
@@ -137,10 +137,6 @@ class SplitK:
     def __init__(self, launch: launcher.Launch, result: FilterGradient, run=None):
         self.run, self.result = run or launch, result
         self.launches = (launch, *result.launches)
-
-    @property
-    def splits(self) -> int:
-        return self.result.splits
 
     def __call__(self, dy, x):
         sums, dw = self.result.new(x)

@@ -12,7 +12,7 @@ from .. import launcher
 from ..cost import Tiling
 from ..devices import Target
 from ..kernels import depthwise_direct as kernels
-from ..occupancy import resident
+from ..occupancy import largest_splits, partial_bytes, resident, shares
 from ..problem import ConvProblem
 from .calls import (
     FilterGradient,
@@ -132,8 +132,7 @@ def candidates(problem: ConvProblem, pass_: str, target: Target) -> list[dict]:
             if block_p < 1 or _registers(problem, pass_, config, target) > most:
                 continue
             # Programs along the columns and the batch cannot share their sums of dw.
-            room = problem.min_bytes(pass_) // (4 * problem.params)
-            if not march.sums or math.ceil(march.columns / block_p) <= max(1, room):
+            if not march.sums or math.ceil(march.columns / block_p) <= largest_splits(problem, pass_):
                 found.append(config)
     # Loads as wide as the channels allow, if any tile that fits has them.
     widest = max((_elements(problem, config, target)[1] for config in found), default=1)
@@ -154,15 +153,15 @@ def _most_segments(problem: ConvProblem, pass_: str, config: dict) -> int:
     march = _march(problem, pass_)
     most = min(march.rows, MOST_SEGMENTS)
     if march.sums:
-        most = min(most, problem.min_bytes(pass_) // (4 * problem.params * max(1, _tiles(march, config)[0])))
+        most = min(most, largest_splits(problem, pass_) // max(1, _tiles(march, config)[0]))
     return max(1, most)
 
 
 def _grid(problem: ConvProblem, pass_: str, config: dict) -> tuple[int, int, int]:
     """(programs of a row segment, segments, steps a segment)."""
     march = _march(problem, pass_)
-    steps = math.ceil(march.rows / min(config["SEGMENTS"], _most_segments(problem, pass_, config)))
-    return math.prod(_tiles(march, config)), math.ceil(march.rows / steps), steps
+    segments = min(config["SEGMENTS"], _most_segments(problem, pass_, config))
+    return math.prod(_tiles(march, config)), *shares(march.rows, segments)
 
 
 def divisions(problem: ConvProblem, pass_: str, config: dict, target: Target) -> list[dict[str, int]]:
@@ -195,7 +194,7 @@ def tiling(problem: ConvProblem, pass_: str, config: dict, target: Target) -> Ti
     halo = 1 + (problem.kw - 1) * problem.dilation[1] / (config["BLOCK_P"] * problem.stride[1])
     sector = max(1.0, 32 / (config["BLOCK_C"] * size)) if problem.layout == "nhwc" else 1.0
     splits = _tiles(march, config)[0] * segments if march.sums else 1
-    partials = 2 * 4 * problem.params * splits * (splits > 1)
+    partials = partial_bytes(problem, splits)
     # L1 serves a line of 128 bytes a clock: narrow channel tiles touch many.
     split = problem.layout == "nhwc" and config["BLOCK_C"] < march.channels
     lines = max(1.0, 128 / (config["BLOCK_C"] * size)) if split else 1.0

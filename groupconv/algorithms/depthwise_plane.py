@@ -12,7 +12,7 @@ from .. import launcher
 from ..cost import Tiling
 from ..devices import Target
 from ..kernels import depthwise_plane as kernels
-from ..occupancy import most_splits, resident
+from ..occupancy import largest_splits, most_splits, partial_bytes, resident, shares
 from ..problem import ConvProblem
 from .calls import (
     FilterGradient,
@@ -236,12 +236,9 @@ def _vector(problem: ConvProblem, config: dict, chunks: Chunks) -> int:
 
 def _split(problem: ConvProblem, pass_: str, config: dict) -> tuple[int, int]:
     """(programs that share the images of a channel, blocks of images of each)."""
-    blocks = max(1, math.ceil(problem.batch / config["BLOCK_N"]))
-    most = min(blocks, config["SPLITS"])
-    if pass_ in ("wgrad", "backward"):  # no more partial sums than operands
-        most = min(most, max(1, problem.min_bytes(pass_) // (4 * problem.params)))
-    each = math.ceil(blocks / most)
-    return math.ceil(blocks / each), each
+    sums = pass_ in ("wgrad", "backward")
+    most = min(config["SPLITS"], largest_splits(problem, pass_)) if sums else config["SPLITS"]
+    return shares(math.ceil(problem.batch / config["BLOCK_N"]), most)
 
 
 def divisions(problem: ConvProblem, pass_: str, config: dict, target: Target) -> list[dict[str, int]]:
@@ -253,7 +250,7 @@ def divisions(problem: ConvProblem, pass_: str, config: dict, target: Target) ->
     channels = math.ceil((problem.c_out if pass_ in ("fprop", "wgrad") else problem.c_in) / config["BLOCK_C"])
     places = target.multiprocessors * _resident(problem, pass_, whole, cut(problem, whole), target)
     # Building the matrices takes about as long as a block of images.
-    found = {math.ceil(blocks / math.ceil(blocks / splits)) for splits in range(1, most + 1)}
+    found = {shares(blocks, splits)[0] for splits in range(1, most + 1)}
     shortest = sorted(sorted(found), key=lambda n: math.ceil(channels * n / places) * (math.ceil(blocks / n) + 1))
     return [{"SPLITS": splits} for splits in shortest]
 
@@ -268,7 +265,7 @@ def tiling(problem: ConvProblem, pass_: str, config: dict, target: Target) -> Ti
     multiplier = problem.cout_g if pass_ == "dgrad" else 1
     programs = channels * splits
     steps = programs * each  # blocks of images, those past the batch too
-    partials = 2 * splits * problem.params * 4 if pass_ in ("wgrad", "backward") and splits > 1 else 0
+    partials = partial_bytes(problem, splits) if pass_ in ("wgrad", "backward") else 0
 
     pairs = chunks.pairs * multiplier * c
     operands = {

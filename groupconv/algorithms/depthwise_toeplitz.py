@@ -9,7 +9,7 @@ from .. import launcher
 from ..cost import Tiling
 from ..devices import Target
 from ..kernels import depthwise_toeplitz as kernels
-from ..occupancy import most_splits, resident
+from ..occupancy import largest_splits, most_splits, partial_bytes, resident, shares
 from ..problem import ConvProblem
 from .calls import (
     FilterGradient,
@@ -288,7 +288,7 @@ def _map_configs(problem: ConvProblem, pass_: str, target: Target):
 def _map_tiling(problem: ConvProblem, pass_: str, config: dict, target: Target) -> Tiling:
     made, size = _maps(problem, pass_, config), problem.element_bytes
     block_c, block_m, block_w = (config[f"BLOCK_{axis}"] for axis in "CMW")
-    splits, blocks = _split(made.m_blocks, config["SPLITS"])
+    splits, blocks = shares(made.m_blocks, config["SPLITS"])
     programs = made.c_blocks * splits
     maps = programs * blocks * block_c * block_m
     x, y, products = maps * made.h_in * BLOCK_K, maps * made.h_out * block_w, maps * made.pairs * BLOCK_K * block_w
@@ -342,16 +342,9 @@ def _resident(problem: ConvProblem, pass_: str, config: dict, made: Launched, ta
     return resident(_registers(problem, pass_, config, made, target), shared, config["num_warps"], target)
 
 
-def _split(blocks: int, splits: int) -> tuple[int, int]:
-    """(splits, blocks of each) of so many blocks that are to be split in `splits`."""
-    each = max(1, math.ceil(blocks / min(splits, max(1, blocks))))
-    return max(1, math.ceil(blocks / each)), each
-
-
 def _wgrad_split(problem: ConvProblem, config: dict, made: Launched) -> tuple[int, int]:
-    """As `_split`; fewer where partial sums would take more memory than the operands."""
-    largest = max(1, problem.min_bytes("wgrad") // (4 * problem.params))
-    return _split(made.m_blocks, min(config["SPLITS"], largest))
+    """(splits, blocks of lanes of each); fewer where partial sums would take more memory than the operands."""
+    return shares(made.m_blocks, min(config["SPLITS"], largest_splits(problem, "wgrad")))
 
 
 def divisions(problem: ConvProblem, pass_: str, config: dict, target: Target) -> list[dict[str, int]]:
@@ -373,7 +366,7 @@ def divisions(problem: ConvProblem, pass_: str, config: dict, target: Target) ->
 
     # Every number of blocks a split that there can be, or nearly: the shortest, and its neighbours.
     few = range(1, math.isqrt(blocks) + 1)
-    counts = {min(most, _split(blocks, n)[0]) for n in (*few, *(math.ceil(blocks / n) for n in few))}
+    counts = {min(most, shares(blocks, n)[0]) for n in (*few, *(math.ceil(blocks / n) for n in few))}
     shortest = sorted(sorted(counts), key=rounds)[:4] or [1]
     return [{"SPLITS": splits} for splits in shortest]
 
@@ -388,7 +381,7 @@ def tiling(problem: ConvProblem, pass_: str, config: dict, target: Target) -> Ti
     if pass_ == "wgrad":
         splits, blocks = _wgrad_split(problem, config, made)
         programs = splits * made.c_blocks * made.t_blocks
-        partials = 2 * splits * problem.params * 4 * (splits > 1)
+        partials = partial_bytes(problem, splits)
         moved = programs * blocks
     else:
         moved = programs
@@ -489,7 +482,7 @@ def prepare(problem: ConvProblem, pass_: str, config: dict, target: Target, stri
 
 def _prepare_map(problem: ConvProblem, pass_: str, config: dict, strides: dict, tiles, options, precision: str):
     made, transposed = _maps(problem, pass_, config), pass_ == "dgrad"
-    splits, blocks = _split(made.m_blocks, config["SPLITS"])
+    splits, blocks = shares(made.m_blocks, config["SPLITS"])
     source, result = ("dy", "dx") if transposed else ("x", "y")
     scalars = {
         "batch": problem.batch, "blocks": blocks,

@@ -9,7 +9,7 @@ import math
 
 from ..devices import Target
 from ..kernels.tiles import part_sizes
-from ..occupancy import most_splits
+from ..occupancy import largest_splits, most_splits, shares
 from ..problem import ConvProblem
 
 MOST_SPLITS = 256
@@ -87,9 +87,7 @@ def split(problem: ConvProblem, steps: int, splits: int) -> tuple[int, int]:
 
     Fewer, where not each would have a step, or where partial sums would take more memory than the operands.
     """
-    steps, largest = max(1, steps), max(1, problem.min_bytes("wgrad") // (4 * problem.params))
-    each = math.ceil(steps / min(splits, steps, largest))
-    return math.ceil(steps / each), each
+    return shares(steps, min(splits, largest_splits(problem, "wgrad")))
 
 
 def splits_to_try(problem: ConvProblem, steps: int, tiles: int, fit: int, target: Target) -> list[int]:

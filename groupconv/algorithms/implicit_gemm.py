@@ -12,7 +12,7 @@ from .. import launcher
 from ..cost import Tiling
 from ..devices import Target
 from ..kernels import implicit_gemm as kernels
-from ..occupancy import resident
+from ..occupancy import partial_bytes, resident
 from ..problem import ELEMENT_BYTES, ConvProblem
 from .calls import (
     FilterGradient,
@@ -154,7 +154,7 @@ def tiling(problem: ConvProblem, pass_: str, config: dict, target: Target) -> Ti
     m, n, k = problem.gemm(pass_)
     bm, bn, bk = config["BLOCK_M"], config["BLOCK_N"], config["BLOCK_K"]
     size, nhwc = problem.element_bytes, problem.layout == "nhwc"
-    partials = 2 * splits * problem.params * 4 * (splits > 1)
+    partials = partial_bytes(problem, splits)
     columns = math.ceil(n / bn)
     steps = math.ceil(k / bk)
     tiles = math.ceil(m / bm) * columns * problem.groups

@@ -12,7 +12,7 @@ from .. import launcher
 from ..cost import Tiling
 from ..devices import Target
 from ..kernels import row_block as kernels
-from ..occupancy import resident
+from ..occupancy import partial_bytes, resident
 from ..problem import ConvProblem
 from .calls import (
     FilterGradient,
@@ -268,7 +268,7 @@ def tiling(problem: ConvProblem, pass_: str, config: dict, target: Target) -> Ti
     tiles = math.ceil(work.m / bm) * math.ceil(work.n / bn) * problem.groups * work.phases
     programs = tiles * (splits if pass_ == "wgrad" else blocks)
     steps = math.ceil(work.k / bk) * tiles * blocks  # of all programs
-    partials = 2 * splits * problem.params * 4 * (splits > 1)
+    partials = partial_bytes(problem, splits)
     source_width = problem.cout_g if pass_ == "dgrad" else problem.cin_g
     other_width = problem.cout_g if pass_ == "wgrad" else problem.cin_g
 

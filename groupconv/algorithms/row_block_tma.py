@@ -14,7 +14,7 @@ from .. import launcher
 from ..cost import Tiling
 from ..devices import Target
 from ..kernels import row_block_tma as kernels
-from ..occupancy import resident
+from ..occupancy import partial_bytes, resident
 from ..problem import ConvProblem, dense_strides
 from .calls import (
     FilterGradient,
@@ -239,7 +239,7 @@ def tiling(problem: ConvProblem, pass_: str, config: dict, target: Target) -> Ti
     step, tiles = _step(problem, pass_, config), _tiles(problem, pass_, config)
     size, threads = problem.element_bytes, target.warp_size * config["num_warps"]
     steps = tiles * (_blocks(problem, config) if pass_ == "wgrad" else _steps(problem, pass_, config))
-    partials = 2 * splits * problem.params * 4 * (splits > 1)
+    partials = partial_bytes(problem, splits)
     each = product(config["BLOCK_M"], _part(config["BLOCK_N"]), config["BLOCK_K"], config["num_warps"], size, target)
     parts, fit = config["BLOCK_N"] // _part(config["BLOCK_N"]), _resident(problem, pass_, config, target)
     chained = steps * parts * max(0, step.products - (problem.kh if pass_ == "wgrad" else config["BLOCK_R"]))

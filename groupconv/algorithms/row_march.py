@@ -13,7 +13,7 @@ from .. import launcher
 from ..cost import Tiling
 from ..devices import Target
 from ..kernels import row_march as kernels
-from ..occupancy import resident
+from ..occupancy import largest_splits, partial_bytes, resident
 from ..problem import ConvProblem
 from .calls import (
     FilterGradient,
@@ -302,7 +302,7 @@ def _grid(problem: ConvProblem, pass_: str, config: dict) -> _Grid:
     each = 1 if pass_ == "fprop" else min(config["LANE_BLOCKS"], max(1, blocks))
     steps = math.ceil(march.rows / min(config["SEGMENTS"], march.rows))
     if march.held:
-        most = max(1, problem.min_bytes(pass_) // (4 * problem.params))
+        most = largest_splits(problem, pass_)
         if math.ceil(blocks / each) * math.ceil(march.rows / steps) > most:
             steps, each = march.rows, max(each, math.ceil(blocks / most))
     return _Grid(math.ceil(blocks / each), each, math.ceil(march.rows / steps), steps)
@@ -313,7 +313,7 @@ def divisions(problem: ConvProblem, pass_: str, config: dict, target: Target) ->
     blocks = math.ceil(march.lanes / config["BLOCK_P"])
     tiles = _cut(problem, pass_, config["BLOCK_C"]).tiles
     places = target.multiprocessors * _resident(problem, pass_, config, target)
-    affordable = max(1, problem.min_bytes(pass_) // (4 * problem.params)) if march.held else math.inf
+    affordable = largest_splits(problem, pass_) if march.held else math.inf
     # Segments where there are few programs, and blocks of lanes where there are many.
     programs = max(1, blocks * tiles)
     most = min(march.rows, MOST_SEGMENTS, math.ceil(ENOUGH * target.multiprocessors / programs))
@@ -348,7 +348,7 @@ def tiling(problem: ConvProblem, pass_: str, config: dict, target: Target) -> Ti
     again = march.shifts if nhwc else 1 + (march.shifts - 1) * problem.dilation[1] / block_p
     read = march.rows_loaded * again * moved(made.read) + march.fresh * moved(made.step)
     splits = grid.groups * grid.segments if march.held else 1
-    partials = 2 * 4 * problem.params * splits * (splits > 1)
+    partials = partial_bytes(problem, splits)
 
     # Counted in the compiled loops of sm_90: a load or store with its address and mask takes a thread 8 instructions,
     # or 5 where taps share them, a product of 16 in K that warps share 5 of each, and sums and results are moved or
