@@ -108,7 +108,8 @@ static Desc desc_of(u64 d) {
   r.sbo = (d >> 32 & 0x3fff) << 4;
   int s = d >> 62;
   r.mode = s == 0 ? 0 : 4 - s;
-  if (d >> 49 & 7) fail(E_WGMMA, 0, 0, "wgmma descriptor with a base offset");
+  /* without a swizzle the base offset means nothing, and Triton leaves bits of the address there */
+  if (r.mode && d >> 49 & 7) fail(E_WGMMA, 0, 0, "wgmma descriptor with a base offset");
   return r;
 }
 /* shared address (unswizzled offset from start) of the 16-byte chunk that has row `mn`, bytes kb of K (K-major), or row

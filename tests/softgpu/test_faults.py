@@ -16,6 +16,13 @@ def without(pattern, count=0):
     return replaced(pattern, "", count)
 
 
+def with_base_offset(name, text):
+    """Descriptors of swizzled tiles say that the swizzle begins elsewhere."""
+    text, found = re.subn(r"\b\d{19}\b", lambda number: str(int(number[0]) | 1 << 49), text)
+    assert found
+    return text
+
+
 def replaced(pattern, by, count=0):
     def edit(name, text):
         text, found = re.subn(pattern, by, text, count=count)
@@ -34,6 +41,7 @@ def replaced(pattern, by, count=0):
         ("sm_90", without(r"bar\.sync[^;]*;"), "race|overwrite"),
         ("sm_90", without(r"wgmma\.wait_group[^;]*;"), "overwrite in flight|register in flight"),
         ("sm_90", None if UNFENCED else without(r"fence\.proxy\.async[^;]*;"), "proxy fence"),
+        ("sm_90", with_base_offset, "wgmma"),
         ("sm_80", replaced(r"(cp\.async\.c[ag]\.shared\.global \[ %r\d+ \+ )0", r"\g<1>4"), "misaligned"),
         ("sm_80", replaced(r"(cp\.async\.c[ag]\.shared\.global \[ %r\d+ \+ )0", r"\g<1>65536"), "shared access out"),
         ("sm_80", replaced(r"(st\.global\S* \[ %rd\d+ \+ )0", r"\g<1>16777216"), "global access out of range"),

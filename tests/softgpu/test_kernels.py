@@ -49,7 +49,7 @@ def test_matmul(target, dtype, ta, tb):
 
 @pytest.mark.parametrize(
     ("bm", "bn", "bk", "warps", "stages"),
-    [(128, 64, 64, 8, 2), (128, 128, 32, 4, 4), (64, 16, 16, 4, 2), (64, 256, 64, 8, 3)],
+    [(128, 64, 64, 8, 2), (128, 128, 32, 4, 4), (64, 16, 16, 4, 2), (64, 8, 64, 4, 3), (64, 256, 64, 8, 3)],
 )
 def test_matmul_shapes(bm, bn, bk, warps, stages):
     with softgpu.active("sm_90"):
