@@ -7,7 +7,7 @@ import functools
 from collections.abc import Mapping
 
 from . import configs, cost
-from .algorithms import NAMES, REGISTRY, divided, lack, newer_triton
+from .algorithms import NAMES, REGISTRY, candidates, divided, lack, newer_triton, tiling
 from .devices import Target
 from .problem import PASSES, ConvProblem
 
@@ -185,14 +185,14 @@ def _fitting(problem: ConvProblem, pass_: str, target: Target, entry: configs.En
     algorithm, shipped = REGISTRY[entry.algorithm], configs.modelled(entry.algorithm, problem, pass_, target.arch_name)
     # Any division of the work is good for any problem.
     tile = {name: size for name, size in entry.config.items() if name not in algorithm.DIVISION}
-    if tile in algorithm.candidates(problem, pass_, target) or (shipped is not None and tile == shipped.config):
+    if tile in candidates(entry.algorithm, problem, pass_, target) or (shipped is not None and tile == shipped.config):
         return entry.config
     return modelled(problem, pass_, target, entry.algorithm)[1]
 
 
 def contenders(problem: ConvProblem, pass_: str, target: Target, name: str) -> list[dict]:
     """The configurations of an algorithm that can serve a problem: its candidates, and the shipped default."""
-    found = [divided(name, problem, pass_, c, target)[0] for c in REGISTRY[name].candidates(problem, pass_, target)]
+    found = [divided(name, problem, pass_, c, target)[0] for c in candidates(name, problem, pass_, target)]
     default = _default(problem, pass_, target, name)
     return found if default is None or default in found else [default, *found]
 
@@ -207,10 +207,9 @@ def ranked(
     problem: ConvProblem, pass_: str, target: Target, name: str, given: list[dict] | None = None
 ) -> list[tuple[cost.Estimate, dict]]:
     """An algorithm's configurations, the modelled fastest first; of the best, other divisions of their work as well."""
-    algorithm = REGISTRY[name]
 
     def estimated(some: list[dict]) -> list[tuple[cost.Estimate, dict]]:
-        return [(cost.estimate(problem, algorithm.tiling(problem, pass_, c, target), target), c) for c in some]
+        return [(cost.estimate(problem, tiling(name, problem, pass_, c, target), target), c) for c in some]
 
     whole = estimated(contenders(problem, pass_, target, name) if given is None else given)
     whole.sort(key=lambda choice: choice[0].score)

@@ -1,7 +1,11 @@
-"""How many programs share a multiprocessor, and how many may share a filter gradient."""
+"""What fits: registers and shared memory of a tile, programs that share a multiprocessor, or a filter gradient."""
 
 from __future__ import annotations
 
+import dataclasses
+import functools
+import importlib.resources
+import json
 import math
 from typing import TYPE_CHECKING
 
@@ -31,6 +35,11 @@ def limits(target: Target) -> tuple[int, int, int, int]:
     return _CUDA.get(int(target.arch), _CUDA[100] if target.has_warpgroups else _CUDA[86])
 
 
+def most_registers(warps: int, target: Target) -> int:
+    """The registers that a thread of a program of so many warps can have."""
+    return min(255 if target.backend == "cuda" else 512, limits(target)[0] // (target.warp_size * warps))
+
+
 def resident(registers: float, shared_bytes: int, warps: int, target: Target) -> int:
     """The programs of so many warps that share a multiprocessor: at least 1, whatever they take.
 
@@ -38,10 +47,86 @@ def resident(registers: float, shared_bytes: int, warps: int, target: Target) ->
     """
     file, threads, programs, together = limits(target)
     most = target.warp_size * warps
-    taken = math.ceil(max(1.0, min(registers, 255)) / together) * together * most
+    taken = math.ceil(max(1.0, min(registers, most_registers(warps, target))) / together) * together * most
     reserved = RESERVED if target.backend == "cuda" else 0
     by_shared = (target.shared_bytes + reserved) // (shared_bytes + reserved) if shared_bytes else programs
     return max(1, min(file // taken, by_shared, threads // most, programs))
+
+
+@dataclasses.dataclass(frozen=True)
+class Held:
+    """What a program of a tile holds while it runs, of all its threads together.
+
+    sums: accumulators, in fp32. words: of 32 bits, of operands that pass through registers. accesses: loads and stores
+    that are under way together, each of which has an address. shared_bytes: of shared memory. vector: elements of an
+    access of the result.
+    """
+
+    warps: int
+    shared_bytes: int
+    sums: float = 0.0
+    words: float = 0.0
+    accesses: float = 0.0
+    vector: int = 1
+
+    def parts(self, target: Target) -> tuple[float, float, float, float]:
+        """What a thread's registers are a sum of, each with its own weight."""
+        threads = target.warp_size * self.warps
+        return 1.0, self.sums / threads, self.words / threads, self.accesses / threads
+
+
+@dataclasses.dataclass(frozen=True)
+class Registers:
+    """How many registers an algorithm's pass takes on a kind of GPU, fitted to compiled kernels.
+
+    weights: of `Held.parts`. most: the share of the registers that a thread can have from which on kernels spill.
+    """
+
+    weights: tuple[float, float, float, float]
+    most: float
+
+    def of(self, held: Held, target: Target) -> float:
+        return sum(weight * part for weight, part in zip(self.weights, held.parts(target), strict=True))
+
+
+# Of what nobody compiled: a register for each sum, word and address, and some for everything else; a guess.
+UNKNOWN = Registers((40.0, 1.0, 1.0, 2.0), 0.7)
+
+
+@functools.cache
+def _fitted() -> tuple[dict[str, Registers], frozenset[str]]:
+    """What registers.json has: `Registers` by kind, and the tiles that spill although their kind's would not."""
+    file = importlib.resources.files("groupconv.autotune_configs").joinpath("registers.json")
+    data = json.loads(file.read_text(encoding="utf-8"))
+    kinds = {kind: Registers(tuple(fit["weights"]), fit["most"]) for kind, fit in data["registers"].items()}
+    return kinds, frozenset(data["spilling"])
+
+
+def kind(algorithm: str, pass_: str, target: Target) -> str:
+    """By what registers are fitted: `wgmma row_march wgrad`."""
+    return f"{target.matrix_unit} {algorithm} {pass_}"
+
+
+def spilling(kind: str, problem: ConvProblem, tile: dict[str, int]) -> str:
+    """How registers.json calls a tile that spills."""
+    return f"{kind} {problem.layout} {8 * problem.element_bytes}-bit {' '.join(map(str, tile.values()))}"
+
+
+def registers(algorithm: str, pass_: str, held: Held, target: Target) -> float:
+    """An estimate of the registers of a thread."""
+    return _fitted()[0].get(kind(algorithm, pass_, target), UNKNOWN).of(held, target)
+
+
+def fits(algorithm: str, pass_: str, problem: ConvProblem, tile: dict[str, int], held: Held, target: Target) -> bool:
+    """Whether a tile has the shared memory and, as far as is known, the registers that it takes."""
+    if held.shared_bytes > target.shared_bytes:
+        return False
+    kinds, denied = _fitted()
+    of = kind(algorithm, pass_, target)
+    fit = kinds.get(of, UNKNOWN)
+    if fit.of(held, target) > fit.most * most_registers(held.warps, target):
+        return False
+    return spilling(of, problem, tile) not in denied
 
 
 def shares(parts: int, wanted: int) -> tuple[int, int]:

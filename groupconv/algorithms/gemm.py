@@ -44,6 +44,11 @@ def starved(columns: int, k: int, warps: int, element_bytes: int, target: Target
     return parts(columns)[-1] * k * element_bytes < 4 * target.warp_size * warps
 
 
+def pipelined_bytes(step_bytes: int, tile: dict, target: Target) -> int:
+    """Shared memory of a pipeline. Matrix units that read operands from it, and later, hold one stage more."""
+    return step_bytes * max(1, tile["num_stages"] - (not target.has_warpgroups))
+
+
 def registers_for_all(options: dict, target: Target) -> dict:
     """Compile options that let a thread have all registers there are.
 

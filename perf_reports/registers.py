@@ -1,0 +1,239 @@
+"""What tiles take of a multiprocessor's registers: compiled, written down, and fitted.
+
+    python -m groupconv.perf_reports.registers --seconds 3600    # compile more tiles, then fit; goes on where it was
+    python -m groupconv.perf_reports.registers                   # fit what there is
+
+autotune_configs/registers.csv has a row a compiled tile, of layers of the suite; registers.json what `occupancy` reads:
+by GPU kind, algorithm and pass, how registers go by what a tile holds, where they end, and which tiles spill
+nevertheless.
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import csv
+import dataclasses
+import json
+import pathlib
+import random
+import time
+from collections.abc import Iterable, Iterator
+
+import numpy as np
+import triton
+
+from groupconv import devices, occupancy
+from groupconv.algorithms import REGISTRY, divided
+from groupconv.common import Layer, files
+from groupconv.compiling.compiler import Compiler, Job, processes
+from groupconv.problem import LAYOUTS, PLANNED
+
+from . import layers
+
+FOLDER = pathlib.Path(__file__).parents[1] / "autotune_configs"
+TARGETS = ("sm_90", "sm_80", "gfx942", "sm_100", "gfx1100")  # one a kind of matrix unit
+DTYPES = ("bf16", "tf32", "fp32")
+LARGEST = 1.6  # times the registers that there are: of tiles that hold more nobody needs to know
+ENOUGH = 8  # tiles without spills, to fit by
+SPILL_COSTS = 4  # tiles that do not spill: what one that does may cost where the limit is drawn
+PENDING = 8
+Suites = dict[tuple[str, str], list[Layer]]  # by dtype and layout
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """A tile that was compiled. registers: of a thread. failed: what the compiler raised."""
+
+    target: str
+    triton: str
+    algorithm: str
+    pass_: str
+    dtype: str
+    layout: str
+    layer: str
+    tile: str
+    registers: int
+    spill_bytes: int
+    shared_bytes: int
+    failed: str = ""
+
+    @property
+    def key(self) -> tuple[str, ...]:
+        return self.target, self.algorithm, self.pass_, self.dtype, self.layout, self.layer, self.tile
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        fields = (*REGISTRY[self.algorithm].BLOCKS, "num_warps", "num_stages")
+        return dict(zip(fields, map(int, self.tile.split()), strict=True))
+
+
+def collect(rows: list[Row], suites: Suites, seconds: float, count: int) -> Iterator[Row]:
+    """Compile tiles drawn at random, as many of each kind, until time is up. suites: layers by (dtype, layout)."""
+    draw, known, end = random.Random(len(rows)), {row.key for row in rows}, time.monotonic() + seconds
+    kinds = [
+        (target, name, pass_, dtype, layout)
+        for dtype in DTYPES for layout in LAYOUTS for target in TARGETS for name in REGISTRY for pass_ in PLANNED
+    ]  # fmt: skip
+    pending: collections.deque[tuple[Row, Job]] = collections.deque()
+    with Compiler(count) as compiler:
+        while time.monotonic() < end:
+            for target, name, pass_, dtype, layout in kinds:
+                drawn = _drawn(draw, target, name, pass_, suites[dtype, layout])
+                if drawn is None:
+                    continue
+                layer, tile = drawn
+                values = " ".join(map(str, tile.values()))
+                row = Row(target, triton.__version__, name, pass_, dtype, layout, layer.name, values, 0, 0, 0)
+                if row.key in known:
+                    continue
+                known.add(row.key)
+                config = divided(name, layer.problem, pass_, tile, devices.named(target))[0]
+                job = Job(name, pass_, config, layer.problem, target)
+                compiler.submit(job)
+                pending.append((row, job))
+                if len(pending) > PENDING:
+                    yield _answered(compiler, *pending.popleft())
+                if time.monotonic() > end:
+                    break
+        while pending:
+            yield _answered(compiler, *pending.popleft())
+
+
+def _drawn(draw: random.Random, target: str, name: str, pass_: str, layers: list[Layer]) -> tuple[Layer, dict] | None:
+    """A layer and a tile of it that may fit; None if there is none."""
+    on, module = devices.named(target), REGISTRY[name]
+    serving = [layer for layer in layers if module.supports(layer.problem, pass_, on) is None]
+    draw.shuffle(serving)
+    for layer in serving:
+        tiles = [tile for alternatives in module.tiles(layer.problem, pass_, on) for tile in alternatives]
+        draw.shuffle(tiles)
+        for tile in tiles:
+            held = module.held(layer.problem, pass_, tile, on)
+            taken = occupancy.registers(name, pass_, held, on) / occupancy.most_registers(held.warps, on)
+            if held.shared_bytes <= on.shared_bytes and taken <= LARGEST:
+                return layer, tile
+    return None
+
+
+def _answered(compiler: Compiler, row: Row, job: Job) -> Row:
+    found = compiler.answer(job)
+    if not found.kernels:
+        return dataclasses.replace(row, failed=found.failed)
+    used = found.kernels[0]
+    return dataclasses.replace(
+        row, registers=used.registers, spill_bytes=used.spill_bytes, shared_bytes=used.shared_bytes
+    )
+
+
+# --- Fitting ---------------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Sample:
+    """A compiled tile as the fit sees it. share: of the registers that a thread can have."""
+
+    row: Row
+    parts: tuple[float, ...]
+    available: int
+    denied: str  # as registers.json calls it
+
+
+def samples(rows: Iterable[Row], suites: Suites) -> dict[str, list[Sample]]:
+    """Rows by `occupancy.kind`."""
+    problems = {key: {layer.name: layer.problem for layer in layers} for key, layers in suites.items()}
+    by_kind = collections.defaultdict(list)
+    for row in rows:
+        on, problem = devices.named(row.target), problems[row.dtype, row.layout][row.layer]
+        held = REGISTRY[row.algorithm].held(problem, row.pass_, row.sizes, on)
+        kind = occupancy.kind(row.algorithm, row.pass_, on)
+        denied = occupancy.spilling(kind, problem, row.sizes)
+        by_kind[kind].append(Sample(row, held.parts(on), occupancy.most_registers(held.warps, on), denied))
+    return by_kind
+
+
+def fitted(chosen: list[Sample]) -> occupancy.Registers:
+    """Weights of least squares, none of them negative, over what did not spill; and where to keep out what did."""
+    sound = [sample for sample in chosen if not sample.row.spill_bytes and not sample.row.failed]
+    weights = np.array(occupancy.UNKNOWN.weights)
+    if len(sound) >= ENOUGH:
+        parts = np.array([sample.parts for sample in sound])
+        weights = _least_squares(parts, np.array([float(sample.row.registers) for sample in sound]))
+    shares = sorted(
+        (float(np.dot(sample.parts, weights)) / sample.available, bool(sample.row.spill_bytes or sample.row.failed))
+        for sample in chosen
+    )
+    most, gain, highest = 0.0, 0, -1
+    for share, spills in shares:
+        gain += -SPILL_COSTS if spills else 1
+        if gain > highest:
+            highest, most = gain, share
+    constant, sums, words, accesses = (float(f"{weight:.3g}") for weight in weights)
+    return occupancy.Registers((constant, sums, words, accesses), float(f"{most + 0.005:.2f}"))
+
+
+def _least_squares(parts: np.ndarray, taken: np.ndarray) -> np.ndarray:
+    """Weights, none of them negative. The best are plain least squares of some of the parts: all subsets are tried."""
+    count, least, best = parts.shape[1], np.inf, np.zeros(parts.shape[1])
+    for subset in range(1, 2**count):
+        kept = [part for part in range(count) if subset >> part & 1]
+        weights = np.linalg.lstsq(parts[:, kept], taken, rcond=None)[0]
+        error = float(np.square(parts[:, kept] @ weights - taken).sum())
+        if weights.min() >= 0 and error < least:
+            least, best = error, np.zeros(count)
+            best[kept] = weights
+    return best
+
+
+def fit(rows: list[Row], suites: Suites) -> dict:
+    """What registers.json holds."""
+    kinds, spilling = {}, set()
+    for kind, chosen in sorted(samples(rows, suites).items()):
+        kinds[kind] = found = fitted(chosen)
+        for sample in chosen:
+            share = float(np.dot(sample.parts, found.weights)) / sample.available
+            if share <= found.most and (sample.row.spill_bytes or sample.row.failed):
+                spilling.add(sample.denied)
+    return {
+        "registers": {kind: dataclasses.asdict(found) for kind, found in kinds.items()}, "spilling": sorted(spilling)
+    }  # fmt: skip
+
+
+def text_of(found: dict) -> str:
+    """registers.json, a line an entry."""
+    kinds = ",\n  ".join(f"{json.dumps(kind)}: {json.dumps(fit)}" for kind, fit in found["registers"].items())
+    spilling = ",\n  ".join(map(json.dumps, found["spilling"]))
+    return f'{{"registers": {{\n  {kinds}}},\n "spilling": [\n  {spilling}]}}\n'
+
+
+def read(path: pathlib.Path) -> list[Row]:
+    if not path.exists():
+        return []
+    with path.open(encoding="utf-8", newline="") as file:
+        counts = ("registers", "spill_bytes", "shared_bytes")
+        read = csv.DictReader(file)
+        return [Row(**{name: int(text) if name in counts else text for name, text in row.items()}) for row in read]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seconds", type=float, default=0.0, help="to compile for, before the fit")
+    parser.add_argument("--jobs", type=int, default=processes(), help="processes that compile (%(default)s)")
+    args = parser.parse_args()
+    suites = {(dtype, layout): layers.suite(dtype, layout) for dtype in DTYPES for layout in LAYOUTS}
+    path = FOLDER / "registers.csv"
+    rows = read(path)
+    fields = [field.name for field in dataclasses.fields(Row)]
+    with path.open("a", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, fields, lineterminator="\n")
+        if not rows:
+            writer.writeheader()
+        for row in collect(rows, suites, args.seconds, args.jobs) if args.seconds else ():
+            rows.append(row)
+            writer.writerow(dataclasses.asdict(row))
+            file.flush()
+    files.write_atomically(FOLDER / "registers.json", text_of(fit(rows, suites)))
+
+
+if __name__ == "__main__":
+    main()
