@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import importlib.resources
 import json
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from .problem import ConvProblem
 
@@ -35,31 +34,12 @@ def limits(target: Target) -> tuple[int, int, int, int]:
     return _CUDA.get(int(target.arch), _CUDA[100] if target.has_warpgroups else _CUDA[86])
 
 
-def most_registers(warps: int, target: Target) -> int:
-    """The registers that a thread of a program of so many warps can have."""
-    return min(255 if target.backend == "cuda" else 512, limits(target)[0] // (target.warp_size * warps))
-
-
-def resident(registers: float, shared_bytes: int, warps: int, target: Target) -> int:
-    """The programs of so many warps that share a multiprocessor: at least 1, whatever they take.
-
-    registers: of a thread. shared_bytes: of a program.
-    """
-    file, threads, programs, together = limits(target)
-    most = target.warp_size * warps
-    taken = math.ceil(max(1.0, min(registers, most_registers(warps, target))) / together) * together * most
-    reserved = RESERVED if target.backend == "cuda" else 0
-    by_shared = (target.shared_bytes + reserved) // (shared_bytes + reserved) if shared_bytes else programs
-    return max(1, min(file // taken, by_shared, threads // most, programs))
-
-
-@dataclasses.dataclass(frozen=True)
-class Held:
+class Held(NamedTuple):
     """What a program of a tile holds while it runs, of all its threads together.
 
-    sums: accumulators, in fp32. words: of 32 bits, of operands that pass through registers. accesses: loads and stores
-    that are under way together, each of which has an address. shared_bytes: of shared memory. vector: elements of an
-    access of the result.
+    warps: of the program. shared_bytes: of shared memory. sums: accumulators, in fp32. words: of 32 bits, of operands
+    that pass through registers. accesses: loads and stores that are under way together, each of which has an address.
+    vector: elements of an access of the result.
     """
 
     warps: int
@@ -69,37 +49,29 @@ class Held:
     accesses: float = 0.0
     vector: int = 1
 
-    def parts(self, target: Target) -> tuple[float, float, float, float]:
-        """What a thread's registers are a sum of, each with its own weight."""
-        threads = target.warp_size * self.warps
-        return 1.0, self.sums / threads, self.words / threads, self.accesses / threads
 
+class Registers(NamedTuple):
+    """How many registers a thread takes: a constant, and so many for each sum, word and access that it holds.
 
-@dataclasses.dataclass(frozen=True)
-class Registers:
-    """How many registers an algorithm's pass takes on a kind of GPU, fitted to compiled kernels.
-
-    weights: of `Held.parts`. most: the share of the registers that a thread can have from which on kernels spill.
+    most: the share of the registers that a thread can have from which on kernels spill.
     """
 
-    weights: tuple[float, float, float, float]
+    constant: float
+    a_sum: float
+    a_word: float
+    an_access: float
     most: float
 
-    def of(self, held: Held, target: Target) -> float:
-        return sum(weight * part for weight, part in zip(self.weights, held.parts(target), strict=True))
 
-
-# Of what nobody compiled: a register for each sum, word and address, and some for everything else; a guess.
-UNKNOWN = Registers((40.0, 1.0, 1.0, 2.0), 0.7)
+UNKNOWN = Registers(40.0, 1.0, 1.0, 2.0, 0.7)  # of what nobody compiled; a guess
 
 
 @functools.cache
 def _fitted() -> tuple[dict[str, Registers], frozenset[str]]:
-    """What registers.json has: `Registers` by kind, and the tiles that spill although their kind's would not."""
+    """What registers.json has: `Registers` by `kind`, and the tiles that spill although their kind's would not."""
     file = importlib.resources.files("groupconv.autotune_configs").joinpath("registers.json")
     data = json.loads(file.read_text(encoding="utf-8"))
-    kinds = {kind: Registers(tuple(fit["weights"]), fit["most"]) for kind, fit in data["registers"].items()}
-    return kinds, frozenset(data["spilling"])
+    return {kind: Registers(**fit) for kind, fit in data["registers"].items()}, frozenset(data["spilling"])
 
 
 def kind(algorithm: str, pass_: str, target: Target) -> str:
@@ -112,21 +84,57 @@ def spilling(kind: str, problem: ConvProblem, tile: dict[str, int]) -> str:
     return f"{kind} {problem.layout} {8 * problem.element_bytes}-bit {' '.join(map(str, tile.values()))}"
 
 
-def registers(algorithm: str, pass_: str, held: Held, target: Target) -> float:
-    """An estimate of the registers of a thread."""
-    return _fitted()[0].get(kind(algorithm, pass_, target), UNKNOWN).of(held, target)
+class Room:
+    """What a multiprocessor has for programs of an algorithm's pass."""
+
+    def __init__(self, algorithm: str, pass_: str, target: Target):
+        fitted, self._spilling = _fitted()
+        self.kind = kind(algorithm, pass_, target)
+        self._fit = fitted.get(self.kind, UNKNOWN)
+        self._file, self._threads, self._programs, self._together = limits(target)
+        self._warp = target.warp_size
+        self._most = 255 if target.backend == "cuda" else 512
+        self._shared, self._reserved = target.shared_bytes, RESERVED if target.backend == "cuda" else 0
+
+    def most_registers(self, warps: int) -> int:
+        """The registers that a thread of a program of so many warps can have."""
+        return min(self._most, self._file // (self._warp * warps))
+
+    def registers(self, held: Held) -> float:
+        """An estimate of the registers of a thread."""
+        fit = self._fit
+        parts = fit.a_sum * held.sums + fit.a_word * held.words + fit.an_access * held.accesses
+        return fit.constant + parts / (self._warp * held.warps)
+
+    def fits(self, held: Held) -> bool:
+        """Whether there are the shared memory and, as far as is known, the registers that a program takes."""
+        if held.shared_bytes > self._shared:
+            return False
+        return self.registers(held) <= self._fit.most * self.most_registers(held.warps)
+
+    def spills(self, problem: ConvProblem, tile: dict[str, int]) -> bool:
+        """Whether a tile is known to spill, although it looks as if it fitted."""
+        return bool(self._spilling) and spilling(self.kind, problem, tile) in self._spilling
+
+    def resident(self, held: Held) -> int:
+        """The programs that share a multiprocessor: at least 1, whatever they take."""
+        return self.programs(self.registers(held), held.shared_bytes, held.warps)
+
+    def programs(self, registers: float, shared_bytes: int, warps: int) -> int:
+        """`resident` of programs of so many warps, whose threads take so many registers."""
+        threads = self._warp * warps
+        taken = max(1.0, min(registers, self.most_registers(warps)))
+        taken = math.ceil(taken / self._together) * self._together * threads
+        most = min(self._file // taken, self._threads // threads, self._programs)
+        if shared_bytes:
+            most = min(most, (self._shared + self._reserved) // (shared_bytes + self._reserved))
+        return max(1, most)
 
 
-def fits(algorithm: str, pass_: str, problem: ConvProblem, tile: dict[str, int], held: Held, target: Target) -> bool:
-    """Whether a tile has the shared memory and, as far as is known, the registers that it takes."""
-    if held.shared_bytes > target.shared_bytes:
-        return False
-    kinds, denied = _fitted()
-    of = kind(algorithm, pass_, target)
-    fit = kinds.get(of, UNKNOWN)
-    if fit.of(held, target) > fit.most * most_registers(held.warps, target):
-        return False
-    return spilling(of, problem, tile) not in denied
+@functools.lru_cache(1024)
+def room(algorithm: str, pass_: str, target: Target) -> Room:
+    """The room for an algorithm's pass on a GPU."""
+    return Room(algorithm, pass_, target)
 
 
 def shares(parts: int, wanted: int) -> tuple[int, int]:

@@ -15,6 +15,7 @@ import collections
 import csv
 import dataclasses
 import json
+import math
 import pathlib
 import random
 import time
@@ -103,6 +104,7 @@ def collect(rows: list[Row], suites: Suites, seconds: float, count: int) -> Iter
 def _drawn(draw: random.Random, target: str, name: str, pass_: str, layers: list[Layer]) -> tuple[Layer, dict] | None:
     """A layer and a tile of it that may fit; None if there is none."""
     on, module = devices.named(target), REGISTRY[name]
+    room = occupancy.room(name, pass_, on)
     serving = [layer for layer in layers if module.supports(layer.problem, pass_, on) is None]
     draw.shuffle(serving)
     for layer in serving:
@@ -110,7 +112,7 @@ def _drawn(draw: random.Random, target: str, name: str, pass_: str, layers: list
         draw.shuffle(tiles)
         for tile in tiles:
             held = module.held(layer.problem, pass_, tile, on)
-            taken = occupancy.registers(name, pass_, held, on) / occupancy.most_registers(held.warps, on)
+            taken = room.registers(held) / room.most_registers(held.warps)
             if held.shared_bytes <= on.shared_bytes and taken <= LARGEST:
                 return layer, tile
     return None
@@ -131,12 +133,18 @@ def _answered(compiler: Compiler, row: Row, job: Job) -> Row:
 
 @dataclasses.dataclass(frozen=True)
 class Sample:
-    """A compiled tile as the fit sees it. share: of the registers that a thread can have."""
+    """A compiled tile as the fit sees it. parts: what a thread holds; available: the registers that it can have."""
 
-    row: Row
-    parts: tuple[float, ...]
+    parts: tuple[float, float, float, float]
+    registers: int
     available: int
-    denied: str  # as registers.json calls it
+    spills: bool
+    name: str  # in registers.json
+
+    def share(self, fit: occupancy.Registers) -> float:
+        """Of the registers that a thread can have, as estimated."""
+        weights = (fit.constant, fit.a_sum, fit.a_word, fit.an_access)
+        return sum(weight * part for weight, part in zip(weights, self.parts, strict=True)) / self.available
 
 
 def samples(rows: Iterable[Row], suites: Suites) -> dict[str, list[Sample]]:
@@ -146,30 +154,28 @@ def samples(rows: Iterable[Row], suites: Suites) -> dict[str, list[Sample]]:
     for row in rows:
         on, problem = devices.named(row.target), problems[row.dtype, row.layout][row.layer]
         held = REGISTRY[row.algorithm].held(problem, row.pass_, row.sizes, on)
-        kind = occupancy.kind(row.algorithm, row.pass_, on)
-        denied = occupancy.spilling(kind, problem, row.sizes)
-        by_kind[kind].append(Sample(row, held.parts(on), occupancy.most_registers(held.warps, on), denied))
+        threads, room = on.warp_size * held.warps, occupancy.room(row.algorithm, row.pass_, on)
+        parts = (1.0, held.sums / threads, held.words / threads, held.accesses / threads)
+        spills, name = bool(row.spill_bytes or row.failed), occupancy.spilling(room.kind, problem, row.sizes)
+        by_kind[room.kind].append(Sample(parts, row.registers, room.most_registers(held.warps), spills, name))
     return by_kind
 
 
 def fitted(chosen: list[Sample]) -> occupancy.Registers:
-    """Weights of least squares, none of them negative, over what did not spill; and where to keep out what did."""
-    sound = [sample for sample in chosen if not sample.row.spill_bytes and not sample.row.failed]
-    weights = np.array(occupancy.UNKNOWN.weights)
+    """Weights of least squares over what did not spill, none of them negative; and a limit that keeps out what did."""
+    sound = [sample for sample in chosen if not sample.spills]
+    fit = occupancy.UNKNOWN
     if len(sound) >= ENOUGH:
         parts = np.array([sample.parts for sample in sound])
-        weights = _least_squares(parts, np.array([float(sample.row.registers) for sample in sound]))
-    shares = sorted(
-        (float(np.dot(sample.parts, weights)) / sample.available, bool(sample.row.spill_bytes or sample.row.failed))
-        for sample in chosen
-    )
-    most, gain, highest = 0.0, 0, -1
-    for share, spills in shares:
+        weights = _least_squares(parts, np.array([float(sample.registers) for sample in sound]))
+        constant, sums, words, accesses = (float(f"{weight:.3g}") for weight in weights)
+        fit = occupancy.Registers(constant, sums, words, accesses, 0.0)
+    most, gain, highest = 0.0, 0, 0
+    for share, spills in sorted((sample.share(fit), sample.spills) for sample in chosen):
         gain += -SPILL_COSTS if spills else 1
         if gain > highest:
             highest, most = gain, share
-    constant, sums, words, accesses = (float(f"{weight:.3g}") for weight in weights)
-    return occupancy.Registers((constant, sums, words, accesses), float(f"{most + 0.005:.2f}"))
+    return fit._replace(most=math.ceil(100 * most) / 100)
 
 
 def _least_squares(parts: np.ndarray, taken: np.ndarray) -> np.ndarray:
@@ -190,13 +196,8 @@ def fit(rows: list[Row], suites: Suites) -> dict:
     kinds, spilling = {}, set()
     for kind, chosen in sorted(samples(rows, suites).items()):
         kinds[kind] = found = fitted(chosen)
-        for sample in chosen:
-            share = float(np.dot(sample.parts, found.weights)) / sample.available
-            if share <= found.most and (sample.row.spill_bytes or sample.row.failed):
-                spilling.add(sample.denied)
-    return {
-        "registers": {kind: dataclasses.asdict(found) for kind, found in kinds.items()}, "spilling": sorted(spilling)
-    }  # fmt: skip
+        spilling |= {sample.name for sample in chosen if sample.spills and sample.share(found) <= found.most}
+    return {"registers": {kind: fit._asdict() for kind, fit in kinds.items()}, "spilling": sorted(spilling)}
 
 
 def text_of(found: dict) -> str:
@@ -210,9 +211,13 @@ def read(path: pathlib.Path) -> list[Row]:
     if not path.exists():
         return []
     with path.open(encoding="utf-8", newline="") as file:
-        counts = ("registers", "spill_bytes", "shared_bytes")
-        read = csv.DictReader(file)
-        return [Row(**{name: int(text) if name in counts else text for name, text in row.items()}) for row in read]
+        return [
+            Row(
+                row["target"], row["triton"], row["algorithm"], row["pass_"], row["dtype"], row["layout"], row["layer"],
+                row["tile"], int(row["registers"]), int(row["spill_bytes"]), int(row["shared_bytes"]), row["failed"],
+            )
+            for row in csv.DictReader(file)
+        ]  # fmt: skip
 
 
 def main() -> None:

@@ -14,7 +14,7 @@ from concurrent.futures import Future
 from typing import Any
 
 from groupconv import cost, dispatch
-from groupconv.algorithms import REGISTRY, able
+from groupconv.algorithms import able, tiling
 from groupconv.common import Layer
 from groupconv.common.files import ENVIRONMENT
 from groupconv.compiling.compiler import Compiler, Job
@@ -342,8 +342,9 @@ def _auto(layer: Layer, pass_: str, target: Target) -> Fields:
         takes = "F.conv2d (prior)" if plan.source == "modelled" else f"F.conv2d ({plan.source})"
         time_us = cost.torch_prior_us(layer.problem, pass_, target)
     else:
-        takes, tiling = plan.algorithm, REGISTRY[plan.algorithm].tiling(layer.problem, pass_, plan.config, target)
-        time_us = cost.estimate(layer.problem, tiling, target).time_us
+        takes = plan.algorithm
+        asked = tiling(takes, layer.problem, pass_, plan.config, target)
+        time_us = cost.estimate(layer.problem, asked, target).time_us
     row |= timing_fields(layer.problem, pass_, row["floor_us"], time_us)
     return {**row, "source": plan.source, "config": plan.config, "note": f"takes {takes}"}
 

@@ -15,7 +15,7 @@ from torch import nn
 from torch._prims_common import suggest_memory_format
 
 from groupconv import launcher, prepared, triton_conv
-from groupconv.algorithms import REGISTRY, calls, divided
+from groupconv.algorithms import REGISTRY, calls, candidates, divided, lack, tiling
 from groupconv.common.numerics import TORCH_DTYPES
 from groupconv.kernels import implicit_gemm as general_kernels
 from groupconv.problem import PASSES, ConvProblem
@@ -267,9 +267,10 @@ def _tiles(algorithm, problem: ConvProblem, pass_: str, on, tiles: str) -> dict:
         return blocks | {"num_warps": 4, "num_stages": 2}
 
     def programs(candidate):
-        return algorithm.tiling(problem, pass_, divided(algorithm.NAME, problem, pass_, candidate, on)[0], on).programs
+        config = divided(algorithm.NAME, problem, pass_, candidate, on)[0]
+        return tiling(algorithm.NAME, problem, pass_, config, on).programs
 
-    found = sorted(algorithm.candidates(problem, pass_, on), key=programs)
+    found = sorted(candidates(algorithm.NAME, problem, pass_, on), key=programs)
     return found[0] if tiles == "few" else next((c for c in found if programs(c) >= MANY), found[-1])
 
 
@@ -500,10 +501,10 @@ def runs(on, cases=None) -> list[tuple[Case, str, str]]:
     found = []
     for i, case in enumerate((*CASES, *DEPTHWISE, *DESCRIPTORS) if cases is None else cases):
         problem = actual(case)
-        for name, algorithm in REGISTRY.items():
+        for name in REGISTRY:
             if (name == "implicit_gemm" and case in DEPTHWISE) or (name != "row_block_tma" and case in DESCRIPTORS):
                 continue
-            able = [pass_ for pass_ in (*PASSES, *PRODUCES) if algorithm.supports(problem, pass_, on) is None]
+            able = [pass_ for pass_ in (*PASSES, *PRODUCES) if lack(name, problem, pass_, on) is None]
             if name.startswith("depthwise") and "backward" in able:
                 left_out = ("dgrad", "wgrad") if i // 2 % 2 else ("backward",)  # layouts alternate
                 able = [pass_ for pass_ in able if pass_ not in left_out]

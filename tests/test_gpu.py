@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from groupconv import configs, dispatch, prepared, set_fp32_precision, triton_conv
-from groupconv.algorithms import REGISTRY, able, divided
+from groupconv.algorithms import REGISTRY, able, candidates, divided
 from groupconv.perf_reports import layers
 from groupconv.problem import PASSES, ConvProblem
 
@@ -170,7 +170,7 @@ def shipped() -> list[Shipped]:
             problem, pass_ = problem_of_key(entry.key), entry.key["pass"]
             if entry.algorithm not in able(problem, pass_, ON):
                 continue
-            tiles = REGISTRY[entry.algorithm].candidates(problem, pass_, ON)
+            tiles = candidates(entry.algorithm, problem, pass_, ON)
             if any(tile.items() <= entry.config.items() for tile in tiles):
                 config = tuple(entry.config.items())
                 found.append(Shipped(f"measured{i}", entry.algorithm, pass_, config, problem))

@@ -106,37 +106,48 @@ def able(problem: ConvProblem, pass_: str, target: Target) -> list[str]:
 @functools.lru_cache(1024)  # `lack` and the plan both ask
 def candidates(name: str, problem: ConvProblem, pass_: str, target: Target) -> tuple[dict, ...]:
     """The tiles of an algorithm that fit, and of those only the ones with the widest accesses of the result."""
-    module, fitting, smallest = REGISTRY[name], [], []
+    module, room, fitting = REGISTRY[name], occupancy.room(name, pass_, target), []
     for alternatives in module.tiles(problem, pass_, target):
         for tile in alternatives:
             held = module.held(problem, pass_, tile, target)
-            if occupancy.fits(name, pass_, problem, tile, held, target):
+            if room.fits(held) and not room.spills(problem, tile):
                 fitting.append((held.vector, tile))
                 break
-            smallest.append((occupancy.registers(name, pass_, held, target), tile))
     if not fitting and name == GENERAL:  # which is to serve
-        return (min(smallest, key=lambda choice: choice[0])[1],)
+        tiles = [tile for alternatives in module.tiles(problem, pass_, target) for tile in alternatives]
+        return (min(tiles, key=lambda tile: room.registers(module.held(problem, pass_, tile, target))),)
     widest = max((vector for vector, _ in fitting), default=0)
     return tuple(tile for vector, tile in fitting if vector == widest)
 
 
+def possible(name: str, problem: ConvProblem, pass_: str, tile: dict, target: Target) -> bool:
+    """Whether a tile is of the forms that a problem allows, and has the shared memory: whatever registers it takes."""
+    module = REGISTRY[name]
+    if not any(tile in alternatives for alternatives in module.tiles(problem, pass_, target)):
+        return False
+    return module.held(problem, pass_, tile, target).shared_bytes <= target.shared_bytes
+
+
 def resident(name: str, problem: ConvProblem, pass_: str, tile: dict, target: Target) -> int:
     """How many programs of a tile, or configuration, share a multiprocessor."""
-    held = REGISTRY[name].held(problem, pass_, tile, target)
-    registers = occupancy.registers(name, pass_, held, target)
-    return occupancy.resident(registers, held.shared_bytes, held.warps, target)
+    return occupancy.room(name, pass_, target).resident(REGISTRY[name].held(problem, pass_, tile, target))
 
 
-def divided(name: str, problem: ConvProblem, pass_: str, tile: dict, target: Target) -> list[dict]:
-    """The configurations of an algorithm that have a tile, the likely best division of their work first."""
-    fit = resident(name, problem, pass_, tile, target)
+def divided(
+    name: str, problem: ConvProblem, pass_: str, tile: dict, target: Target, fit: int | None = None
+) -> list[dict]:
+    """The configurations of an algorithm that have a tile, the likely best division of their work first.
+
+    fit: `resident`, where it is known.
+    """
+    fit = resident(name, problem, pass_, tile, target) if fit is None else fit
     blocks = {field: value for field, value in tile.items() if field.startswith("BLOCK_")}
     options = {field: value for field, value in tile.items() if field.islower()}
     divisions = REGISTRY[name].divisions(problem, pass_, tile, target, fit)
     return [{**blocks, **division, **options} for division in divisions]
 
 
-def tiling(name: str, problem: ConvProblem, pass_: str, config: dict, target: Target) -> Tiling:
-    """What a launch of a configuration would ask of the machine."""
-    fit = resident(name, problem, pass_, config, target)
+def tiling(name: str, problem: ConvProblem, pass_: str, config: dict, target: Target, fit: int | None = None) -> Tiling:
+    """What a launch of a configuration would ask of the machine. fit: `resident`, where it is known."""
+    fit = resident(name, problem, pass_, config, target) if fit is None else fit
     return REGISTRY[name].tiling(problem, pass_, config, target, fit)

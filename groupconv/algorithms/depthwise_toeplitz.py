@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import math
 from collections.abc import Iterator
@@ -62,12 +63,11 @@ class Lanes:
     count: int
 
 
-def lanes(problem: ConvProblem, pass_: str, config: dict, taps: int) -> Lanes:
+def lanes(problem: ConvProblem, pass_: str, block_w: int, block_h: int, taps: int) -> Lanes:
     transposed = pass_ == "dgrad"
     h_in, w_in = (problem.h_out, problem.w_out) if transposed else (problem.h_in, problem.w_in)
     h_out, w_out = (problem.h_in, problem.w_in) if transposed else (problem.h_out, problem.w_out)
     (stride_h, stride_w), (dil_h, dil_w), (top, _, pad, _) = problem.stride, problem.dilation, problem.pad
-    block_w = config["BLOCK_W"]
     col_blocks = math.ceil(w_out / block_w)
     reach = (problem.kw - 1) * dil_w
     if col_blocks == 1:
@@ -88,7 +88,7 @@ def lanes(problem: ConvProblem, pass_: str, config: dict, taps: int) -> Lanes:
     warm = (taps - 1) // stride_h
     step_in, step_out = (1, stride_h) if transposed else (stride_h, 1)
     steps = math.ceil((h_out + top % step_out) / (step_out * dil_h))
-    rows = math.ceil(steps / max(1, round(steps / config["BLOCK_H"])))
+    rows = math.ceil(steps / max(1, round(steps / block_h)))
     segments = math.ceil(steps / rows)
     first, drain = 0, 0
     if segments == 1:
@@ -142,12 +142,19 @@ class Launched:
 
 
 def _launched(problem: ConvProblem, pass_: str, config: dict) -> Launched:
-    taps = min(problem.kh, config["BLOCK_T"]) if pass_ == "wgrad" else problem.kh
-    cut = lanes(problem, pass_, config, taps)
+    return _launched_of(problem, pass_, *(config[f"BLOCK_{axis}"] for axis in "CMWHT"))
+
+
+@functools.lru_cache(4096)
+def _launched_of(
+    problem: ConvProblem, pass_: str, block_c: int, block_m: int, block_w: int, block_h: int, block_t: int
+) -> Launched:
+    taps = min(problem.kh, block_t) if pass_ == "wgrad" else problem.kh
+    cut = lanes(problem, pass_, block_w, block_h, taps)
     stride = problem.stride[0]
     return Launched(
         cut, taps, *((1, stride) if pass_ == "dgrad" else (stride, 1)), (taps - 1) // stride,
-        math.ceil(problem.c_out / config["BLOCK_C"]), math.ceil(cut.count / config["BLOCK_M"]),
+        math.ceil(problem.c_out / block_c), math.ceil(cut.count / block_m),
         math.ceil(problem.kh / taps),
     )  # fmt: skip
 

@@ -103,7 +103,7 @@ def splits_to_try(problem: ConvProblem, steps: int, tiles: int, fit: int, target
     places = target.multiprocessors * fit
     most = max(1, min(most_splits(problem, "wgrad"), steps // LEAST_STEPS, MOST_SPLITS))
     wanted = {1, most} | {waves * places // tiles for waves in range(1, 5)} | {2**i for i in range(9)}
-    found = {split(problem, steps, splits) for splits in wanted if 1 <= splits <= most}
+    found = {shares(steps, splits) for splits in wanted if 1 <= splits <= most}  # fewer than `largest_splits`
 
     def end(choice):  # of the multiprocessor with most programs, in steps
         splits, each = choice

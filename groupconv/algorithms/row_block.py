@@ -126,7 +126,11 @@ class _Step:
 
 
 def _step(problem: ConvProblem, pass_: str, config: dict) -> _Step:
-    block_r, bm, bn, bk = (config[name] for name in BLOCKS)
+    return _step_of(problem, pass_, config["BLOCK_R"], config["BLOCK_M"], config["BLOCK_N"], config["BLOCK_K"])
+
+
+@functools.lru_cache(4096)
+def _step_of(problem: ConvProblem, pass_: str, block_r: int, bm: int, bn: int, bk: int) -> _Step:
     products, taps, rows = met_counts(problem, pass_, block_r)
     if pass_ == "wgrad":
         return _Step(rows * bm * bk, block_r * bk * bn, products, problem.kh * bm * bn)
@@ -149,14 +153,11 @@ def tiles(problem: ConvProblem, pass_: str, target: Target) -> Iterator[list[dic
                 continue
             if starved(bn, bk, warps, problem.element_bytes, target):
                 continue
-            # As many stages as there is room for.
-            yield [
-                {
-                    "BLOCK_R": block_r, "BLOCK_M": bm, "BLOCK_N": bn, "BLOCK_K": bk,
-                    "num_warps": warps, "num_stages": stages,
-                }
-                for stages in (3, 2)
-            ]  # fmt: skip
+            tile = {"BLOCK_R": block_r, "BLOCK_M": bm, "BLOCK_N": bn, "BLOCK_K": bk, "num_warps": warps}
+            for stages in (3, 2):  # as many as there is room for
+                if _shared_bytes(problem, pass_, tile | {"num_stages": stages}, target) <= target.shared_bytes:
+                    yield [tile | {"num_stages": stages}]
+                    break
 
 
 def heights(problem: ConvProblem, pass_: str, work: Work) -> list[int]:
@@ -185,15 +186,20 @@ def _runs(problem: ConvProblem, pass_: str) -> tuple[int, int]:
     return 1, 1
 
 
-def held(problem: ConvProblem, pass_: str, tile: dict, target: Target) -> Held:
+def _shared_bytes(problem: ConvProblem, pass_: str, tile: dict, target: Target) -> int:
     step = _step(problem, pass_, tile)
-    source, other = _runs(problem, pass_)
-    loaded = (step.source + step.other) * problem.element_bytes
-    shared = pipelined_bytes(loaded, tile, target)
+    pipeline = pipelined_bytes((step.source + step.other) * problem.element_bytes, tile, target)
     if target.matrix_unit == "tcgen05":  # and copies of operands
-        shared = shared * (3 if problem.element_bytes == 2 else 4) // 2
+        return pipeline * (3 if problem.element_bytes == 2 else 4) // 2
+    return pipeline
+
+
+def held(problem: ConvProblem, pass_: str, tile: dict, target: Target) -> Held:
+    step, (source, other) = _step(problem, pass_, tile), _runs(problem, pass_)
+    words = (step.source + step.other) * problem.element_bytes / 4
+    shared = _shared_bytes(problem, pass_, tile, target)
     accesses = max(step.source / source + step.other / other, step.sums / _stored_run(problem, pass_))
-    return Held(tile["num_warps"], shared, sums=step.sums, words=loaded / 4, accesses=accesses)
+    return Held(tile["num_warps"], shared, sums=step.sums, words=words, accesses=accesses)
 
 
 def divisions(problem: ConvProblem, pass_: str, config: dict, target: Target, fit: int) -> list[dict[str, int]]:

@@ -42,6 +42,7 @@ TENSOR_MEMORY = 512  # columns of tcgen05's, half of them for the tile that come
 INSTRUCTIONS_A_LOAD = 40  # of the one warp that asks for a tile
 INSTRUCTIONS_A_STEP = 120  # of each thread, to wait and to go on
 MOST_PADDING = 1.25  # of lanes
+FEW_BLOCKS = 3  # of rows in a map
 
 
 def supports(problem: ConvProblem, pass_: str, target: Target) -> str | None:
@@ -114,7 +115,11 @@ class _Step:
 
 
 def _step(problem: ConvProblem, pass_: str, config: dict) -> _Step:
-    block_r, taps, bm, _, bn, bk = (config[name] for name in BLOCKS)
+    return _step_of(problem, pass_, *(config[f"BLOCK_{axis}"] for axis in "RTMNK"))
+
+
+@functools.lru_cache(4096)
+def _step_of(problem: ConvProblem, pass_: str, block_r: int, taps: int, bm: int, bn: int, bk: int) -> _Step:
     parts = bn // _part(bn)
     products, _, rows = met_counts(problem, pass_, block_r)
     if taps == 1 and problem.kh > 1:  # one kernel row in a step
@@ -138,15 +143,31 @@ def tiles(problem: ConvProblem, pass_: str, target: Target) -> Iterator[list[dic
     work = work_of(problem, pass_)
     kernel_rows = {problem.kh} if pass_ == "wgrad" or (pass_ == "dgrad" and problem.stride[0] > 1) else {problem.kh, 1}
     depths = (32,) if target.matrix_unit == "mma.sync" else (64, 32)  # mma.sync has its operands in registers
-    for block_r, taps, bn in itertools.product(heights(problem, pass_, work), sorted(kernel_rows), _columns(work.n)):
+    for block_r, taps, bn in itertools.product(_heights(problem, pass_), sorted(kernel_rows), _columns(work.n)):
         for bm, bk in itertools.product((128, 64), depths):
             for images in _images(problem, pass_, bk if pass_ == "wgrad" else bm):
                 tile = {
                     "BLOCK_R": block_r, "BLOCK_T": taps, "BLOCK_M": bm, "BLOCK_I": images, "BLOCK_N": bn, "BLOCK_K": bk,
                     "num_warps": 4 if target.matrix_unit == "tcgen05" else bm // 16,
                 }  # fmt: skip
-                if target.matrix_unit != "tcgen05" or _in_tensor_memory(problem, pass_, tile):
-                    yield [tile | {"num_stages": stages} for stages in (4, 3, 2)]
+                if target.matrix_unit == "tcgen05" and not _in_tensor_memory(problem, pass_, tile):
+                    continue
+                a_stage = _shared_bytes(problem, pass_, tile | {"num_stages": 1}, target)
+                once = _shared_bytes(problem, pass_, tile | {"num_stages": 0}, target)
+                stages = min(4, (target.shared_bytes - once) // (a_stage - once))  # as many as there is room for
+                if stages >= 2:
+                    yield [tile | {"num_stages": stages}]
+
+
+def _heights(problem: ConvProblem, pass_: str) -> list[int]:
+    """Rows of a block: powers of two, what divides a map evenly, and what divides it into few blocks."""
+    work = work_of(problem, pass_)
+
+    def good(rows):
+        blocks = row_blocks(work, rows)
+        return rows.bit_count() == 1 or blocks * rows == work.rows or blocks <= FEW_BLOCKS
+
+    return [rows for rows in heights(problem, pass_, work) if good(rows)]
 
 
 def _in_tensor_memory(problem: ConvProblem, pass_: str, tile: dict) -> bool:
@@ -166,18 +187,21 @@ def _columns(n: int) -> list[int]:
     return sorted(found)
 
 
-def held(problem: ConvProblem, pass_: str, tile: dict, target: Target) -> Held:
-    """The pipeline's tiles, and in the passes that store while they load, a tile of the result; where lanes have two
-    axes, the rows of products in registers.
-    """
-    step, part = _step(problem, pass_, tile), _part(tile["BLOCK_N"])
-    stored = 0 if pass_ == "wgrad" else tile["BLOCK_M"] * part
+def _shared_bytes(problem: ConvProblem, pass_: str, tile: dict, target: Target) -> int:
+    """The pipeline's tiles, and in the passes that store while they load, a tile of the result."""
+    step = _step(problem, pass_, tile)
+    stored = 0 if pass_ == "wgrad" else tile["BLOCK_M"] * _part(tile["BLOCK_N"])
     shared = ((step.source + step.other) * tile["num_stages"] + stored) * problem.element_bytes
+    return 1024 + (shared * 3 // 2 if target.matrix_unit == "tcgen05" else shared)
+
+
+def held(problem: ConvProblem, pass_: str, tile: dict, target: Target) -> Held:
+    step, part = _step(problem, pass_, tile), _part(tile["BLOCK_N"])
     return Held(
         tile["num_warps"],
-        1024 + (shared * 3 // 2 if target.matrix_unit == "tcgen05" else shared),
+        _shared_bytes(problem, pass_, tile, target),
         sums=step.sums,
-        words=step.source * problem.element_bytes / 4 * _two_axes(pass_, tile),
+        words=step.source * problem.element_bytes / 4 * _two_axes(pass_, tile),  # rows of products are in registers
         accesses=target.warp_size * tile["num_warps"] * (tile["BLOCK_N"] // part),  # an address for each part
     )
 

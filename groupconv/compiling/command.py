@@ -13,14 +13,13 @@ from rich.console import Console
 from rich.table import Table
 
 from .. import configs, devices, dispatch
-from ..algorithms import REGISTRY, able, divided
+from ..algorithms import GENERAL, REGISTRY, able, divided, lack, tiling
 from ..common import Layer, progress
 from ..problem import LAYOUTS, PLANNED, ConvProblem
 from . import workers
 from .compiler import Compiled, Compiler, Job, compiled
 from .resources import Resources
 
-GENERAL = "implicit_gemm"  # which serves every problem that any algorithm does
 TITLE = "Configurations, counted in the code as it is compiled: nothing ran"
 
 
@@ -153,11 +152,11 @@ def judged(job: Job, found: Compiled) -> Outcome:
     if not found.kernels:
         return Outcome(job, faults=faults)
     used = found.kernels[0]
-    by_matrix = REGISTRY[job.algorithm].tiling(job.problem, job.pass_, job.config, target).matrix_flops > 0
+    by_matrix = tiling(job.algorithm, job.problem, job.pass_, job.config, target).matrix_flops > 0
     if job.problem.dtype in ("fp16", "bf16") and by_matrix and not used.matrix_count:
         faults += ("no matrix instructions",)
     return Outcome(job, used, faults)
 
 
 def _lack(job: Job) -> str | None:
-    return REGISTRY[job.algorithm].supports(job.problem, job.pass_, devices.named(job.target))
+    return lack(job.algorithm, job.problem, job.pass_, devices.named(job.target))
