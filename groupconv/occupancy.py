@@ -108,9 +108,11 @@ class Room:
 
     def fits(self, held: Held) -> bool:
         """Whether there are the shared memory and, as far as is known, the registers that a program takes."""
-        if held.shared_bytes > self._shared:
-            return False
-        return self.registers(held) <= self._fit.most * self.most_registers(held.warps)
+        return held.shared_bytes <= self._shared and self.share(held) <= self._fit.most
+
+    def share(self, held: Held) -> float:
+        """Of the registers that a thread can have, as estimated."""
+        return self.registers(held) / self.most_registers(held.warps)
 
     def spills(self, problem: ConvProblem, tile: dict[str, int]) -> bool:
         """Whether a tile is known to spill, although it looks as if it fitted."""

@@ -9,6 +9,7 @@ import argparse
 import itertools
 import statistics
 import time
+from typing import Any
 from unittest import mock
 
 from rich.console import Console
@@ -27,7 +28,7 @@ def planned(target: devices.Target, dtype: str) -> list[tuple[float, int, str]]:
     """(milliseconds of CPU time, estimates, layer and layout), the longest first."""
     rows, estimates, estimate = [], itertools.count(), cost.estimate
 
-    def counting(*args):
+    def counting(*args: Any) -> cost.Estimate:
         next(estimates)
         return estimate(*args)
 

@@ -14,18 +14,19 @@ import argparse
 import collections
 import csv
 import dataclasses
+import itertools
 import json
 import math
 import pathlib
 import random
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 import triton
 
-from groupconv import devices, occupancy
-from groupconv.algorithms import REGISTRY, divided
+from groupconv import devices, dispatch, occupancy
+from groupconv.algorithms import REGISTRY, able, divided
 from groupconv.common import Layer, files
 from groupconv.compiling.compiler import Compiler, Job, processes
 from groupconv.problem import LAYOUTS, PLANNED
@@ -69,36 +70,49 @@ class Row:
         return dict(zip(fields, map(int, self.tile.split()), strict=True))
 
 
-def collect(rows: list[Row], suites: Suites, seconds: float, count: int) -> Iterator[Row]:
-    """Compile tiles drawn at random, as many of each kind, until time is up. suites: layers by (dtype, layout)."""
-    draw, known, end = random.Random(len(rows)), {row.key for row in rows}, time.monotonic() + seconds
-    kinds = [
-        (target, name, pass_, dtype, layout)
-        for dtype in DTYPES for layout in LAYOUTS for target in TARGETS for name in REGISTRY for pass_ in PLANNED
-    ]  # fmt: skip
+Tile = tuple[str, str, str, Layer, dict[str, int]]  # target, algorithm, pass, layer, tile
+
+
+def collect(rows: list[Row], tiles: Iterable[Tile], seconds: float, count: int) -> Iterator[Row]:
+    """Compile tiles that no row has, until time is up."""
+    known, end = {row.key for row in rows}, time.monotonic() + seconds
     pending: collections.deque[tuple[Row, Job]] = collections.deque()
     with Compiler(count) as compiler:
-        while time.monotonic() < end:
-            for target, name, pass_, dtype, layout in kinds:
-                drawn = _drawn(draw, target, name, pass_, suites[dtype, layout])
-                if drawn is None:
-                    continue
-                layer, tile = drawn
-                values = " ".join(map(str, tile.values()))
-                row = Row(target, triton.__version__, name, pass_, dtype, layout, layer.name, values, 0, 0, 0)
-                if row.key in known:
-                    continue
-                known.add(row.key)
-                config = divided(name, layer.problem, pass_, tile, devices.named(target))[0]
-                job = Job(name, pass_, config, layer.problem, target)
-                compiler.submit(job)
-                pending.append((row, job))
-                if len(pending) > PENDING:
-                    yield _answered(compiler, *pending.popleft())
-                if time.monotonic() > end:
-                    break
+        for target, name, pass_, layer, tile in tiles:
+            if time.monotonic() > end:
+                break
+            problem, values = layer.problem, " ".join(map(str, tile.values()))
+            row = Row(
+                target, triton.__version__, name, pass_, problem.dtype, problem.layout, layer.name, values, 0, 0, 0
+            )
+            if row.key in known:
+                continue
+            known.add(row.key)
+            job = Job(name, pass_, divided(name, problem, pass_, tile, devices.named(target))[0], problem, target)
+            compiler.submit(job)
+            pending.append((row, job))
+            if len(pending) > PENDING:
+                yield _answered(compiler, *pending.popleft())
         while pending:
             yield _answered(compiler, *pending.popleft())
+
+
+def planned(suites: Suites, targets: Sequence[str]) -> Iterator[Tile]:
+    """What the plans of all layers take."""
+    for (_, _), suite in suites.items():
+        for target, layer, pass_ in itertools.product(targets, suite, PLANNED):
+            on, problem = devices.named(target), layer.problem
+            if names := able(problem, pass_, on):
+                name, config, _ = dispatch.best(problem, pass_, on, names)
+                yield target, name, pass_, layer, {k: v for k, v in config.items() if k not in REGISTRY[name].DIVISION}
+
+
+def drawn(draw: random.Random, suites: Suites, targets: Sequence[str]) -> Iterator[Tile]:
+    """Tiles at random, as many of each kind, without an end."""
+    while True:
+        for suite, target, name, pass_ in itertools.product(suites.values(), targets, REGISTRY, PLANNED):
+            if found := _drawn(draw, target, name, pass_, suite):
+                yield target, name, pass_, *found
 
 
 def _drawn(draw: random.Random, target: str, name: str, pass_: str, layers: list[Layer]) -> tuple[Layer, dict] | None:
@@ -112,8 +126,7 @@ def _drawn(draw: random.Random, target: str, name: str, pass_: str, layers: list
         draw.shuffle(tiles)
         for tile in tiles:
             held = module.held(layer.problem, pass_, tile, on)
-            taken = room.registers(held) / room.most_registers(held.warps)
-            if held.shared_bytes <= on.shared_bytes and taken <= LARGEST:
+            if held.shared_bytes <= on.shared_bytes and room.share(held) <= LARGEST:
                 return layer, tile
     return None
 
@@ -224,8 +237,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seconds", type=float, default=0.0, help="to compile for, before the fit")
     parser.add_argument("--jobs", type=int, default=processes(), help="processes that compile (%(default)s)")
+    parser.add_argument("--targets", nargs="+", choices=TARGETS, default=TARGETS)
+    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=DTYPES)
+    parser.add_argument("--planned", action="store_true", help="compile what is planned, not tiles at random")
     args = parser.parse_args()
     suites = {(dtype, layout): layers.suite(dtype, layout) for dtype in DTYPES for layout in LAYOUTS}
+    chosen = {key: suite for key, suite in suites.items() if key[0] in args.dtypes}
     path = FOLDER / "registers.csv"
     rows = read(path)
     fields = [field.name for field in dataclasses.fields(Row)]
@@ -233,7 +250,8 @@ def main() -> None:
         writer = csv.DictWriter(file, fields, lineterminator="\n")
         if not rows:
             writer.writeheader()
-        for row in collect(rows, suites, args.seconds, args.jobs) if args.seconds else ():
+        tiles = planned(chosen, args.targets) if args.planned else drawn(random.Random(len(rows)), chosen, args.targets)
+        for row in collect(rows, tiles, args.seconds, args.jobs) if args.seconds else ():
             rows.append(row)
             writer.writerow(dataclasses.asdict(row))
             file.flush()

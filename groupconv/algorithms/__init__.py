@@ -30,6 +30,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import math
 from types import ModuleType
 
 from .. import launcher, occupancy
@@ -85,6 +86,7 @@ def _numbers(version: str) -> tuple[int, ...]:
 LARGEST = 2**14  # pixels: beyond, the taps of a phase are too many to count while a caller waits
 
 
+STRETCHED = 1.25  # of the registers that there are: what kernels are estimated to take that do with them all
 GENERAL = "implicit_gemm"  # which serves every problem that any algorithm does
 
 
@@ -105,18 +107,25 @@ def able(problem: ConvProblem, pass_: str, target: Target) -> list[str]:
 
 @functools.lru_cache(1024)  # `lack` and the plan both ask
 def candidates(name: str, problem: ConvProblem, pass_: str, target: Target) -> tuple[dict, ...]:
-    """The tiles of an algorithm that fit, and of those only the ones with the widest accesses of the result."""
-    module, room, fitting = REGISTRY[name], occupancy.room(name, pass_, target), []
+    """The tiles of an algorithm that fit, and of those only the ones with the widest accesses of the result.
+
+    Where none does, the one that takes the fewest registers, if there are nearly so many: limits are on the safe side.
+    The general algorithm has a tile for everything.
+    """
+    module, room = REGISTRY[name], occupancy.room(name, pass_, target)
+    fitting, others = [], []
     for alternatives in module.tiles(problem, pass_, target):
         for tile in alternatives:
             held = module.held(problem, pass_, tile, target)
             if room.fits(held) and not room.spills(problem, tile):
                 fitting.append((held.vector, tile))
                 break
-    if not fitting and name == GENERAL:  # which is to serve
-        tiles = [tile for alternatives in module.tiles(problem, pass_, target) for tile in alternatives]
-        return (min(tiles, key=lambda tile: room.registers(module.held(problem, pass_, tile, target))),)
-    widest = max((vector for vector, _ in fitting), default=0)
+            others.append((held, tile))
+    if not fitting:
+        others = [(room.share(held), tile) for held, tile in others if held.shared_bytes <= target.shared_bytes]
+        share, tile = min(others, key=lambda choice: choice[0], default=(math.inf, {}))
+        return (tile,) if share <= STRETCHED or (name == GENERAL and others) else ()
+    widest = max(vector for vector, _ in fitting)
     return tuple(tile for vector, tile in fitting if vector == widest)
 
 

@@ -119,7 +119,6 @@ def held(problem: ConvProblem, pass_: str, tile: dict, target: Target) -> Held:
         sums=threads * elements * (march.held + march.sums),
         words=threads * (taps + words * elements),
         accesses=threads * elements * (march.loads + march.stores) / vector,
-        vector=vector,
     )
 
 

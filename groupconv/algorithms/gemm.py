@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import itertools
 import math
+from collections.abc import Iterable
 
 from ..devices import Target
 from ..kernels.tiles import part_sizes
@@ -44,9 +45,14 @@ def starved(columns: int, k: int, warps: int, element_bytes: int, target: Target
     return parts(columns)[-1] * k * element_bytes < 4 * target.warp_size * warps
 
 
-def pipelined_bytes(step_bytes: int, tile: dict, target: Target) -> int:
-    """Shared memory of a pipeline. Matrix units that read operands from it, and later, hold one stage more."""
-    return step_bytes * max(1, tile["num_stages"] - (not target.has_warpgroups))
+def pipelined_bytes(operands: Iterable[tuple[int, int]], tile: dict, size: int, target: Target) -> int:
+    """Shared memory of a pipeline, for operands of (elements of a step, elements of an access), of `size` bytes each.
+
+    Matrix units that read operands from it, and later, hold one stage more. What is loaded by less than 4 bytes passes
+    through registers, once for all stages.
+    """
+    stages = max(1, tile["num_stages"] - (not target.has_warpgroups))
+    return sum(elements * size * (stages if run * size >= 4 else 1) for elements, run in operands)
 
 
 def registers_for_all(options: dict, target: Target) -> dict:

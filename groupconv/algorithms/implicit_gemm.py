@@ -99,9 +99,10 @@ def held(problem: ConvProblem, pass_: str, tile: dict, target: Target) -> Held:
     block_m, block_n, block_k = tile["BLOCK_M"], tile["BLOCK_N"], tile["BLOCK_K"]
     gathered, other, stored = _runs(problem, pass_)
     sums, loaded = block_m * block_n, (block_m + block_n) * block_k
+    operands = ((block_m * block_k, gathered), (block_n * block_k, other))
     return Held(
         tile["num_warps"],
-        pipelined_bytes(loaded * problem.element_bytes, tile, target),
+        pipelined_bytes(operands, tile, problem.element_bytes, target),
         sums=sums,
         words=loaded * problem.element_bytes / 4,
         # Of a step, or of the stores in the end.

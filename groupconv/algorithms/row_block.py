@@ -187,8 +187,9 @@ def _runs(problem: ConvProblem, pass_: str) -> tuple[int, int]:
 
 
 def _shared_bytes(problem: ConvProblem, pass_: str, tile: dict, target: Target) -> int:
-    step = _step(problem, pass_, tile)
-    pipeline = pipelined_bytes((step.source + step.other) * problem.element_bytes, tile, target)
+    step, (source, other) = _step(problem, pass_, tile), _runs(problem, pass_)
+    operands = ((step.source, source), (step.other, other))
+    pipeline = pipelined_bytes(operands, tile, problem.element_bytes, target)
     if target.matrix_unit == "tcgen05":  # and copies of operands
         return pipeline * (3 if problem.element_bytes == 2 else 4) // 2
     return pipeline
