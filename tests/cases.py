@@ -193,7 +193,7 @@ def operands(case: Case, device: str = "cpu", seed: int = 0) -> Operands:
 
 def actual(case: Case) -> ConvProblem:
     """The case's problem with the layouts that PyTorch sees in its operands."""
-    x, w = (lay_out(torch.empty(shape), view) for shape, view in (
+    x, w = (lay_out(torch.empty(shape, device="meta"), view) for shape, view in (
         (case.problem.x_shape, case.x), (case.problem.w_shape, case.w)
     ))  # fmt: skip
     nhwc = is_channels_last(x)

@@ -18,7 +18,6 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:Using padding='same'"),
 ]
 ON = cases.target("cuda" if torch.cuda.is_available() else "cpu")
-SUBSETS = [subset for n in (1, 2, 3) for subset in itertools.combinations(("x", "w", "bias"), n)]
 
 
 def random(*shape, dtype=torch.float32, device="cpu", view=None, seed=0):
@@ -118,24 +117,6 @@ def test_wgrad_is_repeatable(name, view, device):
     assert torch.equal(*outs)
 
 
-@pytest.mark.parametrize("view", ["nchw", "nhwc"])
-@pytest.mark.parametrize("wanted", SUBSETS, ids="-".join)
-def test_gradients_singly_and_together(wanted, view, device):
-    problem = ConvProblem(2, 6, 7, 6, 9, 3, 2, (2, 1), (1, 1, 0, 0), groups=3, dtype="fp32")
-    tensors = {
-        "x": random(*problem.x_shape, device=device, view=view),
-        "w": random(*problem.w_shape, device=device, seed=1),
-        "bias": random(problem.c_out, device=device, seed=2),
-    }
-    for name in wanted:
-        tensors[name].requires_grad_()
-    with cases.guarded():
-        y = triton_conv(*tensors.values(), (2, 1), (1, 0), groups=3, backend="triton")
-        dy = random(*problem.y_shape, device=device, view=view, seed=3)
-        found = torch.autograd.grad(y, [tensors[name] for name in wanted], dy)
-    check_gradients(problem, *tensors.values(), y, dy, dict(zip(wanted, found, strict=True)))
-
-
 @pytest.mark.parametrize("wanted", [("x", "w"), ("x", "w", "bias"), ("x",), ("w", "bias")], ids="-".join)
 @pytest.mark.parametrize(("algorithm", "groups"), [("depthwise_direct", 16), ("row_march", 4)])
 def test_fused_backward(algorithm, groups, wanted, device, monkeypatch):
@@ -164,40 +145,6 @@ def test_fused_backward(algorithm, groups, wanted, device, monkeypatch):
     assert ran == ({"backward"} if both else {"dgrad"} if "x" in wanted else {"wgrad"})
     check_gradients(problem, *tensors.values(), y, dy, dict(zip(wanted, found, strict=True)))
     prepared.reset()
-
-
-@pytest.mark.parametrize("view", ["nchw", "nhwc"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
-def test_sum_backward(dtype, view, device):
-    """y.sum().backward(): a gradient whose every stride is zero."""
-    mode = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}[dtype]
-    problem = ConvProblem(2, 8, 6, 5, 8, 3, 3, pad=(1, 1, 1, 1), groups=2, dtype=mode)
-    x = random(*problem.x_shape, dtype=dtype, device=device, view=view).requires_grad_()
-    w = random(*problem.w_shape, dtype=dtype, device=device, seed=1).requires_grad_()
-    bias = random(8, dtype=dtype, device=device, seed=2).requires_grad_()
-    with cases.guarded():
-        y = triton_conv(x, w, bias, padding=1, groups=2, backend="triton")
-        y.sum().backward()
-    found = {"x": x.grad, "w": w.grad, "bias": bias.grad}
-    check_gradients(problem, x, w, bias, y, torch.ones_like(y), found)
-
-
-@pytest.mark.parametrize("padding", ["same", "valid"])
-@pytest.mark.parametrize("kernel", [(4, 3), (2, 2), (3, 6)], ids=str)
-def test_string_padding(kernel, padding, device):
-    """'same' puts an even kernel's odd pixel at the bottom and right."""
-    x = random(2, 6, 8, 9, device=device).requires_grad_()
-    w = random(6, 2, *kernel, device=device, seed=1).requires_grad_()
-    with cases.guarded():
-        y = triton_conv(x, w, padding=padding, groups=3, backend="triton")
-        dy = random(*y.shape, device=device, seed=2)
-        found = torch.autograd.grad(y, (x, w), dy)
-    x64, w64 = (t.detach().double().requires_grad_() for t in (x, w))
-    y64 = F.conv2d(x64, w64, padding=padding, groups=3)
-    expected = torch.autograd.grad(y64, (x64, w64), dy.double())
-    taps = kernel[0] * kernel[1]
-    for out, ref, length in zip((y, *found), (y64, *expected), (2 * taps, 2 * taps, dy[:, 0].numel()), strict=True):
-        assert cases.error(out, ref) <= cases.bound("fp32", length)
 
 
 @pytest.mark.parametrize("x_view", ["nchw", "nhwc"])
