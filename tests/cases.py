@@ -594,6 +594,8 @@ def cover(name: str, on) -> list[dict]:
 
     for axis, values in AXES.items():  # first leave out what it never serves
         axes[axis] = [v for v in values if any(serves(name, choice, on) for choice in drawn(400, **{axis: v}))]
+        if not axes[axis]:
+            return []
     two_axes = sorted(itertools.combinations(axes, 2), key=lambda two: -len(axes[two[0]]) * len(axes[two[1]]))
     wanted = [tuple(zip(two, both, strict=True)) for two in two_axes for both in itertools.product(*map(axes.get, two))]
     missing, found = set(wanted), []

@@ -300,6 +300,8 @@ def first_failure(copy: pathlib.Path, *arguments: str) -> str | None:
     done = subprocess.run(command, cwd=copy, env=environment, capture_output=True, text=True)
     if done.returncode in (0, 5):  # all passed, or none was there
         return None
+    if done.returncode < 0:  # read or written far outside its tensors
+        return f"a test that crashes, signal {-done.returncode}"
     failed = re.search(r"^(?:FAILED|ERROR) (?:tests/)?(\S+)", done.stdout, re.MULTILINE)
     if failed is None:
         raise RuntimeError(
