@@ -218,8 +218,15 @@ def machine(device: str, tiles: str):
 
 
 def config(algorithm, problem: ConvProblem, pass_: str, on, tiles: str) -> dict:
-    """A configuration of few or of many tiles. The interpreter's time goes by tiles, whatever their size."""
-    return divided(algorithm.NAME, problem, pass_, _tiles(algorithm, problem, pass_, on, tiles), on)[0]
+    """A configuration of few or of many tiles. The interpreter's time goes by tiles, whatever their size.
+
+    In the interpreter many tiles are divided in two or three where the problem has as many: by itself no small problem
+    would be, and the last part is to be ragged.
+    """
+    found = divided(algorithm.NAME, problem, pass_, _tiles(algorithm, problem, pass_, on, tiles), on)[0]
+    if INTERPRETED and tiles == "many":
+        found |= {field: 3 if len(bounds) == 3 else 2 for field, bounds in algorithm.DIVISION.items()}
+    return found
 
 
 def _extent(size: int, tiles: str) -> int:
@@ -281,6 +288,8 @@ def _tiles(algorithm, problem: ConvProblem, pass_: str, on, tiles: str) -> dict:
         return algorithm.tiling(problem, pass_, divided(algorithm.NAME, problem, pass_, candidate, on)[0], on).programs
 
     found = sorted(algorithm.candidates(problem, pass_, on), key=programs)
+    if algorithm.NAME == "depthwise_toeplitz" and tiles == "few":  # by the kernel of whole maps where it serves
+        found.sort(key=lambda candidate: -candidate["BLOCK_R"])
     return found[0] if tiles == "few" else next((c for c in found if programs(c) >= MANY), found[-1])
 
 
@@ -610,9 +619,18 @@ def cover(name: str, on) -> list[dict]:
     return found
 
 
+# What takes more than two values to reach: filters of 9 rows or more on small maps, at stride and dilation 1, which
+# have a kernel of their own, and 1x1 layers whose pixels lie evenly apart.
+UNREACHED = [
+    Case(_problem(1, 1, (11, 9), (7, 6), 9, 2, 1, (5, 4), 1, "bf16", layout, True), layout, "nchw", layout)
+    for layout in ("nhwc", "nchw")
+] + [Case(_problem(8, 24, 1, (5, 4), 2, 3, 1, 0, 1, "fp16", "nhwc", True), w="nhwc")]
+
+
 def covering_runs(on) -> list[tuple[Case, str, str]]:
-    """(case, pass, algorithm) of the covers of all algorithms."""
-    return [(chosen(choice), choice["pass_"], name) for name in REGISTRY for choice in cover(name, on)]
+    """(case, pass, algorithm) of the covers of all algorithms, and of what these do not reach."""
+    covered = [(chosen(choice), choice["pass_"], name) for name in REGISTRY for choice in cover(name, on)]
+    return covered + runs(on, UNREACHED)
 
 
 # --- A model ---------------------------------------------------------------------------------------------------------

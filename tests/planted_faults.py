@@ -168,12 +168,6 @@ FAULTS = [
         "p = (group + b) * BLOCK_P",
         "backward adds blocks of lanes twice",
     ),
-    Fault(
-        "kernels/row_march.py",
-        "read = (k % BLOCK_K < READ_C) & (c < GROUPS * CIN_G)",
-        "read = k % BLOCK_K < READ_C",
-        "fprop reads channels past the last",
-    ),
     # --- depthwise_direct ---
     Fault(
         "kernels/depthwise_direct.py",
