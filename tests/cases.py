@@ -5,8 +5,11 @@ from __future__ import annotations
 import contextlib
 import csv
 import dataclasses
+import functools
 import importlib.resources
+import itertools
 import math
+import random
 
 import torch
 import torch.nn.functional as F
@@ -190,7 +193,7 @@ def operands(case: Case, device: str = "cpu", seed: int = 0) -> Operands:
 
 def actual(case: Case) -> ConvProblem:
     """The case's problem with the layouts that PyTorch sees in its operands."""
-    x, w = (lay_out(torch.empty(shape), view) for shape, view in (
+    x, w = (lay_out(torch.empty(shape, device="meta"), view) for shape, view in (
         (case.problem.x_shape, case.x), (case.problem.w_shape, case.w)
     ))  # fmt: skip
     nhwc = is_channels_last(x)
@@ -215,26 +218,42 @@ def machine(device: str, tiles: str):
 
 
 def config(algorithm, problem: ConvProblem, pass_: str, on, tiles: str) -> dict:
-    """A configuration of few or of many tiles. The interpreter's time goes by tiles, whatever their size."""
-    return divided(algorithm.NAME, problem, pass_, _tiles(algorithm, problem, pass_, on, tiles), on)[0]
+    """A configuration of few or of many tiles. The interpreter's time goes by tiles, whatever their size.
+
+    In the interpreter many tiles are divided in two or three where the problem has as many: by itself no small problem
+    would be, and the last part is to be ragged.
+    """
+    found = divided(algorithm.NAME, problem, pass_, _tiles(algorithm, problem, pass_, on, tiles), on)[0]
+    if INTERPRETED and tiles == "many":
+        found |= {field: 3 if len(bounds) == 3 else 2 for field, bounds in algorithm.DIVISION.items()}
+    return found
+
+
+def _extent(size: int, tiles: str) -> int:
+    """A tile's extent along an axis of a product: of few tiles all that fits, of many about half."""
+    whole = max(16, min(512, triton.next_power_of_2(size)))
+    if tiles == "few":
+        return min(256, whole)
+    return max(16, whole // 2) if INTERPRETED else 16
+
+
+def _columns(size: int, tiles: str) -> int:
+    """As above, of columns, whose few tiles have one, two or more parts."""
+    return min(256, max(16, -(-size // 8) * 8)) if tiles == "few" else _extent(size, tiles)
 
 
 def _tiles(algorithm, problem: ConvProblem, pass_: str, on, tiles: str) -> dict:
     if algorithm.NAME == "implicit_gemm" and (INTERPRETED or tiles == "many"):
         m, n, k = problem.gemm(pass_)
-        columns = max(16, -(-n // 8) * 8)  # in one, two or more parts
-        m, k = (max(16, triton.next_power_of_2(size)) for size in (m, k))
-        blocks = (min(m, 256), min(columns, 256), min(k, 256)) if tiles == "few" else (32, 16, 16)
+        blocks = (_extent(m, tiles), _columns(n, tiles), _extent(k, tiles))
         names = ("BLOCK_M", "BLOCK_N", "BLOCK_K")
         return dict(zip(names, blocks, strict=True)) | {"num_warps": 4, "num_stages": 2}
 
     if algorithm.NAME == "row_block" and (INTERPRETED or tiles == "many"):
         m, n, k = algorithm.axes(problem, pass_)
         step = problem.stride[0] if pass_ == "dgrad" else 1
-        high = step * max(1, min(4, problem.h_out) // step)
-        columns, m, k = max(16, -(-n // 8) * 8), triton.next_power_of_2(m), triton.next_power_of_2(round(k))
-        most = 256 if tiles == "few" else 16
-        blocks = (high if tiles == "few" else 2 * step, *(min(max(16, size), most) for size in (m, columns, k)))
+        high = step * max(1, min(4, problem.h_out) // step) if tiles == "few" else 2 * step
+        blocks = (high, _extent(m, tiles), _columns(n, tiles), _extent(round(k), tiles))
         return dict(zip(algorithm.BLOCKS, blocks, strict=True)) | {"num_warps": 4, "num_stages": 2}
 
     if algorithm.NAME == "row_block_tma" and (INTERPRETED or tiles == "many"):
@@ -243,20 +262,19 @@ def _tiles(algorithm, problem: ConvProblem, pass_: str, on, tiles: str) -> dict:
         high = step * max(1, min(4, problem.h_out) // step) if tiles == "few" else 2 * step
         # Lanes of images, of columns, or of both.
         odd = pass_ != "dgrad" and problem.w_in % problem.stride[1]
-        images = 16 if tiles == "many" or odd else (1, triton.next_power_of_2(problem.batch))[problem.h_in % 2]
-        lanes = max(16, images * (1 if odd or tiles == "many" else triton.next_power_of_2(problem.w_in)))
-        if tiles == "few":
-            channels = max(16, *(triton.next_power_of_2(width) for width in (problem.cin_g, problem.cout_g)))
-        else:
-            channels = 16
-        blocks = (high, 1 if one_row else problem.kh, lanes, images, min(channels, 256), min(channels, 256))
+        images = 16 if odd or not INTERPRETED else (1, 16)[problem.h_in % 2]
+        columns = 1 if odd or (tiles == "many" and not INTERPRETED) else triton.next_power_of_2(problem.w_in)
+        lanes = max(16, images * (columns if tiles == "few" else max(1, columns // 2)))
+        channels = _extent(max(problem.cin_g, problem.cout_g), tiles)
+        blocks = (high, 1 if one_row else problem.kh, lanes, images, channels, channels)
         if pass_ == "wgrad":  # whose lanes are its K
-            blocks = (*blocks[:2], min(channels, 256), images, min(channels, 256), lanes)
+            blocks = (*blocks[:2], channels, images, channels, lanes)
         return dict(zip(algorithm.BLOCKS, blocks, strict=True)) | {"num_warps": 4, "num_stages": 2}
 
-    if algorithm.NAME == "depthwise_direct" and INTERPRETED and tiles == "few":
+    if algorithm.NAME == "depthwise_direct" and INTERPRETED:
         columns, channels = problem.batch * max(problem.w_in, problem.w_out), max(problem.c_in, problem.c_out)
-        blocks = {"BLOCK_P": min(512, triton.next_power_of_2(columns)), "BLOCK_C": triton.next_power_of_2(channels)}
+        channels = triton.next_power_of_2(channels) // (1 if tiles == "few" else 2)
+        blocks = {"BLOCK_P": _extent(columns, tiles), "BLOCK_C": max(1, channels)}
         return blocks | {"num_warps": 4, "num_stages": 1}
 
     if algorithm.NAME == "row_march" and INTERPRETED and tiles == "few":
@@ -510,6 +528,113 @@ def runs(on, cases=None) -> list[tuple[Case, str, str]]:
                 able = [pass_ for pass_ in able if pass_ not in left_out]
             found += [(case, pass_, name) for pass_ in able]
     return found
+
+
+# --- A cover: every pair of values meets in some run of every algorithm ----------------------------------------------
+
+# What a run chooses. map: (groups, batch, (rows, columns)). pad: "same" keeps the map's size at stride 1; "lopsided"
+# pads the top and the right alone, "beyond" by more than the kernel's reach.
+AXES = {
+    "width": (
+        (1, 1), (1, 3), (3, 1), (4, 4), (5, 7), (8, 8), (8, 24), (13, 29), (24, 16), (40, 112),
+    ),
+    "kernel": (1, 2, 3, (3, 2), (1, 5), (4, 1), (7, 3), 9),
+    "stride": (1, 2, (2, 1), (1, 3), 4),
+    "dilation": (1, 2, (1, 3)),
+    "pad": ("none", "same", "lopsided", "beyond"),
+    "map": ((2, 2, (7, 6)), (3, 1, (9, 5)), (1, 3, (4, 11)), (1, 17, (3, 4)), (9, 2, (8, 7)), (2, 1, (4, 21))),
+    "dtype": tuple(MODES),
+    "x": ("nchw", "nhwc", "slice", "nhwc-slice", "turned", "batches"),
+    "w": ("nchw", "nhwc", "slice", "nhwc-slice", "turned"),
+    "dy": ("nchw", "nhwc", "nhwc-slice", "turned", "batches", "expanded"),
+    "tiles": ("few", "many"),
+    "bias": (False, True),
+    "pass_": (*PASSES, *PRODUCES),
+}  # fmt: skip
+UNREAD = {"fprop": {"dy"}, "dgrad": {"x", "bias"}, "wgrad": {"w", "bias"}, "backward": {"bias"}}
+FIRST = 20000  # draws, of which the first that are served show the way
+DRAWS = 60  # of the other values, before a pair counts as one that no problem of an algorithm's has
+
+
+def chosen(choice: dict) -> Case:
+    """The case of a choice of values. Wide groups are few, since the interpreter takes its time for each tile."""
+    groups, batch, hw = choice["map"]
+    if max(choice["width"]) > 16:
+        groups, batch = min(groups, 2), min(batch, 3)
+    kernel, dilation = _pair(choice["kernel"]), _pair(choice["dilation"])
+    high, wide = ((taps - 1) * apart for taps, apart in zip(kernel, dilation, strict=True))
+    pad = {
+        "none": 0, "same": (high // 2, high - high // 2, wide // 2, wide - wide // 2),
+        "lopsided": (high, 0, 0, wide), "beyond": (high + 1, wide + 2),
+    }[choice["pad"]]  # fmt: skip
+    layout = "nhwc" if choice["x"].startswith("nhwc") else "nchw"
+    problem = _problem(
+        *choice["width"], kernel, hw, groups, batch, choice["stride"], pad, dilation,
+        choice["dtype"], layout, choice["bias"],
+    )  # fmt: skip
+    return Case(problem, *(choice[axis] for axis in ("x", "w", "dy", "tiles")))
+
+
+def serves(name: str, choice: dict, on) -> bool:
+    """Whether there is such a problem, and the algorithm takes it."""
+    case = chosen(choice)
+    if min(case.problem.y_shape) < 1:
+        return False
+    return lack(name, actual(case), choice["pass_"], on) is None
+
+
+def pairs(choice: dict) -> set:
+    """The pairs of values, each with its axis, that a choice's pass reads."""
+    read = [(axis, value) for axis, value in choice.items() if axis not in UNREAD[choice["pass_"]]]
+    return set(itertools.combinations(read, 2))
+
+
+@functools.cache
+def cover(name: str, on) -> list[dict]:
+    """Choices that an algorithm serves, few of them, in which every pair of values that it serves at all occurs.
+
+    For each pair that no choice has yet, those of the most values first: of some draws of the other values, the one
+    with the most such pairs.
+    """
+    generator, axes = random.Random(name), dict(AXES)
+
+    def drawn(count, **given):
+        return ({axis: generator.choice(values) for axis, values in axes.items()} | given for _ in range(count))
+
+    # First leave out what it never serves, on its own or in the place of a value that it does.
+    served = list(itertools.islice((choice for choice in drawn(FIRST) if serves(name, choice, on)), 20))
+    for axis, values in AXES.items():
+        axes[axis] = [
+            value for value in values
+            if any(serves(name, choice | {axis: value}, on) for choice in (*served, *drawn(400)))
+        ]  # fmt: skip
+        if not axes[axis]:
+            return []
+    two_axes = sorted(itertools.combinations(axes, 2), key=lambda two: -len(axes[two[0]]) * len(axes[two[1]]))
+    wanted = [tuple(zip(two, both, strict=True)) for two in two_axes for both in itertools.product(*map(axes.get, two))]
+    missing, found = set(wanted), []
+    for pair in wanted:
+        if pair in missing:
+            choices = [choice for choice in drawn(DRAWS, **dict(pair)) if pair in pairs(choice)]
+            choices.sort(key=lambda choice: -len(pairs(choice) & missing))
+            best = next((choice for choice in choices if serves(name, choice, on)), None)
+            if best is not None:
+                found.append(best)
+                missing -= pairs(best)
+    return found
+
+
+# What takes more than two values to reach: filters taller than the map, and 1x1 layers whose pixels lie evenly apart.
+UNREACHED = [
+    Case(_problem(1, 1, (11, 9), (7, 6), 9, 2, 1, (5, 4), 1, "bf16", layout, True), layout, "nchw", layout)
+    for layout in ("nhwc", "nchw")
+] + [Case(_problem(8, 24, 1, (5, 4), 2, 3, 1, 0, 1, "fp16", "nhwc", True), w="nhwc")]
+
+
+def covering_runs(on) -> list[tuple[Case, str, str]]:
+    """(case, pass, algorithm) of the covers of all algorithms, and of what these do not reach."""
+    covered = [(chosen(choice), choice["pass_"], name) for name in REGISTRY for choice in cover(name, on)]
+    return covered + runs(on, UNREACHED)
 
 
 # --- A model ---------------------------------------------------------------------------------------------------------

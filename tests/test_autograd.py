@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from groupconv import prepared, triton_conv
 
-pytestmark = pytest.mark.usefixtures("ieee")
+pytestmark = pytest.mark.usefixtures("ieee", "few_programs")
 KWARGS = {"padding": 1, "groups": 4}
 
 
@@ -205,7 +205,7 @@ def scenes(draw):
     )  # fmt: skip
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck), phases=set(Phase) - {Phase.shrink})
+@settings(max_examples=30, deadline=None, suppress_health_check=list(HealthCheck), phases=set(Phase) - {Phase.shrink})
 @given(scenes())
 @example(Scene("nchw", "nchw", "dense", ("x", "bias"), ("bias",), "itself", "flat", "dense", "", False))
 def test_any_tensors_between_forward_and_backward(scene):

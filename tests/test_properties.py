@@ -44,7 +44,7 @@ def convolutions(draw):
     return x_shape, w_shape, {"stride": stride, "padding": padding, "dilation": dilation, "groups": groups}
 
 
-@settings(fixed, max_examples=40)
+@settings(fixed, max_examples=20)
 @given(
     convolutions(),
     st.sampled_from(list(MODES)),
@@ -96,7 +96,7 @@ def shapes_and_strides(draw):
     return shape, tuple(strides)
 
 
-@settings(fixed, max_examples=2000)
+@settings(fixed, max_examples=500)
 @given(shapes_and_strides())
 def test_channels_last_as_pytorch_sees_it(given_):
     shape, strides = given_
@@ -104,7 +104,7 @@ def test_channels_last_as_pytorch_sees_it(given_):
     assert suggests_channels_last(shape, strides) == cases.is_channels_last(t)
 
 
-@settings(fixed, max_examples=300)
+@settings(fixed, max_examples=100)
 @given(st.tuples(st.integers(0, 6), *[st.integers(1, 6)] * 3))
 def test_dense_strides(shape):
     """Of any batch, the empty one too; there is no convolution of no channels or pixels."""
@@ -113,7 +113,7 @@ def test_dense_strides(shape):
         assert dense_strides(shape, channels_last) == t.stride()
 
 
-@settings(fixed, max_examples=500)
+@settings(fixed, max_examples=200)
 @given(st.integers(1, 2**40))
 def test_bucket_is_the_nearest_power_of_two(value):
     found = bucket(value)
@@ -123,7 +123,7 @@ def test_bucket_is_the_nearest_power_of_two(value):
     assert bucket(value) <= bucket(value + 1)
 
 
-@settings(fixed, max_examples=200)
+@settings(fixed, max_examples=100)
 @given(
     st.integers(1, 64), st.integers(2, 64), st.integers(1, 80), st.sampled_from([16, 32, 64, 128]),
     st.sampled_from([1, 2, 4, 8]),
