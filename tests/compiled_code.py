@@ -32,7 +32,7 @@ import triton
 from softgpu import machine_code
 
 from groupconv import configs, devices, dispatch
-from groupconv.algorithms import REGISTRY, able, lack, tiling
+from groupconv.algorithms import REGISTRY, able, candidates, divided, lack, tiling
 from groupconv.common import progress
 from groupconv.compiling import compiler, resources
 from groupconv.perf_reports import layers
@@ -142,7 +142,8 @@ def planned(layer, pass_: str, target: str, everything: bool = False) -> Iterato
         return
     if everything:
         for name in names:
-            for config in dispatch.contenders(layer.problem, pass_, on, name):
+            for tile in candidates(name, layer.problem, pass_, on):
+                config = divided(name, layer.problem, pass_, tile, on)[0]
                 yield Job(layer.name, layer.problem, pass_, target, name, config)
         return
     name, config, _ = dispatch.best(layer.problem, pass_, on, names)
