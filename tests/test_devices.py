@@ -112,6 +112,12 @@ def test_nothing_near_nothing_suggested(name):
         devices.named(name)
 
 
+@pytest.mark.parametrize("target", [1, b"sm_90", torch.device("cuda")], ids=str)
+def test_a_target_that_is_no_string(target):
+    with pytest.raises(TypeError, match=r"^explain: target is .*, but must be a string or None$"):
+        explain(torch.empty(2, 8, 6, 6), torch.empty(8, 2, 3, 3), groups=4, target=target)
+
+
 @pytest.mark.parametrize("name", ["V100", "Tesla V100-SXM2-16GB", "sm_70", "7.0", "P100"])
 def test_older_devices_are_not_supported(name):
     with pytest.raises(ValueError, match=f"target '{name}' is not supported: NVIDIA GPUs are from sm_75 on"):

@@ -467,6 +467,13 @@ def test_compiled_with_a_batch_that_data_tells(conv, view, device):
             torch.testing.assert_close(out, ref, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("function", [convert, revert, groupconv.summarize])
+@pytest.mark.parametrize("model", [None, nn.Conv2d, [nn.Conv2d(2, 2, 1)]], ids=["None", "class", "list"])
+def test_what_is_no_module_is_refused(function, model):
+    with pytest.raises(TypeError, match=rf"^{function.__name__}: model is .*, but must be a torch\.nn\.Module$"):
+        function(model)
+
+
 # --- Fusion and quantization -----------------------------------------------------------------------------------------
 
 
