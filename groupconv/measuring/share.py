@@ -25,9 +25,9 @@ class Share:
         """What every process has, in the order of the ranks, for the first of them; None for the others."""
         if self.count == 1:
             return [mine]
-        found: list | None = [None] * self.count if self.rank == 0 else None
-        dist.gather_object(mine, found)
-        return found
+        of_each: list | None = [None] * self.count if self.rank == 0 else None
+        dist.gather_object(mine, of_each)
+        return of_each
 
 
 @contextlib.contextmanager
