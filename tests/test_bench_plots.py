@@ -172,18 +172,14 @@ def test_known_means(tmp_path):
     ]  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    ("problem", "width"),
-    [
-        (DEPTHWISE, "depthwise"),
-        (dataclasses.replace(DEPTHWISE, groups=2), "narrow"),
-        (dataclasses.replace(DEPTHWISE, groups=1), "wide"),
-        (dataclasses.replace(DEPTHWISE, c_in=128, groups=2), "wide"),
-    ],
-)
-def test_width_classes(problem, width, tmp_path):
-    found = pass_rows(Layer("net.0", problem), "wgrad", {"implicit_gemm": 1, "torch_contiguous": 2}, "implicit_gemm")
-    kept = read(put(tmp_path, bench=[*limit_rows("bf16"), *found]), "bench.csv")
+WIDTHS = {"depthwise": {}, "narrow": {"groups": 2}, "wide": {"c_in": 128, "groups": 2}}
+
+
+@pytest.mark.parametrize(("width", "changes"), WIDTHS.items())
+def test_width_classes(width, changes, tmp_path):
+    layer = Layer("net.0", dataclasses.replace(DEPTHWISE, **changes))
+    bench = pass_rows(layer, "wgrad", {"implicit_gemm": 1, "torch_contiguous": 2}, "implicit_gemm")
+    kept = read(put(tmp_path, bench=[*limit_rows("bf16"), *bench]), "bench.csv")
     (summary,) = comparison.summary(kept)
     assert (summary.width, summary.over_best, summary.over_same) == (width, 2.0, None)
 
@@ -403,31 +399,25 @@ def test_runs_that_ended_early(tables, drawn, tmp_path):
     assert printed(tmp_path)
 
 
-def test_a_pass_that_is_missing_has_no_panel(tmp_path):
+def test_a_bench_of_one_pass(tmp_path):
+    """A pass that is missing has no panel; the legend shows what no bar of a panel is."""
     known(tmp_path, [(50, 300, 400, 100)])
-    made = plots.draw_bench(tmp_path)
-    assert list(made) == ["fraction_bf16_nhwc", "speedup_bf16_nhwc", "roofline_bf16_nhwc"]
-    assert all([axes.get_title() for axes in figure.axes] == ["fprop"] for figure in made.values())
-
-
-def test_the_legend_shows_what_no_bar_of_a_panel_is(tmp_path):
-    known(tmp_path, [(50, 300, 400, 100)])
-    (legend,) = plots.draw_bench(tmp_path)["speedup_bf16_nhwc"].legends
-    found = {text.get_text(): handle for text, handle in zip(legend.get_texts(), legend.legend_handles, strict=True)}
-    assert list(found) == ["depthwise", "narrow", "wide", "above 1.03", "between", "below 0.97"]
-    assert found["below 0.97"].get_hatch() == "////"
-    assert len({found[name].get_facecolor() for name in ("above 1.03", "between", "below 0.97")}) == 3
+    figures = plots.draw_bench(tmp_path)
+    assert list(figures) == ["fraction_bf16_nhwc", "speedup_bf16_nhwc", "roofline_bf16_nhwc"]
+    assert all([axes.get_title() for axes in figure.axes] == ["fprop"] for figure in figures.values())
+    (legend,) = figures["speedup_bf16_nhwc"].legends
+    shown = {text.get_text(): handle for text, handle in zip(legend.get_texts(), legend.legend_handles, strict=True)}
+    assert list(shown) == ["depthwise", "narrow", "wide", "above 1.03", "between", "below 0.97"]
+    assert shown["below 0.97"].get_hatch() == "////"
+    assert len({shown[name].get_facecolor() for name in ("above 1.03", "between", "below 0.97")}) == 3
 
 
 def test_sweeps_of_two_layers_are_not_drawn_as_one(tmp_path):
     one, other = (
         Layer("g4", dataclasses.replace(DEPTHWISE, c_in=channels, c_out=channels, groups=4)) for channels in (64, 128)
     )
-    found = [
-        r
-        for layer in (one, other)
-        for r in pass_rows(layer, "fprop", {"row_march": 1.0, "torch_native": 2.0}, "row_march")
-    ]
-    kept = read(put(tmp_path, bench=found), "bench.csv")
+    times = {"row_march": 1.0, "torch_native": 2.0}
+    bench = [r for layer in (one, other) for r in pass_rows(layer, "fprop", times, "row_march")]
+    kept = read(put(tmp_path, bench=bench), "bench.csv")
     assert len(comparison.pairs(kept)) == 2
     assert plots.draw_bench(tmp_path) == {}
