@@ -267,7 +267,7 @@ def test_compiles_ahead_in_other_processes(book, monkeypatch, tmp_path):
 def test_journal_knows_what_was_measured(tmp_path):
     path = tmp_path / "stub.jsonl"
     with journal.Journal(path, {"a": (1, 2)}) as book:
-        book.found("task", "one", journal.Finding(1e-3, 4e-3, {"registers": 90}, ""))
+        book.examined("task", "one", journal.Finding(1e-3, 4e-3, {"registers": 90}, ""))
         book.raced("task", 4, {"one": [1.0, 2.0]})
     other = {"a": [1, 3]}
     with journal.Journal(path, other) as book:

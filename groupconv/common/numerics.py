@@ -58,12 +58,12 @@ def operands(problem: ConvProblem, device: str = "cpu", seed: int = 0) -> Operan
     return Operands(normal(problem.x_shape, "x"), normal(problem.w_shape, "w"), normal(problem.y_shape, "dy"))
 
 
-def reference(problem: ConvProblem, given: Operands, pass_: str, images: Sequence[int] | None = None) -> Any:
+def reference(problem: ConvProblem, operands: Operands, pass_: str, images: Sequence[int] | None = None) -> Any:
     """A pass in float64 by F.conv2d; (dx, dw) of "backward". y and dx: of `images` only; dw: of the whole batch."""
     if pass_ == "backward":
-        return tuple(reference(problem, given, part, images) for part in ("dgrad", "wgrad"))
+        return tuple(reference(problem, operands, part, images) for part in ("dgrad", "wgrad"))
     top, bottom, left, right = problem.pad
-    w = given.w.double()
+    w = operands.w.double()
 
     def chunk(x: Tensor, dy: Tensor) -> Tensor:
         x = F.pad(x.double(), (left, right, top, bottom))
@@ -76,26 +76,22 @@ def reference(problem: ConvProblem, given: Operands, pass_: str, images: Sequenc
         )
         return dw if dx is None else dx[:, :, top : top + problem.h_in, left : left + problem.w_in]
 
-    wanted = list(range(problem.batch) if images is None or pass_ == "wgrad" else images)
-    parts = (
-        chunk(given.x[wanted[i : i + CHUNK]], given.dy[wanted[i : i + CHUNK]]) for i in range(0, len(wanted), CHUNK)
-    )
-    if pass_ == "wgrad":
-        return functools.reduce(torch.add, parts)
-    return torch.cat(list(parts))
+    wanted = torch.arange(problem.batch) if images is None or pass_ == "wgrad" else torch.tensor(images)
+    parts = (chunk(operands.x[some], operands.dy[some]) for some in wanted.split(CHUNK))
+    return functools.reduce(torch.add, parts) if pass_ == "wgrad" else torch.cat(list(parts))
 
 
-def worst_error(problem: ConvProblem, pass_: str, found: Any, expected: Any) -> tuple[float, float]:
+def worst_error(problem: ConvProblem, pass_: str, result: Any, expected: Any) -> tuple[float, float]:
     """(relative error, its bound) of a pass; in "backward" of (dx, dw), the one that is nearer its bound or past it."""
     if pass_ != "backward":
-        return relative_error(found, expected), error_bound(problem, pass_)
-    both = [worst_error(problem, *one) for one in zip(("dgrad", "wgrad"), found, expected, strict=True)]
-    return max(both, key=lambda each: math.inf if math.isnan(each[0]) else each[0] / each[1])
+        return relative_error(result, expected), error_bound(problem, pass_)
+    dx, dw = (worst_error(problem, *part) for part in zip(("dgrad", "wgrad"), result, expected, strict=True))
+    return max(dx, dw, key=lambda checked: math.inf if math.isnan(checked[0]) else checked[0] / checked[1])
 
 
-def relative_error(found: Tensor, expected: Tensor) -> float:
-    """||found - expected|| / ||expected||; NaN where anything was left unwritten."""
-    return ((found.double() - expected).norm() / expected.norm().clamp(min=1e-30)).item()
+def relative_error(result: Tensor, expected: Tensor) -> float:
+    """||result - expected|| / ||expected||; NaN where anything was left unwritten."""
+    return ((result.double() - expected).norm() / expected.norm().clamp(min=1e-30)).item()
 
 
 def error_bound(problem: ConvProblem, pass_: str) -> float:

@@ -44,7 +44,7 @@ class Journal:
         self._file = path.open("a", encoding="utf-8")
         self._append({"measured_with": self._measured_with}, before="" if whole else "\n")
 
-    def found(self, task: str, contender: str, finding: Finding) -> None:
+    def examined(self, task: str, contender: str, finding: Finding) -> None:
         """Keep what became of a contender."""
         self._append({"task": task, "contender": contender, **dataclasses.asdict(finding)})
         self.findings[task, contender] = finding

@@ -195,7 +195,7 @@ class Search:
         if finding is None:
             self._stop_when_passed()
             finding = self._examined(task, contender, subject)
-            self._journal.found(str(task), contender.name, finding)
+            self._journal.examined(str(task), contender.name, finding)
         return finding
 
     def _examined(self, task: Task, contender: Contender, subject: Subject) -> Finding:
@@ -209,7 +209,7 @@ class Search:
         try:
             checked = subject.check(task.pass_, contender)
         except DeviceLost as error:
-            self._journal.found(str(task), contender.name, Finding(None, None, {}, f"lost the device: {error}"))
+            self._journal.examined(str(task), contender.name, Finding(None, None, {}, f"lost the device: {error}"))
             raise
         except Exception as error:  # the finding of this contender; the others may do better
             return Finding(None, None, {}, failure(error))
