@@ -6,20 +6,15 @@ import dataclasses
 import pathlib
 import re
 import statistics
-from collections.abc import Callable, Iterable
 from operator import itemgetter
-from typing import TypeVar
 
 from groupconv import cost
-from groupconv.common import files
+from groupconv.common import files, grouped
 from groupconv.common.files import Row
 from groupconv.problem import PLANNED, ConvProblem
 
 from . import host_overhead, training
 from . import rows as rows_
-
-T = TypeVar("T")
-K = TypeVar("K")
 
 FILES = {"bench.csv": rows_.FIELDS, "models.csv": training.FIELDS, "host.csv": host_overhead.FIELDS}
 SAME_FORMAT = {"nchw": "torch_contiguous", "nhwc": "torch_channels_last"}
@@ -32,14 +27,6 @@ def read(folder: pathlib.Path) -> list[list[Row]]:
     """The rows of each of FILES, none for one that is missing; ValueError for one with other columns."""
     paths = {folder / name: fields for name, fields in FILES.items()}
     return [files.read(path, fields) if path.is_file() else [] for path, fields in paths.items()]
-
-
-def grouped(items: Iterable[T], key: Callable[[T], K]) -> dict[K, list[T]]:
-    """The items of each key, both in order of appearance."""
-    by_key: dict[K, list[T]] = {}
-    for item in items:
-        by_key.setdefault(key(item), []).append(item)
-    return by_key
 
 
 def layer_rows(rows: list[Row]) -> list[Row]:

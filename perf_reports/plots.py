@@ -15,12 +15,12 @@ from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties
 from matplotlib.legend import Legend
 
-from groupconv.common import files
+from groupconv.common import files, grouped
 from groupconv.common.files import Row
 from groupconv.problem import PASSES, PLANNED
 
 from . import comparison
-from .comparison import LOSS, WIDTHS, WIN, Pair, across_groups, across_kernels, grouped, kind, layer_rows, timed
+from .comparison import LOSS, WIDTHS, WIN, Pair, across_groups, across_kernels, kind, layer_rows, timed
 from .rows import PRIOR
 from .text import BENCH_PLOTS, NAMES, RUN_PLOTS, number, origin, provenance, scaled, subject, versions
 

@@ -48,11 +48,6 @@ Skip = Callable[[Fields], bool]
 Work = list[tuple[Layer, list[tuple[str, list[str]]]]]  # layers with the passes and algorithms to report on
 
 
-def never(row: Fields) -> bool:
-    """Skip nothing."""
-    return False
-
-
 def reported(problem: ConvProblem, target: Target) -> list[tuple[str, list[str]]]:
     """Each pass and the algorithms that can serve it; "backward", both gradients by one kernel, only where one can."""
     served = [(pass_, able(problem, pass_, target)) for pass_ in PLANNED]
@@ -142,7 +137,7 @@ def count_measured(layers: list[Layer], target: Target, chosen: Sequence[str] = 
 
 
 def measured(
-    layers: list[Layer], lab: Lab, chosen: Sequence[str] = BASELINES, skip: Skip = never,
+    layers: list[Layer], lab: Lab, chosen: Sequence[str] = BASELINES, skip: Skip = lambda row: False,
     compiler: Compiler | None = None,
 ) -> Generator[Fields, None, None]:  # fmt: skip
     """The device's limits in each dtype; then, for each layer and pass, each algorithm pinned, its peers, and what
@@ -177,7 +172,7 @@ def measured(
                 yield from bench.rows(layer, pass_, subject, names, peers(layer.problem, chosen))
 
 
-def of_peer(layers: list[Layer], lab: Lab, peer: str, skip: Skip = never) -> Generator[Fields, None, None]:
+def of_peer(layers: list[Layer], lab: Lab, peer: str, skip: Skip = lambda row: False) -> Generator[Fields, None, None]:
     """The rows of a peer alone, one that takes long to begin (torch_compile). skip: as of `measured`, by its name."""
     bench = _Bench(lab)
     for layer in layers:

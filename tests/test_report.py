@@ -371,7 +371,7 @@ def test_a_wrong_fused_pass_is_found_in_either_gradient():
     expected = numerics.reference(FUSED, numerics.operands(FUSED), "backward")
     for wrong in (0, 1):
         for fault in (lambda t: t * 1.01, lambda t: t * float("nan")):
-            gradients = [fault(t) if i == wrong else t for i, t in enumerate(expected)]
+            gradients = tuple(fault(t) if i == wrong else t for i, t in enumerate(expected))
             error, bound = numerics.worst_error(FUSED, "backward", gradients, expected)
             assert not error <= bound
     assert numerics.worst_error(FUSED, "backward", expected, expected)[0] == 0

@@ -7,7 +7,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +20,7 @@ TORCH_DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16} | dict.fromkeys(
 )
 OPERANDS = {"fprop": ("x", "w", None), "dgrad": ("dy", "w"), "wgrad": ("dy", "x"), "backward": ("dy", "x", "w")}
 CHUNK = 8  # images in float64 at a time
+PassResult: TypeAlias = "Tensor | tuple[Tensor, Tensor]"  # y, dx or dw; of "backward" (dx, dw)
 
 
 def dense_operand_strides(problem: ConvProblem) -> dict[str, tuple[int, ...]]:
@@ -58,10 +59,14 @@ def operands(problem: ConvProblem, device: str = "cpu", seed: int = 0) -> Operan
     return Operands(normal(problem.x_shape, "x"), normal(problem.w_shape, "w"), normal(problem.y_shape, "dy"))
 
 
-def reference(problem: ConvProblem, operands: Operands, pass_: str, images: Sequence[int] | None = None) -> Any:
+def reference(problem: ConvProblem, operands: Operands, pass_: str, images: Sequence[int] | None = None) -> PassResult:
     """A pass in float64 by F.conv2d; (dx, dw) of "backward". y and dx: of `images` only; dw: of the whole batch."""
     if pass_ == "backward":
-        return tuple(reference(problem, operands, part, images) for part in ("dgrad", "wgrad"))
+        return _reference(problem, operands, "dgrad", images), _reference(problem, operands, "wgrad", images)
+    return _reference(problem, operands, pass_, images)
+
+
+def _reference(problem: ConvProblem, operands: Operands, pass_: str, images: Sequence[int] | None) -> Tensor:
     top, bottom, left, right = problem.pad
     w = operands.w.double()
 
@@ -81,12 +86,15 @@ def reference(problem: ConvProblem, operands: Operands, pass_: str, images: Sequ
     return functools.reduce(torch.add, parts) if pass_ == "wgrad" else torch.cat(list(parts))
 
 
-def worst_error(problem: ConvProblem, pass_: str, result: Any, expected: Any) -> tuple[float, float]:
+def worst_error(problem: ConvProblem, pass_: str, result: PassResult, expected: PassResult) -> tuple[float, float]:
     """(relative error, its bound) of a pass; in "backward" of (dx, dw), the one that is nearer its bound or past it."""
-    if pass_ != "backward":
-        return relative_error(result, expected), error_bound(problem, pass_)
-    dx, dw = (worst_error(problem, *part) for part in zip(("dgrad", "wgrad"), result, expected, strict=True))
-    return max(dx, dw, key=lambda checked: math.inf if math.isnan(checked[0]) else checked[0] / checked[1])
+    passes = ("dgrad", "wgrad") if pass_ == "backward" else (pass_,)
+    results, references = (tensors if isinstance(tensors, tuple) else (tensors,) for tensors in (result, expected))
+    checked = [
+        (relative_error(tensor, reference), error_bound(problem, part))
+        for part, tensor, reference in zip(passes, results, references, strict=True)
+    ]
+    return max(checked, key=lambda error: math.inf if math.isnan(error[0]) else error[0] / error[1])
 
 
 def relative_error(result: Tensor, expected: Tensor) -> float:

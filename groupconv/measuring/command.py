@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import collections
 import contextlib
 import dataclasses
 import sys
@@ -12,7 +11,7 @@ import torch
 import triton
 
 from .. import configs, devices
-from ..common import Layer, files, progress
+from ..common import Layer, files, grouped, progress
 from ..common.progress import Deadline
 from ..compiling import workers
 from ..compiling.compiler import Compiler, processes
@@ -91,11 +90,9 @@ def _tune(layers: list[Layer], lab: Lab, mine: share.Share, deadline: Deadline, 
 
 def _part(todo: list[Task], mine: share.Share) -> list[Task]:
     """This process's tasks. Those of one layer stay together, whatever their dtype: one learns from the other."""
-    groups: dict[str, list[Task]] = collections.defaultdict(list)
-    for task in todo:
-        groups[str(dataclasses.replace(task.problem, dtype="bf16"))].append(task)
-    kept = {str(task) for group in mine.of(list(groups.values())) for task in group}
-    return [task for task in todo if str(task) in kept]
+    by_layer = grouped(todo, lambda task: dataclasses.replace(task.problem, dtype="bf16"))
+    kept = {task for group in mine.of(list(by_layer.values())) for task in group}
+    return [task for task in todo if task in kept]
 
 
 def measured_with(lab: Lab) -> dict[str, object]:

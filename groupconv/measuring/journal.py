@@ -59,14 +59,11 @@ class Journal:
         times = self.races.get((task, rounds))
         return times if times is not None and sorted(times) == sorted(contenders) else None
 
-    def close(self) -> None:
-        self._file.close()
-
     def __enter__(self) -> Journal:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self.close()
+        self._file.close()
 
     def _append(self, record: dict[str, object], before: str = "") -> None:
         self._file.write(before + json.dumps(record) + "\n")

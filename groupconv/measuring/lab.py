@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import functools
 import gc
+import statistics
 from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
@@ -17,6 +18,7 @@ from ..algorithms import REGISTRY
 from ..common.numerics import (
     TORCH_DTYPES,
     Operands,
+    PassResult,
     dense_operand_strides,
     operands,
     poisoned,
@@ -28,7 +30,7 @@ from ..problem import ConvProblem
 from . import peers
 from .contenders import Contender
 
-Run = Callable[[], Any]
+Run = Callable[[], PassResult]
 Race = Callable[[dict[str, Run], int], dict[str, list[float]]]
 COPY_BYTES = 2**30
 MATRIX_SIZE = 8192
@@ -153,7 +155,7 @@ class GpuLab:
             a, b = (torch.randn(matrix_size, matrix_size, device=self.device) for _ in range(2))
             a, b = (matrix.to(torch.bfloat16 if dtype == "bf16x3" else TORCH_DTYPES[dtype]) for matrix in (a, b))
             times = self.race({"copy": lambda: target.copy_(source), "matrix": lambda: a @ b}, LIMIT_ROUNDS)
-        copy_us, product_us = (median(times[name]) for name in ("copy", "matrix"))
+        copy_us, product_us = (statistics.median_high(times[name]) for name in ("copy", "matrix"))
         tflops = 2 * matrix_size**3 / product_us / 1e6
         return Limits(2 * copy_bytes / copy_us / 1e3, tflops / 3 if dtype == "bf16x3" else tflops)
 
@@ -161,11 +163,6 @@ class GpuLab:
 def this_gpu() -> GpuLab:
     """The current CUDA or ROCm device."""
     return GpuLab(devices.of_device(torch.cuda.current_device()), torch.cuda.get_device_name())
-
-
-def median(times: list[float]) -> float:
-    """The median; of an even number the upper of the two in the middle."""
-    return sorted(times)[len(times) // 2]
 
 
 @contextlib.contextmanager
@@ -194,7 +191,7 @@ class GpuSubject:
         self.problem, self.lab = problem, lab
         # The first images and the last: an index that overflows does so at the end.
         self.images = sorted({0, min(1, problem.batch - 1), problem.batch - 1})
-        self._expected: tuple[str, Any] | None = None
+        self._expected: tuple[str, PassResult] | None = None
         self._runs: dict[tuple[str, str], Run] = {}
 
     @functools.cached_property
@@ -252,10 +249,10 @@ class GpuSubject:
             self._runs[pass_, contender.name] = run
         return run
 
-    def _error(self, pass_: str, result: Any) -> tuple[float, float]:
+    def _error(self, pass_: str, result: PassResult) -> tuple[float, float]:
         if self._expected is None or self._expected[0] != pass_:
             self._expected = pass_, reference(self.problem, self.given, pass_, self.images)
-        if pass_ == "backward":
+        if isinstance(result, tuple):
             result = result[0][self.images], result[1]
         elif pass_ != "wgrad":
             result = result[self.images]

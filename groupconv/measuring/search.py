@@ -11,10 +11,11 @@ import dataclasses
 import functools
 import itertools
 import math
+import statistics
 from collections.abc import Callable, Iterable, Iterator
 
 from ..algorithms import able
-from ..common import Layer
+from ..common import Layer, grouped
 from ..common.progress import Deadline
 from ..compiling.compiler import Compiler
 from ..devices import Target
@@ -22,7 +23,7 @@ from ..problem import PLANNED, ConvProblem
 from . import contenders as contenders_
 from .contenders import Contender
 from .journal import Finding, Journal
-from .lab import DeviceLost, Lab, Subject, failure, median
+from .lab import DeviceLost, Lab, Subject, failure
 
 FIRST_ROUNDS, LAST_ROUNDS = 4, 32
 FINALISTS = 2  # of ours
@@ -109,9 +110,10 @@ class Search:
         """Race the tasks in their order: all, or as many as the time is enough for. DeviceLost ends it early."""
         seeded = {_of_dtype(task, SEEDED_BY.get(task.problem.dtype)): task for task in todo}
         waiting = {str(seeded[str(task)]) for task in todo if str(task) in seeded and not self._finalists(str(task))}
-        ahead = (task for group in _by_problem(todo) for task in group if str(task) not in waiting)
+        by_problem = grouped(todo, lambda task: task.problem)  # which share operands
+        ahead = (task for group in by_problem.values() for task in group if str(task) not in waiting)
         self._compile_next(ahead, COMPILED_AHEAD)
-        for group in _by_problem(todo):
+        for group in by_problem.values():
             with contextlib.ExitStack() as stack:
                 subject: Subject | None = None
                 for task in group:
@@ -188,7 +190,7 @@ class Search:
             self._stop_when_passed()
             times = subject.race(task.pass_, admitted, rounds)
             self._journal.raced(str(task), rounds, times)
-        return {name: median(taken) for name, taken in times.items()}
+        return {name: statistics.median_high(taken) for name, taken in times.items()}
 
     def _finding(self, task: Task, contender: Contender, subject: Subject) -> Finding:
         finding = self._journal.findings.get((str(task), contender.name))
@@ -235,11 +237,3 @@ def survivors(
 def _of_dtype(task: Task, dtype: str | None) -> str:
     """The name of the task that differs in its dtype only; of none without a dtype."""
     return "" if dtype is None else str(Task("", dataclasses.replace(task.problem, dtype=dtype), task.pass_))
-
-
-def _by_problem(todo: list[Task]) -> Iterable[list[Task]]:
-    """The tasks of each problem together, in order: they share operands."""
-    by_problem: dict[ConvProblem, list[Task]] = {}
-    for task in todo:
-        by_problem.setdefault(task.problem, []).append(task)
-    return by_problem.values()

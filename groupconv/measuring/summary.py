@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import collections
 import pathlib
 import statistics
 import sys
@@ -11,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from .. import cost
+from ..common import grouped
 from .results import model_correlations
 from .search import OUT_OF_TIME, Result
 from .stub import NAME as STUB
@@ -44,11 +44,12 @@ def speedups(results: list[Result], pretended: bool) -> Table:
         table.add_column(name)
     for name in ("passes", "over F.conv2d", "over the best of PyTorch", "ours is faster"):
         table.add_column(name, justify="right")
-    classes: dict[tuple[str, ...], list[Result]] = collections.defaultdict(list)
-    for result in results:
+
+    def class_of(result: Result) -> tuple[str, str, str, str]:
         problem = result.task.problem
-        classes[cost.width_class(problem), result.task.pass_, problem.dtype, problem.layout].append(result)
-    for names, of_class in classes.items():
+        return cost.width_class(problem), result.task.pass_, problem.dtype, problem.layout
+
+    for names, of_class in grouped(results, class_of).items():
         same = [r.torch_us / r.time_us for r in of_class if r.torch_us is not None and r.time_us is not None]
         best = [r.best_torch_us / r.time_us for r in of_class if r.best_torch_us is not None and r.time_us is not None]
         table.add_row(*names, str(len(of_class)), _mean(same), _mean(best), str(sum(ratio > 1 for ratio in same)))
