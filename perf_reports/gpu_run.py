@@ -140,10 +140,10 @@ def tests(log: pathlib.Path, deadline: Deadline) -> bool:
         elif status is not None:
             print(f"tests: pytest ended with status {status}; {log} says why")
             return False
-    found = outcomes(log.read_text(encoding="utf-8"))
-    counts = collections.Counter(found.values())
+    ended = outcomes(log.read_text(encoding="utf-8"))
+    counts = collections.Counter(ended.values())
     print(f"tests: {', '.join(f'{count} {outcome.lower()}' for outcome, count in counts.items()) or 'none yet'}")
-    for test, outcome in found.items():
+    for test, outcome in ended.items():
         if outcome in FAILURES:
             print(f"  {outcome} {test}")
     return not FAILURES & set(counts)

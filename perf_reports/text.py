@@ -12,6 +12,7 @@ from operator import itemgetter
 from rich.table import Table
 
 from groupconv import cost
+from groupconv.common import grouped
 from groupconv.common.files import Row
 from groupconv.problem import PASSES, PLANNED
 
@@ -27,7 +28,6 @@ from .comparison import (
     across_groups,
     across_kernels,
     first_of_each_layer,
-    grouped,
     kind,
     layer_rows,
     takes,

@@ -14,7 +14,8 @@ import torch
 
 from .. import devices
 from ..algorithms import REGISTRY, candidates, divided
-from ..common.numerics import Operands, dense_operand_strides, operands, poisoned, reference, worst_error
+from ..common import numerics
+from ..common.numerics import dense_operand_strides, poisoned, reference, worst_error
 from ..problem import ConvProblem
 from . import workers
 
@@ -56,8 +57,8 @@ def largest_tiles(tiles: Sequence[dict[str, int]]) -> dict[str, int]:
 
 
 @functools.lru_cache(maxsize=1)
-def _operands(problem: ConvProblem) -> Operands:
-    return operands(problem)
+def _operands(problem: ConvProblem) -> numerics.Operands:
+    return numerics.operands(problem)
 
 
 def _answer(job: workers.Fields) -> workers.Fields:
@@ -65,11 +66,11 @@ def _answer(job: workers.Fields) -> workers.Fields:
     # Where nothing is worth measuring for so small a problem, the configuration of the one that it stands for.
     tile = largest_tiles(candidates(algorithm.NAME, problem, pass_, devices.DEFAULT) or [job["config"]])
     config = divided(algorithm.NAME, problem, pass_, tile, devices.DEFAULT)[0]
-    given = _operands(problem)
+    operands = _operands(problem)
     call = algorithm.prepare(problem, pass_, config, devices.DEFAULT, dense_operand_strides(problem))
     with poisoned():
-        found = call(*given.of(pass_))
-    error, bound = worst_error(problem, pass_, found, reference(problem, given, pass_))
+        result = call(*operands.of(pass_))
+    error, bound = worst_error(problem, pass_, result, reference(problem, operands, pass_))
     return {"error": error, "bound": bound}
 
 
