@@ -38,7 +38,7 @@ TARGETS = ("sm_90", "sm_80", "gfx942", "sm_100", "gfx1100")  # one a kind of mat
 DTYPES = ("bf16", "tf32", "fp32")
 LARGEST = 1.6  # times the registers that there are: of tiles that hold more nobody needs to know
 ENOUGH = 8  # tiles without spills, to fit by
-SPILL_COSTS = 4  # tiles that do not spill: what one that does may cost where the limit is drawn
+SPILL_COSTS = 20  # tiles that do not spill: what one that does may cost where the limit is drawn
 PENDING = 8
 Suites = dict[tuple[str, str], list[Layer]]  # by dtype and layout
 

@@ -139,7 +139,7 @@ def test_backends_without_a_fused_backward():
 
     assert fused("triton").algorithm in able(DEPTHWISE, "backward", devices.DEFAULT)
     assert fused("triton:implicit_gemm") is fused("torch") is fused(refusal="a reason") is None
-    assert fused("triton", problem=dataclasses.replace(PROBLEM, groups=1)) is None
+    assert fused("triton", problem=WIDE) is None
 
 
 @pytest.mark.parametrize(
@@ -426,7 +426,11 @@ def test_tuning_without_a_home_asks_for_a_folder(monkeypatch, capsys):
 def test_shipped_measurements_are_whole():
     """Every shipped device file parses, was measured with these kernels, and names known algorithms."""
     folder = importlib.resources.files("groupconv.autotune_configs")
-    texts = {file.name: file.read_text() for file in folder.iterdir() if file.name.endswith(".json")}
+    texts = {
+        file.name: file.read_text()
+        for file in folder.iterdir()
+        if file.name.endswith(".json") and file.name != "registers.json"
+    }
     device_files = {name: text for name, text in texts.items() if "device" in json.loads(text)}
     assert device_files
     for name, text in device_files.items():

@@ -36,7 +36,7 @@ class Outcome:
 
 
 def run(args: argparse.Namespace, layers: list[Layer]) -> int:
-    """Compile what is planned for all widths of groups, and for layers; ValueError for arguments that ask for nothing."""
+    """Compile what is planned for all widths of groups, and for layers; ValueError for bad arguments."""
     if args.algorithm not in (None, *REGISTRY):
         raise ValueError(f"--algorithm: {args.algorithm!r} is not one of {', '.join(REGISTRY)}")
     if args.jobs is not None and args.jobs < 1:
