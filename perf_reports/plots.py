@@ -201,7 +201,7 @@ def _sweeps(rows: list[Row]) -> dict[str, Figure]:
     """Time and fraction of the limit across group counts or kernel sizes."""
     figures = {}
     for name, title, draw_panel in (
-        ("time", "Time of each pass", _time), ("fraction", "Fraction of the limit reached", _fraction)
+        ("time", "Time of each pass", _time_of_report), ("fraction", "Fraction of the limit reached", _fraction)
     ):  # fmt: skip
         figures[name], panels = _panels(PASSES, 4, 4.6, sharey=True)
         for pass_, axes in panels.items():
@@ -213,15 +213,25 @@ def _sweeps(rows: list[Row]) -> dict[str, Figure]:
 
 
 def _time(axes: Axes, rows: list[Row], pass_: str) -> None:
+    """Time across group counts or kernel sizes, a line a provider, and the floor."""
     _lines(axes, rows, pass_, "us_p50")
     axes.plot(*_floors(rows, pass_), label="floor", **FLOOR)
-    ungrouped = [float(row["ungrouped_floor_us"]) for row in layer_rows(rows) if row["pass"] == pass_]
-    if not across_groups(rows):
-        axes.plot(*points(rows, pass_, "auto", "us_p50"), label="auto", **AUTO)
-    elif ungrouped:  # a run that ended early may lack a pass
-        axes.axhline(ungrouped[0], label="floor of the ungrouped layer", **UNGROUPED)
     _sweep_axis(axes, rows)
     _log_y(axes, "time, us")
+
+
+def _auto(axes: Axes, rows: list[Row], pass_: str) -> None:
+    """A ring on what "auto" takes."""
+    axes.plot(*points(rows, pass_, "auto", "us_p50"), label="auto", **AUTO)
+
+
+def _time_of_report(axes: Axes, rows: list[Row], pass_: str) -> None:
+    _time(axes, rows, pass_)
+    ungrouped = [float(row["ungrouped_floor_us"]) for row in layer_rows(rows) if row["pass"] == pass_]
+    if not across_groups(rows):
+        _auto(axes, rows, pass_)
+    elif ungrouped:  # a run that ended early may lack a pass
+        axes.axhline(ungrouped[0], label="floor of the ungrouped layer", **UNGROUPED)
 
 
 def _fraction(axes: Axes, rows: list[Row], pass_: str) -> None:
@@ -367,11 +377,8 @@ def _groups(rows: list[Row]) -> Figure:
     """Time across group counts, a line a provider; rings show what "auto" takes."""
     figure, panels = _panels(_passes_of(filter(timed, rows)), 4.2, 5.2, sharex=True, sharey=True)
     for pass_, axes in panels.items():
-        _lines(axes, rows, pass_, "us_p50")
-        axes.plot(*points(rows, pass_, "auto", "us_p50"), label="auto", **AUTO)
-        axes.plot(*_floors(rows, pass_), label="floor", **FLOOR)
-        _sweep_axis(axes, rows)
-        _log_y(axes, "time, us")
+        _time(axes, rows, pass_)
+        _auto(axes, rows, pass_)
         axes.label_outer()
     _legend(figure, next(iter(panels.values())))
     return _finish(figure, rows, BENCH_PLOTS["groups"], subject(rows))

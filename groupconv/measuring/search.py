@@ -23,7 +23,7 @@ from ..problem import PLANNED, ConvProblem
 from . import contenders as contenders_
 from .contenders import Contender
 from .journal import Finding, Journal
-from .lab import DeviceLost, Lab, Subject, failure
+from .lab import DeviceLost, Lab, Subject, failure, tried
 
 FIRST_ROUNDS, LAST_ROUNDS = 4, 32
 FINALISTS = 2  # of ours
@@ -209,13 +209,11 @@ class Search:
             if faults := compiled.faults(self._lab.target):
                 return Finding(None, None, resources, "; ".join(faults))
         try:
-            checked = subject.check(task.pass_, contender)
+            checked = tried(subject, task.pass_, contender)
         except DeviceLost as error:
             self._journal.examined(str(task), contender.name, Finding(None, None, {}, f"lost the device: {error}"))
             raise
-        except Exception as error:  # the finding of this contender; the others may do better
-            return Finding(None, None, {}, failure(error))
-        return Finding(checked.error, checked.bound, resources, checked.wrong or "")
+        return Finding(checked.error, checked.bound, {} if checked.failed else resources, checked.fault)
 
     def _stop_when_passed(self) -> None:
         if self._deadline.passed:
