@@ -36,6 +36,9 @@ PEER_STYLES: dict[str, dict[str, Any]] = {
 OWN_STYLES = (("#0072B2", "o"), ("#D55E00", "s"), ("#009E73", "^"), ("#CC79A7", "D"), ("#F0E442", "v"))
 FLOOR: dict[str, Any] = {"color": "black", "linestyle": "--", "linewidth": 1.2}
 AUTO: dict[str, Any] = {"color": "black", "linestyle": "none", "marker": "o", "markersize": 12, "fillstyle": "none"}
+# What layers differ in along an axis, by its field; these labels, and FLOPs a byte, are of no time.
+ALONG = {"groups": "groups", "kh": "kernel height and width, pixels"}
+INTENSITY = "FLOPs a byte, every operand moved once"
 LEAST_WIDTH = 10.5  # inches of the narrowest figure, which its title fits
 UNGROUPED: dict[str, Any] = {"color": "0.45", "linestyle": ":", "linewidth": 1.6}
 
@@ -60,7 +63,7 @@ def write_pdf(figures: Mapping[str, Figure], path: pathlib.Path) -> None:
 
 def _finish(figure: Figure, rows: list[Row], what: str, *about: str) -> Figure:
     """Title a figure: what it shows, lines about it, and where its rows come from. Where nothing was measured, each of
-    its titles and labels says so.
+    its titles and labels that is about times says so.
     """
 
     def labelled(text: str) -> str:
@@ -69,7 +72,7 @@ def _finish(figure: Figure, rows: list[Row], what: str, *about: str) -> Figure:
     figure.suptitle("\n".join([labelled(what), *about, provenance(rows)]), fontsize=10)
     for axes in figure.axes:
         for label in (axes.title, axes.xaxis.label, axes.yaxis.label):
-            if label.get_text():
+            if label.get_text() not in ("", INTENSITY, *ALONG.values()):
                 label.set_text(labelled(label.get_text()))
     return figure
 
@@ -118,7 +121,7 @@ def _sweep_axis(axes: Axes, rows: list[Row]) -> None:
         axes.set_xscale("log", base=2)
     axes.set_xticks(counts, [str(count) for count in counts])
     axes.xaxis.set_minor_locator(ticker.NullLocator())
-    axes.set_xlabel("groups" if along == "groups" else "kernel height and width, pixels")
+    axes.set_xlabel(ALONG[along])
     _grid(axes)
 
 
@@ -450,7 +453,7 @@ def _rooflines(rows: list[Row], pairs: list[Pair], gbps: float, tflops: float) -
         axes.plot(roof, [min(x * gbps / 1e3, tflops) for x in roof], label="limit", **FLOOR)
         _log_x(axes, 10, "{x:g}")
         _log_y(axes, "useful TFLOP/s")
-        axes.set_xlabel("FLOPs a byte, every operand moved once")
+        axes.set_xlabel(INTENSITY)
         _grid(axes)
         axes.label_outer()
     _legend(figure, next(iter(panels.values())))
