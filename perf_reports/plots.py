@@ -20,7 +20,7 @@ from groupconv.common.files import Row
 from groupconv.problem import PASSES, PLANNED
 
 from . import comparison
-from .comparison import LOSS, WIDTHS, WIN, Pair, across_groups, across_kernels, kind, layer_rows, timed
+from .comparison import LOSS_BELOW, WIDTHS, WIN_ABOVE, Pair, across_groups, across_kernels, kind, layer_rows, timed
 from .rows import PRIOR
 from .text import BENCH_PLOTS, NAMES, RUN_PLOTS, number, origin, provenance, scaled, subject, versions
 
@@ -343,9 +343,9 @@ def _layers(rows: list[Row]) -> Figure:
 # Field of a Pair: colour, marker, area, label. The second is drawn over the first, which shows around it.
 SERIES = {"auto": ("#0072B2", "o", 42, "auto"), "best": ("#E69F00", "X", 22, "best of PyTorch")}
 RESULTS = {
-    "win": ("#0072B2", "", f"above {WIN}"),
+    "win": ("#0072B2", "", f"above {WIN_ABOVE}"),
     "tie": ("0.75", "", "between"),
-    "loss": ("#D55E00", "////", f"below {LOSS}"),
+    "loss": ("#D55E00", "////", f"below {LOSS_BELOW}"),
 }
 MARKERS = dict(zip(WIDTHS, ("o", "s", "^"), strict=True))
 FILLS = (("#0072B2", ""), ("#E69F00", "///"), ("#009E73", "..."), ("#CC79A7", "xxx"), ("#56B4E9", "\\\\\\"))
@@ -407,7 +407,7 @@ def _fractions(rows: list[Row], pairs: list[Pair]) -> Figure:
 
 
 def _result(pair: Pair) -> str:
-    return "win" if pair.speedup > WIN else "loss" if pair.speedup < LOSS else "tie"
+    return "win" if pair.speedup > WIN_ABOVE else "loss" if pair.speedup < LOSS_BELOW else "tie"
 
 
 def _speedups(rows: list[Row], pairs: list[Pair]) -> Figure:
@@ -457,7 +457,7 @@ def _rooflines(rows: list[Row], pairs: list[Pair], gbps: float, tflops: float) -
         _grid(axes)
         axes.label_outer()
     _legend(figure, next(iter(panels.values())))
-    limit = f"limit: a copy at {number(str(gbps))} GB/s, a matrix product at {number(str(tflops))} TFLOP/s"
+    limit = f"limit: a copy at {number(gbps)} GB/s, a matrix product at {number(tflops)} TFLOP/s"
     return _finish(figure, rows, BENCH_PLOTS["roofline"], subject(rows), limit)
 
 

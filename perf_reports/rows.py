@@ -41,7 +41,7 @@ BASELINES = ("torch_contiguous", "torch_channels_last")
 PEERS = (*BASELINES, "torch_native", "torch_compile", "flag_gems")
 TWO_KERNELS = "takes dgrad and wgrad"  # "auto" for "backward", where no one kernel is faster
 ROUNDS = 30
-COMPILED_AHEAD = 64  # configurations: of about 8 layers
+CONFIGURATIONS_COMPILED_AHEAD = 64  # of about 8 layers
 
 Fields = dict[str, Any]  # of a row, as it is made
 Skip = Callable[[Fields], bool]
@@ -160,7 +160,7 @@ def measured(
         for name in names
     )
     if compiler is not None:
-        for job in itertools.islice(ahead, COMPILED_AHEAD):
+        for job in itertools.islice(ahead, CONFIGURATIONS_COMPILED_AHEAD):
             compiler.submit(job)
     for layer, passes in work:
         yield from bench.limit_rows(layer.problem.dtype)

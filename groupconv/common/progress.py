@@ -8,7 +8,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 
-SECONDS = 10.0  # at least, from a line to the next
+SECONDS_BETWEEN_LINES = 10.0
 
 
 class Deadline:
@@ -58,7 +58,7 @@ def _lines(command: str, unit: str, total: int | None, clock: Callable[[], float
     def step(what: str) -> None:
         nonlocal done, told
         done += 1
-        if clock() - told >= SECONDS:
+        if clock() - told >= SECONDS_BETWEEN_LINES:
             told = clock()
             of = "" if total is None else f" of {total}"
             print(f"{command}: {done}{of} {unit}, {told - began:.0f} s", file=sys.stderr, flush=True)
