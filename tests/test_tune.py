@@ -372,7 +372,7 @@ def fixed(task, times, modelled=None):
         else Contender(name, {"BLOCK_M": 16}, (modelled or {}).get(name, 1.0))
         for name in times
     )
-    medians = {each.name: time for each, time in zip(raced, times.values(), strict=True)}
+    medians = {contender.name: time for contender, time in zip(raced, times.values(), strict=True)}
     return search.Result(task, raced, medians, raced, medians, ())
 
 
