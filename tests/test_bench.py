@@ -138,6 +138,7 @@ def test_bench_goes_on(tmp_path, monkeypatch, capsys):
     assert cli.main([*QUICK, "--out", str(tmp_path), "--csv-only", "--budget-seconds", "20"]) == 0
     assert "the same command goes on" in capsys.readouterr().err
     part = read(tmp_path, "bench.csv")
+    assert part[-1]["provider"] == "auto"  # no pass is left in the middle
     assert 10 < len(part) < 40
     assert cli.main([*QUICK, "--out", str(tmp_path), "--csv-only"]) == 0
     whole = read(tmp_path, "bench.csv")

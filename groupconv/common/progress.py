@@ -1,4 +1,4 @@
-"""How far a command is: its time budget; and a bar on a terminal, elsewhere a line now and then."""
+"""How far a command is: its time budget; a bar on a terminal, elsewhere a line now and then; and where tables go."""
 
 from __future__ import annotations
 
@@ -7,8 +7,13 @@ import math
 import sys
 import time
 from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 SECONDS_BETWEEN_LINES = 10.0
+COLUMNS = 200  # of a table that is written to no terminal
 
 
 class Deadline:
@@ -28,6 +33,13 @@ class Deadline:
     def left(self) -> float | None:
         """Seconds, not below 0; None of a budget that never ends."""
         return None if self._end is None else max(0.0, self._end - self._clock())
+
+
+def console() -> Console:
+    """Where tables are printed: as wide as the terminal, elsewhere COLUMNS."""
+    from rich.console import Console
+
+    return Console(width=None if sys.stdout.isatty() else COLUMNS)
 
 
 @contextlib.contextmanager
