@@ -30,9 +30,9 @@ OPTIONS = ("num_warps", "num_stages")
 KEY_FIELDS = tuple(ConvProblem(1, 1, 1, 1, 1, 1, 1).config_key("fprop"))
 # Fields in which a measurement may differ and still speak for a problem; all others must be equal.
 SCALED_FIELDS = ("groups_bucket", "m_bucket", "map_bucket")
-FARTHEST = 4.0  # of a nearest entry, in powers of two
+FARTHEST_LOG2 = 4.0  # that a nearest entry may be
 # No time in microseconds, ratio or size is beyond these: what is computed of them neither overflows nor vanishes.
-LEAST, MOST = 1e-9, 1e12
+LEAST_FIGURE, LARGEST_FIGURE = 1e-9, 1e12
 
 
 class DamagedFile(ValueError):
@@ -79,7 +79,7 @@ class DeviceFile:
     def lookup(self, problem: ConvProblem, pass_: str) -> tuple[Entry, str] | None:
         """(entry, "exact") or the ("nearest") one in log space with every discrete field equal; None if none is."""
         key = problem.config_key(pass_)
-        nearest, least_distance = None, FARTHEST
+        nearest, least_distance = None, FARTHEST_LOG2
         for entry in self._by_class.get(_discrete(key), ()):
             distance = math.hypot(*(math.log2(entry.key[field] / key[field]) for field in SCALED_FIELDS))
             if distance == 0:
@@ -228,7 +228,7 @@ def _damage_in(place: str) -> Iterator[None]:
 
 
 def _is_positive(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and LEAST <= value <= MOST
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and LEAST_FIGURE <= value <= LARGEST_FIGURE
 
 
 def _is_positive_int(value: Any) -> bool:

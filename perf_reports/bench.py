@@ -16,7 +16,6 @@ import tempfile
 from collections.abc import Callable, Generator, Sequence
 
 import torch
-from rich.console import Console
 
 from groupconv import devices, options
 from groupconv.common import Layer, files, progress
@@ -68,7 +67,7 @@ def report(args: argparse.Namespace) -> int:
         names = [RESULTS, "REPORT.md", *drawn]
         for name in names:
             os.replace(unfinished / name, folder / name)
-    console = Console(width=None if sys.stdout.isatty() else 200)
+    console = progress.console()
     for printed in text.tables(table):
         console.print(printed)
     if taken < total:
@@ -125,7 +124,7 @@ def bench(args: argparse.Namespace) -> int:
     if not args.csv_only:
         plots.write(plots.draw_bench(folder), folder)
         files.write_atomically(folder / "REPORT.md", text.bench(folder))
-        console = Console(width=None if sys.stdout.isatty() else 160)
+        console = progress.console()
         console.print(text.bench_table(folder))
         console.print(f"REPORT.md and plots in {folder}", markup=False, highlight=False)
     if ended or not complete:

@@ -20,7 +20,7 @@ FILES = {"bench.csv": rows_.FIELDS, "models.csv": training.FIELDS, "host.csv": h
 SAME_FORMAT = {"nchw": "torch_contiguous", "nhwc": "torch_channels_last"}
 TORCH = tuple(name for name in rows_.PEERS if name.startswith("torch_"))
 WIDTHS = ("depthwise", "narrow", "wide")
-WIN, LOSS = 1.03, 0.97  # speedups between them are ties
+WIN_ABOVE, LOSS_BELOW = 1.03, 0.97  # speedups between them are ties
 
 
 def read(folder: pathlib.Path) -> list[list[Row]]:
@@ -178,8 +178,8 @@ def summary(rows: list[Row]) -> list[Summary]:
                 layers=len(mine),
                 over_best=statistics.geometric_mean(speedups),
                 over_same=statistics.geometric_mean(over_same) if over_same else None,
-                wins=sum(speedup > WIN for speedup in speedups),
-                losses=sum(speedup < LOSS for speedup in speedups),
+                wins=sum(speedup > WIN_ABOVE for speedup in speedups),
+                losses=sum(speedup < LOSS_BELOW for speedup in speedups),
                 fallbacks=sum(takes(pair.auto) == "F.conv2d" for pair in mine),
                 memory_bound=len(memory_bound),
                 fraction=statistics.median(float(row["fraction"]) for row in memory_bound) if memory_bound else None,

@@ -27,10 +27,9 @@ import tempfile
 
 import pytest
 import torch
-from rich.console import Console
 
 from groupconv import configs, devices
-from groupconv.common import files
+from groupconv.common import files, progress
 from groupconv.common.progress import Deadline
 from groupconv.measuring import stub
 
@@ -179,7 +178,7 @@ def _write_up(folder: pathlib.Path) -> None:
         return
     plots.write_pdf(plots.draw_bench(folder), folder / "plots.pdf")
     files.write_atomically(folder / "REPORT.md", text.bench(folder))
-    Console(width=None if sys.stdout.isatty() else 160).print(text.bench_table(folder))
+    progress.console().print(text.bench_table(folder))
 
 
 def ship_command(argv: list[str]) -> int:

@@ -20,7 +20,7 @@ from groupconv.common.files import Row
 from groupconv.problem import PASSES, PLANNED
 
 from . import comparison
-from .comparison import LOSS, WIDTHS, WIN, Pair, across_groups, across_kernels, kind, layer_rows, timed
+from .comparison import LOSS_BELOW, WIDTHS, WIN_ABOVE, Pair, across_groups, across_kernels, kind, layer_rows, timed
 from .rows import PRIOR
 from .text import BENCH_PLOTS, NAMES, RUN_PLOTS, number, origin, provenance, scaled, subject, versions
 
@@ -36,6 +36,9 @@ PEER_STYLES: dict[str, dict[str, Any]] = {
 OWN_STYLES = (("#0072B2", "o"), ("#D55E00", "s"), ("#009E73", "^"), ("#CC79A7", "D"), ("#F0E442", "v"))
 FLOOR: dict[str, Any] = {"color": "black", "linestyle": "--", "linewidth": 1.2}
 AUTO: dict[str, Any] = {"color": "black", "linestyle": "none", "marker": "o", "markersize": 12, "fillstyle": "none"}
+# What layers differ in along an axis, by its field; these labels, and FLOPs a byte, are of no time.
+ALONG = {"groups": "groups", "kh": "kernel height and width, pixels"}
+INTENSITY = "FLOPs a byte, every operand moved once"
 LEAST_WIDTH = 10.5  # inches of the narrowest figure, which its title fits
 UNGROUPED: dict[str, Any] = {"color": "0.45", "linestyle": ":", "linewidth": 1.6}
 
@@ -60,7 +63,7 @@ def write_pdf(figures: Mapping[str, Figure], path: pathlib.Path) -> None:
 
 def _finish(figure: Figure, rows: list[Row], what: str, *about: str) -> Figure:
     """Title a figure: what it shows, lines about it, and where its rows come from. Where nothing was measured, each of
-    its titles and labels says so.
+    its titles and labels that is about times says so.
     """
 
     def labelled(text: str) -> str:
@@ -69,7 +72,7 @@ def _finish(figure: Figure, rows: list[Row], what: str, *about: str) -> Figure:
     figure.suptitle("\n".join([labelled(what), *about, provenance(rows)]), fontsize=10)
     for axes in figure.axes:
         for label in (axes.title, axes.xaxis.label, axes.yaxis.label):
-            if label.get_text():
+            if label.get_text() not in ("", INTENSITY, *ALONG.values()):
                 label.set_text(labelled(label.get_text()))
     return figure
 
@@ -118,7 +121,7 @@ def _sweep_axis(axes: Axes, rows: list[Row]) -> None:
         axes.set_xscale("log", base=2)
     axes.set_xticks(counts, [str(count) for count in counts])
     axes.xaxis.set_minor_locator(ticker.NullLocator())
-    axes.set_xlabel("groups" if along == "groups" else "kernel height and width, pixels")
+    axes.set_xlabel(ALONG[along])
     _grid(axes)
 
 
@@ -201,7 +204,7 @@ def _sweeps(rows: list[Row]) -> dict[str, Figure]:
     """Time and fraction of the limit across group counts or kernel sizes."""
     figures = {}
     for name, title, draw_panel in (
-        ("time", "Time of each pass", _time), ("fraction", "Fraction of the limit reached", _fraction)
+        ("time", "Time of each pass", _time_of_report), ("fraction", "Fraction of the limit reached", _fraction)
     ):  # fmt: skip
         figures[name], panels = _panels(PASSES, 4, 4.6, sharey=True)
         for pass_, axes in panels.items():
@@ -213,15 +216,25 @@ def _sweeps(rows: list[Row]) -> dict[str, Figure]:
 
 
 def _time(axes: Axes, rows: list[Row], pass_: str) -> None:
+    """Time across group counts or kernel sizes, a line a provider, and the floor."""
     _lines(axes, rows, pass_, "us_p50")
     axes.plot(*_floors(rows, pass_), label="floor", **FLOOR)
-    ungrouped = [float(row["ungrouped_floor_us"]) for row in layer_rows(rows) if row["pass"] == pass_]
-    if not across_groups(rows):
-        axes.plot(*points(rows, pass_, "auto", "us_p50"), label="auto", **AUTO)
-    elif ungrouped:  # a run that ended early may lack a pass
-        axes.axhline(ungrouped[0], label="floor of the ungrouped layer", **UNGROUPED)
     _sweep_axis(axes, rows)
     _log_y(axes, "time, us")
+
+
+def _auto(axes: Axes, rows: list[Row], pass_: str) -> None:
+    """A ring on what "auto" takes."""
+    axes.plot(*points(rows, pass_, "auto", "us_p50"), label="auto", **AUTO)
+
+
+def _time_of_report(axes: Axes, rows: list[Row], pass_: str) -> None:
+    _time(axes, rows, pass_)
+    ungrouped = [float(row["ungrouped_floor_us"]) for row in layer_rows(rows) if row["pass"] == pass_]
+    if not across_groups(rows):
+        _auto(axes, rows, pass_)
+    elif ungrouped:  # a run that ended early may lack a pass
+        axes.axhline(ungrouped[0], label="floor of the ungrouped layer", **UNGROUPED)
 
 
 def _fraction(axes: Axes, rows: list[Row], pass_: str) -> None:
@@ -330,9 +343,9 @@ def _layers(rows: list[Row]) -> Figure:
 # Field of a Pair: colour, marker, area, label. The second is drawn over the first, which shows around it.
 SERIES = {"auto": ("#0072B2", "o", 42, "auto"), "best": ("#E69F00", "X", 22, "best of PyTorch")}
 RESULTS = {
-    "win": ("#0072B2", "", f"above {WIN}"),
+    "win": ("#0072B2", "", f"above {WIN_ABOVE}"),
     "tie": ("0.75", "", "between"),
-    "loss": ("#D55E00", "////", f"below {LOSS}"),
+    "loss": ("#D55E00", "////", f"below {LOSS_BELOW}"),
 }
 MARKERS = dict(zip(WIDTHS, ("o", "s", "^"), strict=True))
 FILLS = (("#0072B2", ""), ("#E69F00", "///"), ("#009E73", "..."), ("#CC79A7", "xxx"), ("#56B4E9", "\\\\\\"))
@@ -367,11 +380,8 @@ def _groups(rows: list[Row]) -> Figure:
     """Time across group counts, a line a provider; rings show what "auto" takes."""
     figure, panels = _panels(_passes_of(filter(timed, rows)), 4.2, 5.2, sharex=True, sharey=True)
     for pass_, axes in panels.items():
-        _lines(axes, rows, pass_, "us_p50")
-        axes.plot(*points(rows, pass_, "auto", "us_p50"), label="auto", **AUTO)
-        axes.plot(*_floors(rows, pass_), label="floor", **FLOOR)
-        _sweep_axis(axes, rows)
-        _log_y(axes, "time, us")
+        _time(axes, rows, pass_)
+        _auto(axes, rows, pass_)
         axes.label_outer()
     _legend(figure, next(iter(panels.values())))
     return _finish(figure, rows, BENCH_PLOTS["groups"], subject(rows))
@@ -397,7 +407,7 @@ def _fractions(rows: list[Row], pairs: list[Pair]) -> Figure:
 
 
 def _result(pair: Pair) -> str:
-    return "win" if pair.speedup > WIN else "loss" if pair.speedup < LOSS else "tie"
+    return "win" if pair.speedup > WIN_ABOVE else "loss" if pair.speedup < LOSS_BELOW else "tie"
 
 
 def _speedups(rows: list[Row], pairs: list[Pair]) -> Figure:
@@ -443,11 +453,11 @@ def _rooflines(rows: list[Row], pairs: list[Pair], gbps: float, tflops: float) -
         axes.plot(roof, [min(x * gbps / 1e3, tflops) for x in roof], label="limit", **FLOOR)
         _log_x(axes, 10, "{x:g}")
         _log_y(axes, "useful TFLOP/s")
-        axes.set_xlabel("FLOPs a byte, every operand moved once")
+        axes.set_xlabel(INTENSITY)
         _grid(axes)
         axes.label_outer()
     _legend(figure, next(iter(panels.values())))
-    limit = f"limit: a copy at {number(str(gbps))} GB/s, a matrix product at {number(str(tflops))} TFLOP/s"
+    limit = f"limit: a copy at {number(gbps)} GB/s, a matrix product at {number(tflops)} TFLOP/s"
     return _finish(figure, rows, BENCH_PLOTS["roofline"], subject(rows), limit)
 
 

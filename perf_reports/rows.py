@@ -22,7 +22,7 @@ from groupconv.compiling.interpreter import shrunk
 from groupconv.compiling.workers import Workers
 from groupconv.devices import Target
 from groupconv.measuring.contenders import Contender, has_native, same_layout
-from groupconv.measuring.lab import Checked, DeviceLost, Lab, Limits, Subject, failure
+from groupconv.measuring.lab import Checked, DeviceLost, Lab, Limits, Subject, failure, tried
 from groupconv.problem import PASSES, PLANNED, ConvProblem
 
 PROBLEM_FIELDS = (
@@ -41,7 +41,7 @@ BASELINES = ("torch_contiguous", "torch_channels_last")
 PEERS = (*BASELINES, "torch_native", "torch_compile", "flag_gems")
 TWO_KERNELS = "takes dgrad and wgrad"  # "auto" for "backward", where no one kernel is faster
 ROUNDS = 30
-COMPILED_AHEAD = 64  # configurations: of about 8 layers
+CONFIGURATIONS_COMPILED_AHEAD = 64  # of about 8 layers
 
 Fields = dict[str, Any]  # of a row, as it is made
 Skip = Callable[[Fields], bool]
@@ -160,7 +160,7 @@ def measured(
         for name in names
     )
     if compiler is not None:
-        for job in itertools.islice(ahead, COMPILED_AHEAD):
+        for job in itertools.islice(ahead, CONFIGURATIONS_COMPILED_AHEAD):
             compiler.submit(job)
     for layer, passes in work:
         yield from bench.limit_rows(layer.problem.dtype)
@@ -254,14 +254,9 @@ class _Bench:
         """A row's fields of errors and resources, and a note if it is not to be timed."""
         if self._compiler is not None and contender.ours:  # in Triton's cache, or to fail again below
             self._compiler.answer(contender.job(layer.problem, pass_, self._lab.target))
-        try:
-            checked = subject.check(pass_, contender)
-        except DeviceLost:
-            raise
-        except Exception as error:  # what it raises is the finding; the other rows may do better
-            return {"note": failure(error)}
-        used: Fields = {**subject.used(pass_, contender)} if contender.ours else {}
-        return {"max_rel_err": checked.error, "err_bound": checked.bound, **used, "note": checked.wrong}
+        checked = tried(subject, pass_, contender)
+        used = subject.used(pass_, contender) if contender.ours and not checked.failed else {}
+        return {"max_rel_err": checked.error, "err_bound": checked.bound, **used, "note": checked.fault}
 
 
 def _contender(problem: ConvProblem, plan: dispatch.PassPlan) -> Contender:
@@ -339,14 +334,14 @@ def _auto(layer: Layer, pass_: str, target: Target) -> Fields:
 
 def _outcome(compiled: Compiled, interpreted: Fields) -> Fields:
     """A row's fields of what was compiled and interpreted, with a note of what is wrong with it."""
-    notes: list[str | None] = []
+    notes = []
     fields: Fields = {**compiled.kernels[0].fields()} if compiled.kernels else {}
     if "failed" in interpreted:
         notes.append(f"not interpreted: {interpreted['failed']}")
     else:
         checked = Checked(interpreted["error"], interpreted["bound"])
         fields |= {"max_rel_err": checked.error, "err_bound": checked.bound}
-        notes.append(checked.wrong)
+        notes.append(checked.fault)
     if compiled.failed:
         notes.append(f"not compiled: {compiled.failed}")
     return fields | {"note": "; ".join(filter(None, notes))}

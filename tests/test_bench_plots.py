@@ -108,11 +108,11 @@ def host_rows():
 def put(folder, kind="measured", **tables):
     """Write tables as a bench does: `bench=rows` is bench.csv."""
     folder.mkdir(exist_ok=True)
-    for name, found in tables.items():
+    for name, table in tables.items():
         with (folder / f"{name}.csv").open("w", newline="") as file:
             writer = csv.DictWriter(file, comparison.FILES[f"{name}.csv"], restval="")
             writer.writeheader()
-            writer.writerows({**ENVIRONMENT, "kind": kind, **row} for row in found)
+            writer.writerows({**ENVIRONMENT, "kind": kind, **row} for row in table)
     return folder
 
 
@@ -143,12 +143,12 @@ DEPTHWISE = ConvProblem(8, 64, 28, 28, 64, 3, 3, (1, 1), (1, 1, 1, 1), (1, 1), 6
 
 def known(folder, times):
     """The rows of depthwise layers by their times (ours, contiguous, channels_last, native); "auto" takes ours."""
-    found = limit_rows("bf16")
+    bench = limit_rows("bf16")
     for i, (ours, *by_torch) in enumerate(times):
         names = ("torch_contiguous", "torch_channels_last", "torch_native")
-        given = dict(zip(names, by_torch, strict=True)) | ({"row_march": ours} if ours else {})
-        found += pass_rows(Layer(f"net.{i}", DEPTHWISE), "fprop", given, "row_march" if ours else names[1])
-    return read(put(folder, bench=found), "bench.csv")
+        times_us = dict(zip(names, by_torch, strict=True)) | ({"row_march": ours} if ours else {})
+        bench += pass_rows(Layer(f"net.{i}", DEPTHWISE), "fprop", times_us, "row_march" if ours else names[1])
+    return read(put(folder, bench=bench), "bench.csv")
 
 
 def test_known_means(tmp_path):
@@ -157,16 +157,16 @@ def test_known_means(tmp_path):
         tmp_path,
         [(50, 300, 400, 100), (400, 100, 100, 200), (50, 400, 800, 900), (100, 102, 103, 104), (None, 100, 200, 300)],
     )
-    (found,) = comparison.summary(kept)
-    assert (found.of, found.dtype, found.layout, found.pass_, found.width) == (
+    (summary,) = comparison.summary(kept)
+    assert (summary.of, summary.dtype, summary.layout, summary.pass_, summary.width) == (
         "layers", "bf16", "nhwc", "fprop", "depthwise",
     )  # fmt: skip
-    assert found.over_best == pytest.approx((2 * 0.25 * 8 * 1.02 * 0.5) ** (1 / 5))
-    assert found.over_same == pytest.approx((8 * 0.25 * 16 * 1.03 * 1) ** (1 / 5))
-    assert (found.layers, found.wins, found.losses, found.fallbacks) == (5, 2, 2, 1)
+    assert summary.over_best == pytest.approx((2 * 0.25 * 8 * 1.02 * 0.5) ** (1 / 5))
+    assert summary.over_same == pytest.approx((8 * 0.25 * 16 * 1.03 * 1) ** (1 / 5))
+    assert (summary.layers, summary.wins, summary.losses, summary.fallbacks) == (5, 2, 2, 1)
     floor = cost.floor_us(DEPTHWISE, "fprop", TARGET)
-    assert found.memory_bound == 5
-    assert found.fraction == pytest.approx(floor / 100, rel=1e-3)
+    assert summary.memory_bound == 5
+    assert summary.fraction == pytest.approx(floor / 100, rel=1e-3)
     assert [pair.best["provider"] for pair in comparison.pairs(kept)] == [
         "torch_native", "torch_contiguous", "torch_contiguous", "torch_contiguous", "torch_contiguous",
     ]  # fmt: skip
@@ -185,9 +185,9 @@ def test_width_classes(width, changes, tmp_path):
 
 
 def test_wrong_and_failed_rows_are_no_pairs(kept):
-    found = comparison.pairs(kept)
+    pairs = comparison.pairs(kept)
     wrong, failed, apart = (layer.name for layer in shipped(*FORMATS[0])[:3])
-    there = {(pair.auto["layer"], pair.auto["dtype"], pair.auto["pass"]): pair for pair in found}
+    there = {(pair.auto["layer"], pair.auto["dtype"], pair.auto["pass"]): pair for pair in pairs}
     assert (wrong, "bf16", "fprop") not in there
     assert (wrong, "bf16", "dgrad") in there
     assert (apart, "bf16", "backward") not in there
@@ -201,11 +201,11 @@ def test_a_wrong_row_with_a_time_is_compared_and_drawn_nowhere(error, tmp_path):
     wrong, right = {"max_rel_err": error, "err_bound": 4e-3}, {"max_rel_err": 1e-3, "err_bound": 4e-3}
     ours, best, sound = (Layer(f"net.{i}", DEPTHWISE) for i in range(3))
     times = {"row_march": 50.0, "torch_contiguous": 100.0, "torch_channels_last": 200.0}
-    found = limit_rows("bf16")
+    bench = limit_rows("bf16")
     for layer, bad in ((ours, {"row_march", "auto"}), (best, {"torch_contiguous"}), (sound, set())):
         mine = pass_rows(layer, "fprop", times, "row_march")
-        found += [r | (wrong if r["provider"] in bad else right) for r in mine]
-    kept = read(put(tmp_path, bench=found), "bench.csv")
+        bench += [r | (wrong if r["provider"] in bad else right) for r in mine]
+    kept = read(put(tmp_path, bench=bench), "bench.csv")
     assert {pair.auto["layer"]: pair.speedup for pair in comparison.pairs(kept)} == {"net.1": 4.0, "net.2": 2.0}
     (summary,) = comparison.summary(kept)
     assert (summary.layers, summary.wins) == (2, 2)
@@ -247,15 +247,15 @@ def drawn(axes, label):
 
 def test_lines_across_group_counts(figures, kept):
     axes = figures["groups_bf16_nhwc"].axes
-    assert [each.get_title() for each in axes] == list(PLANNED)
-    for each in axes:
+    assert [panel.get_title() for panel in axes] == list(PLANNED)
+    for panel in axes:
         for label, provider in (("auto", "auto"), ("F.conv2d channels_last", "torch_channels_last")):
             expected = {
                 int(row["groups"]): float(row["us_p50"])
-                for row in of_one(kept, each.get_title())
+                for row in of_one(kept, panel.get_title())
                 if comparison.is_sweep(row) and (row["dtype"], row["provider"]) == ("bf16", provider)
             }
-            assert drawn(each, label) == expected
+            assert drawn(panel, label) == expected
             assert len(expected) > 1
     lines = axes[0].get_lines()
     assert len({(line.get_color(), line.get_marker(), line.get_linestyle()) for line in lines}) == len(lines)
@@ -290,13 +290,13 @@ def test_fractions_and_rooflines(figures, kept):
     ):
         autos = [pair.auto for pair in comparison.pairs(kept) if pair.auto["pass"] == pass_]
         autos = [row for row in autos if row["dtype"] == "fp16" and not comparison.is_sweep(row)]
-        (points,) = [each for each in fraction.collections if each.get_label() == "auto"]
+        (points,) = [collection for collection in fraction.collections if collection.get_label() == "auto"]
         names = [label.get_text() for label in figures["fraction_fp16_nchw"].axes[0].get_yticklabels()]
-        found = {names[round(y)]: x / 100 for x, y in points.get_offsets()}
-        assert found == pytest.approx({row["layer"]: float(row["fraction"]) for row in autos})
-        (points,) = [each for each in roofline.collections if each.get_label() == "auto"]
-        found = sorted(tuple(point) for point in points.get_offsets())
-        assert found == sorted((float(row["intensity"]), float(row["tflops"])) for row in autos)
+        fractions = {names[round(y)]: x / 100 for x, y in points.get_offsets()}
+        assert fractions == pytest.approx({row["layer"]: float(row["fraction"]) for row in autos})
+        (points,) = [collection for collection in roofline.collections if collection.get_label() == "auto"]
+        places = sorted(tuple(point) for point in points.get_offsets())
+        assert places == sorted((float(row["intensity"]), float(row["tflops"])) for row in autos)
         roof = drawn(roofline, "limit")
         assert max(roof.values()) == pytest.approx(TARGET.matrix_rate("fp16"))
         assert min(roof.values()) == pytest.approx(min(roof) * TARGET.copy_gbps / 1e3)
@@ -304,7 +304,7 @@ def test_fractions_and_rooflines(figures, kept):
 
 def test_bars_of_models_and_host(figures):
     (axes,) = figures["models"].axes
-    words = [each.get_text() for each in axes.texts]
+    words = [label.get_text() for label in axes.texts]
     assert words[:2] == ["48.0 ms, 1.25x, peak 3.00 GiB", ""]
     assert words[2:] == ["60.0 ms, peak 3.00 GiB", "50.0 ms, peak 3.00 GiB"]
     (axes,) = figures["host"].axes
@@ -353,18 +353,19 @@ def test_table_for_the_terminal(tmp_path):
 def test_a_stub_clock_is_said_everywhere(tmp_path):
     layer = sweep("bf16", "nhwc")[1]
     times = {"row_march": 30.0, "torch_contiguous": 40.0}
-    bench = [r for made in (layer, Layer("net.0", DEPTHWISE)) for r in pass_rows(made, "fprop", times, "row_march")]
+    bench = [r for one in (layer, Layer("net.0", DEPTHWISE)) for r in pass_rows(one, "fprop", times, "row_march")]
     put(tmp_path, "stub", bench=[*limit_rows("bf16"), *bench], models=model_rows(), host=host_rows())
     origin = "stub clock: not measurements, on Pretended GPU"
-    made = plots.draw_bench(tmp_path)
-    assert len(made) == 6
-    for figure in made.values():
+    figures = plots.draw_bench(tmp_path)
+    assert len(figures) == 6
+    for figure in figures.values():
         what, *_, last = figure.get_suptitle().splitlines()
         assert what.endswith(" (stub)")
         assert last.startswith(origin)
         labels = [f() for axes in figure.axes for f in (axes.get_title, axes.get_xlabel, axes.get_ylabel)]
         assert any(labels)
-        assert all(label.endswith(" (stub)") for label in labels if label)
+        counted = ("", plots.INTENSITY, *plots.ALONG.values())
+        assert all(label.endswith(" (stub)") for label in labels if label not in counted)
     said = text.bench(tmp_path)
     assert "# Stub benchmark: Pretended GPU\n" in said
     assert f"\n{origin[0].upper()}{origin[1:]}, torch 2.13.0" in said

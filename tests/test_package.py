@@ -46,7 +46,7 @@ print("matplotlib" in sys.modules, "rich" in sys.modules, len(prepared._CALLS))
 
 def imports(source, module):
     """What the source of a module imports wherever in it, but for type checkers alone: full names and their parents."""
-    package, found = module.split(".")[:-1], set()
+    package, names = module.split(".")[:-1], set()
     waiting = [ast.parse(source)]
     while waiting:
         node = waiting.pop()
@@ -55,11 +55,11 @@ def imports(source, module):
             continue
         waiting += ast.iter_child_nodes(node)
         if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
+            names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             base = [*(package[: len(package) + 1 - node.level] if node.level else ()), *(node.module or "").split(".")]
-            found |= {".".join([*filter(None, base), alias.name]) for alias in node.names}
-    return {name[:end] for name in found for end in (*(dot.start() for dot in re.finditer(r"\.", name)), len(name))}
+            names |= {".".join([*filter(None, base), alias.name]) for alias in node.names}
+    return {name[:end] for name in names for end in (*(dot.start() for dot in re.finditer(r"\.", name)), len(name))}
 
 
 def modules():
@@ -74,12 +74,12 @@ def modules():
 
 def breaches(source, module):
     """What a module's source imports and must not: of the library what is above it, in the kernels torch."""
-    found = imports(source, module)
+    imported = imports(source, module)
     part = module.split(".")[1] if "." in module else ""
     if part == "kernels":
-        return found & {"torch"}
+        return imported & {"torch"}
     tools = {f"groupconv.{name}" for name in TOOLS[TOOLS.index(part) + 1 if part in TOOLS else 0 :]}
-    return found & (tools | {f"groupconv.{name}" for name in ABOVE.get(part, ())})
+    return imported & (tools | {f"groupconv.{name}" for name in ABOVE.get(part, ())})
 
 
 PARTS = {name: importlib.util.find_spec(name) for name in ("groupconv", "groupconv.kernels", "groupconv.perf_reports")}

@@ -309,8 +309,8 @@ def test_wrong_and_failing_kernels_are_recorded_not_timed(monkeypatch, tmp_path,
         return zeros
 
     monkeypatch.setattr(algorithm, "prepare", wrong)
-    found = list(rows.measured(small_layers((4,)), FakeLab()))
-    for row in found:
+    measured = list(rows.measured(small_layers((4,)), FakeLab()))
+    for row in measured:
         writer.append(row)
         if row["provider"] == algorithm.NAME:
             assert "us_p50" not in row
@@ -357,11 +357,11 @@ def test_measured_fused_pass(monkeypatch):
     plan = dispatch.plan_pass(FUSED, "backward", devices.DEFAULT, "triton")
     for taken, takes, on in ((plan, plan.algorithm, FakeLab()), (None, "dgrad and wgrad", SlowLab(devices.DEFAULT))):
         monkeypatch.setattr(rows, "taken", lambda problem, pass_, target, taken=taken: taken)
-        found = [row for row in rows.measured([Layer("k3", FUSED)], on) if row.get("pass") == "backward"]
-        assert [row["provider"] for row in found] == [*names, "torch_contiguous", "torch_channels_last", "auto"]
-        assert found[-1]["note"] == f"takes {takes}"
-        assert ("us_p50" in found[-1]) == (taken is not None)
-        for row in found[:-1]:
+        fused_rows = [row for row in rows.measured([Layer("k3", FUSED)], on) if row.get("pass") == "backward"]
+        assert [row["provider"] for row in fused_rows] == [*names, "torch_contiguous", "torch_channels_last", "auto"]
+        assert fused_rows[-1]["note"] == f"takes {takes}"
+        assert ("us_p50" in fused_rows[-1]) == (taken is not None)
+        for row in fused_rows[:-1]:
             assert taken is None or row["max_rel_err"] < 1e-6
             assert row["us_p50"] == 20
             assert row["flops"] == 4 * 2 * 2 * 36 * 9

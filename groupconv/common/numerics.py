@@ -19,7 +19,7 @@ TORCH_DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16} | dict.fromkeys(
     ("fp32", "tf32", "bf16x3"), torch.float32
 )
 OPERANDS = {"fprop": ("x", "w", None), "dgrad": ("dy", "w"), "wgrad": ("dy", "x"), "backward": ("dy", "x", "w")}
-CHUNK = 8  # images in float64 at a time
+IMAGES_AT_A_TIME = 8  # in float64
 PassResult: TypeAlias = "Tensor | tuple[Tensor, Tensor]"  # y, dx or dw; of "backward" (dx, dw)
 
 
@@ -82,7 +82,7 @@ def _reference(problem: ConvProblem, operands: Operands, pass_: str, images: Seq
         return dw if dx is None else dx[:, :, top : top + problem.h_in, left : left + problem.w_in]
 
     wanted = torch.arange(problem.batch) if images is None or pass_ == "wgrad" else torch.tensor(images)
-    parts = (chunk(operands.x[some], operands.dy[some]) for some in wanted.split(CHUNK))
+    parts = (chunk(operands.x[some], operands.dy[some]) for some in wanted.split(IMAGES_AT_A_TIME))
     return functools.reduce(torch.add, parts) if pass_ == "wgrad" else torch.cat(list(parts))
 
 

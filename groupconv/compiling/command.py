@@ -7,10 +7,8 @@ import collections
 import dataclasses
 import itertools
 import os
-import sys
 from collections.abc import Callable
 
-from rich.console import Console
 from rich.table import Table
 
 from .. import devices, dispatch
@@ -52,7 +50,7 @@ def run(args: argparse.Namespace, layers: list[Layer]) -> int:
     with progress.shown("compile", "configurations", len(jobs)) as step:
         outcomes = run_parallel(jobs, lambda outcome: step(f"compiling {outcome.job.target}"), args.jobs)
 
-    console = Console(width=None if sys.stdout.isatty() else 160)
+    console = progress.console()
     table = Table(title=TITLE)
     for name in ("target", "configuration", "dtype", "layout"):
         table.add_column(name, no_wrap=True)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
-import sys
 
 import torch
 import triton
@@ -112,7 +111,6 @@ def tuned_with() -> dict[str, str]:
 
 def _compile_only(todo: list[Task], target: devices.Target, deadline: Deadline, jobs: int | None) -> int:
     """A table of what compiles, and why the rest would not be timed."""
-    from rich.console import Console
     from rich.table import Table
 
     table = Table(title=f"Worth timing on {target.slug} ({target.arch_name}), as modelled and compiled")
@@ -139,7 +137,7 @@ def _compile_only(todo: list[Task], target: devices.Target, deadline: Deadline, 
             counted = (str(used.get(name, "-")) for name in ("registers", "shared_bytes"))
             line = task.layer, task.pass_, contender.name, f"{contender.modelled_us:.1f}"
             table.add_row(*line, *counted, "; ".join(faults))
-    console = Console(width=None if sys.stdout.isatty() else 180)
+    console = progress.console()
     console.print(table)
     console.print(f"{kept} configurations of {len(todo)} passes are worth timing, {left} are left out")
     if kept + left < len(every):

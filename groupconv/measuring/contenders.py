@@ -12,8 +12,8 @@ from ..problem import ConvProblem
 
 MOST_EACH = 6  # configurations of one algorithm that are compiled and timed
 MOST_ALIKE = 2  # of them of the same tile: the model knows little of warps, stages and splits
-SLOWER = 2.0  # than the algorithm's best, as modelled: left out
-FAR = 4.0  # from the best of all, as modelled: only an algorithm's best is tried, in case the model is wrong
+SLOWER_THAN_OWN_BEST = 2.0  # times, as modelled: left out
+SLOWER_THAN_BEST_OF_ALL = 4.0  # times: only an algorithm's best is tried, in case the model is wrong
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,7 +74,7 @@ def worth_compiling(ranked: list[tuple[cost.Estimate, dict]], best_us: float) ->
     the modelled time of the best of all algorithms.
     """
     fastest_us = ranked[0][0].time_us
-    slowest_us = SLOWER * fastest_us if fastest_us <= FAR * best_us else 0.0
+    slowest_us = SLOWER_THAN_OWN_BEST * fastest_us if fastest_us <= SLOWER_THAN_BEST_OF_ALL * best_us else 0.0
     kept = ranked[:1]
     for estimate, config in ranked[1:]:
         alike = sum(_tile(config) == _tile(other) for _, other in kept)

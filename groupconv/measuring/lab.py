@@ -43,20 +43,23 @@ class DeviceLost(RuntimeError):
 
 @dataclasses.dataclass(frozen=True)
 class Checked:
-    """A call's relative error against float64, and its bound: None for PyTorch's, which must only be finite."""
+    """A call's relative error against float64, and its bound: None for PyTorch's, which must only be finite; or why it
+    failed.
+    """
 
-    error: float | None
-    bound: float | None
+    error: float | None = None
+    bound: float | None = None
+    failed: str = ""
 
     @property
-    def wrong(self) -> str | None:
-        """What is wrong with the numbers, or None."""
+    def fault(self) -> str:
+        """Why it is not to be timed: it failed, or its numbers are wrong; "" if it may be."""
         if self.error is None:
-            return None
+            return self.failed
         if self.bound is None:
-            return None if self.error < float("inf") else "wrong: the result is not finite"
+            return "" if self.error < float("inf") else "wrong: the result is not finite"
         if self.error <= self.bound:
-            return None
+            return ""
         return f"wrong: error {self.error:.2g} above the bound {self.bound:.2g}"
 
 
@@ -264,6 +267,16 @@ class GpuSubject:
                 torch.cuda.synchronize()
             except RuntimeError:
                 raise DeviceLost(str(failure)) from failure
+
+
+def tried(subject: Subject, pass_: str, contender: Contender) -> Checked:
+    """What a check comes to. What it raises, but for DeviceLost, is the contender's own fault: others may do better."""
+    try:
+        return subject.check(pass_, contender)
+    except DeviceLost:
+        raise
+    except Exception as error:
+        return Checked(failed=failure(error))
 
 
 def failure(error: Exception) -> str:

@@ -23,11 +23,11 @@ from ..problem import PLANNED, ConvProblem
 from . import contenders as contenders_
 from .contenders import Contender
 from .journal import Finding, Journal
-from .lab import DeviceLost, Lab, Subject, failure
+from .lab import DeviceLost, Lab, Subject, failure, tried
 
 FIRST_ROUNDS, LAST_ROUNDS = 4, 32
 FINALISTS = 2  # of ours
-COMPILED_AHEAD = 32  # tasks
+TASKS_COMPILED_AHEAD = 32
 SEEDED_BY = {"fp16": "bf16"}  # kernels of the two are alike: of fp16 only bf16's finalists are tried, once known
 OUT_OF_TIME = "out of time"
 
@@ -112,7 +112,7 @@ class Search:
         waiting = {str(seeded[str(task)]) for task in todo if str(task) in seeded and not self._finalists(str(task))}
         by_problem = grouped(todo, lambda task: task.problem)  # which share operands
         ahead = (task for group in by_problem.values() for task in group if str(task) not in waiting)
-        self._compile_next(ahead, COMPILED_AHEAD)
+        self._compile_next(ahead, TASKS_COMPILED_AHEAD)
         for group in by_problem.values():
             with contextlib.ExitStack() as stack:
                 subject: Subject | None = None
@@ -209,13 +209,11 @@ class Search:
             if faults := compiled.faults(self._lab.target):
                 return Finding(None, None, resources, "; ".join(faults))
         try:
-            checked = subject.check(task.pass_, contender)
+            checked = tried(subject, task.pass_, contender)
         except DeviceLost as error:
             self._journal.examined(str(task), contender.name, Finding(None, None, {}, f"lost the device: {error}"))
             raise
-        except Exception as error:  # the finding of this contender; the others may do better
-            return Finding(None, None, {}, failure(error))
-        return Finding(checked.error, checked.bound, resources, checked.wrong or "")
+        return Finding(checked.error, checked.bound, {} if checked.failed else resources, checked.fault)
 
     def _stop_when_passed(self) -> None:
         if self._deadline.passed:

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import pathlib
 import statistics
-import sys
 
-from rich.console import Console
 from rich.table import Table
 
 from .. import cost
-from ..common import grouped
+from ..common import grouped, progress
 from .results import model_correlations
 from .search import OUT_OF_TIME, Result
 from .stub import NAME as STUB
@@ -20,7 +18,7 @@ MOST_LISTED = 40
 
 def print_summary(results: list[Result], missing: dict[str, str], path: pathlib.Path | None, ended: list[str]) -> None:
     """Print it. path: the file that was written. ended: why processes ended early."""
-    console = Console(width=None if sys.stdout.isatty() else 160)
+    console = progress.console()
     pretended = path is not None and path.stem == STUB
     if results:
         console.print(speedups(results, pretended))
