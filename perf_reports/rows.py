@@ -159,16 +159,18 @@ def measured(
         for pass_, names in passes
         for name in names
     )
-    if compiler is not None:
-        for job in itertools.islice(ahead, CONFIGURATIONS_COMPILED_AHEAD):
-            compiler.submit(job)
+
+    def compile_next(configurations: int) -> None:
+        if compiler is not None:
+            for job in itertools.islice(ahead, configurations):
+                compiler.submit(job)
+
+    compile_next(CONFIGURATIONS_COMPILED_AHEAD)
     for layer, passes in work:
         yield from bench.limit_rows(layer.problem.dtype)
         with lab.subject(layer.problem) as subject:
             for pass_, names in passes:
-                if compiler is not None:
-                    for job in itertools.islice(ahead, len(names)):
-                        compiler.submit(job)
+                compile_next(len(names))
                 yield from bench.rows(layer, pass_, subject, names, peers(layer.problem, chosen))
 
 
@@ -184,7 +186,7 @@ def of_peer(layers: list[Layer], lab: Lab, peer: str, skip: Skip = lambda row: F
 
 
 class _Bench:
-    """A lab with its limits, and the processes that compile ahead."""
+    """A lab with its limits; `compiler` has what is measured compiled ahead."""
 
     def __init__(self, lab: Lab, compiler: Compiler | None = None):
         self._lab, self._compiler = lab, compiler
