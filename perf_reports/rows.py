@@ -178,10 +178,11 @@ def of_peer(layers: list[Layer], lab: Lab, peer: str, skip: Skip = lambda row: F
     """The rows of a peer alone, one that takes long to begin (torch_compile). skip: as of `measured`, by its name."""
     bench = _Bench(lab)
     for layer in layers:
-        for pass_, _ in reported(layer.problem, lab.target):
-            if not skip(layer_row(layer, pass_, peer)):
-                bench.limit_rows(layer.problem.dtype)
-                with lab.subject(layer.problem) as subject:
+        passes = [pass_ for pass_, _ in reported(layer.problem, lab.target) if not skip(layer_row(layer, pass_, peer))]
+        if passes:
+            bench.limit_rows(layer.problem.dtype)
+            with lab.subject(layer.problem) as subject:
+                for pass_ in passes:
                     yield bench.timed(layer, pass_, subject, [(Contender(peer), "baseline")])[peer]
 
 
