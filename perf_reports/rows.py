@@ -159,16 +159,18 @@ def measured(
         for pass_, names in passes
         for name in names
     )
-    if compiler is not None:
-        for job in itertools.islice(ahead, CONFIGURATIONS_COMPILED_AHEAD):
-            compiler.submit(job)
+
+    def compile_next(configurations: int) -> None:
+        if compiler is not None:
+            for job in itertools.islice(ahead, configurations):
+                compiler.submit(job)
+
+    compile_next(CONFIGURATIONS_COMPILED_AHEAD)
     for layer, passes in work:
         yield from bench.limit_rows(layer.problem.dtype)
         with lab.subject(layer.problem) as subject:
             for pass_, names in passes:
-                if compiler is not None:
-                    for job in itertools.islice(ahead, len(names)):
-                        compiler.submit(job)
+                compile_next(len(names))
                 yield from bench.rows(layer, pass_, subject, names, peers(layer.problem, chosen))
 
 
@@ -176,15 +178,16 @@ def of_peer(layers: list[Layer], lab: Lab, peer: str, skip: Skip = lambda row: F
     """The rows of a peer alone, one that takes long to begin (torch_compile). skip: as of `measured`, by its name."""
     bench = _Bench(lab)
     for layer in layers:
-        for pass_, _ in reported(layer.problem, lab.target):
-            if not skip(layer_row(layer, pass_, peer)):
-                bench.limit_rows(layer.problem.dtype)
-                with lab.subject(layer.problem) as subject:
+        passes = [pass_ for pass_, _ in reported(layer.problem, lab.target) if not skip(layer_row(layer, pass_, peer))]
+        if passes:
+            bench.limit_rows(layer.problem.dtype)
+            with lab.subject(layer.problem) as subject:
+                for pass_ in passes:
                     yield bench.timed(layer, pass_, subject, [(Contender(peer), "baseline")])[peer]
 
 
 class _Bench:
-    """A lab with its limits, and the processes that compile ahead."""
+    """A lab with its limits; `compiler` has what is measured compiled ahead."""
 
     def __init__(self, lab: Lab, compiler: Compiler | None = None):
         self._lab, self._compiler = lab, compiler

@@ -24,12 +24,19 @@ def python(code, cwd, **environment):
 
 
 def test_another_package_called_kernels_is_left_alone(tmp_path):
-    """Both import, in either order, and ours never answers to that name."""
+    """Imported before ours or after it, it is theirs, and ours never answers to that name."""
     (tmp_path / "kernels").mkdir()
     (tmp_path / "kernels" / "__init__.py").write_text("owner = 'another project'\n")
-    show = "print(kernels.owner, groupconv.kernels.__name__)"
-    for order in ("import kernels, groupconv.kernels", "import groupconv.kernels, kernels"):
-        assert python(f"{order}; {show}", tmp_path, PYTHONPATH=str(tmp_path)) == "another project groupconv.kernels"
+    code = """
+import sys, kernels, groupconv.kernels
+before = kernels.owner
+del sys.modules["kernels"]
+import kernels
+below = [name for name in sys.modules if name.startswith("kernels.")]
+print(before, "|", kernels.owner, "|", groupconv.kernels.__name__, below)
+"""
+    said = "another project | another project | groupconv.kernels []"
+    assert python(code, tmp_path, PYTHONPATH=str(tmp_path)) == said
 
 
 def test_import_touches_neither_gpu_nor_files(tmp_path):
