@@ -26,7 +26,7 @@ import numpy as np
 import triton
 
 from groupconv import devices, dispatch, occupancy
-from groupconv.algorithms import REGISTRY, able, divided
+from groupconv.algorithms import REGISTRY, STRETCHED, able, divided
 from groupconv.common import Layer, files
 from groupconv.compiling.compiler import Compiler, Job, processes
 from groupconv.problem import LAYOUTS, PLANNED
@@ -209,7 +209,7 @@ def fit(rows: list[Row], suites: Suites) -> dict:
     kinds, spilling = {}, set()
     for kind, chosen in sorted(samples(rows, suites).items()):
         kinds[kind] = found = fitted(chosen)
-        spilling |= {sample.name for sample in chosen if sample.spills and sample.share(found) <= found.most}
+        spilling |= {sample.name for sample in chosen if sample.spills and sample.share(found) <= STRETCHED}
     return {"registers": {kind: fit._asdict() for kind, fit in kinds.items()}, "spilling": sorted(spilling)}
 
 

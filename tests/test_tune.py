@@ -182,7 +182,7 @@ def test_the_finalists_of_a_dtype_are_tried_for_its_sister(book):
     for first, second in zip(bf16, fp16, strict=True):
         finalists = {contender.name for contender in first.finalists if contender.ours}
         assert {contender.name for contender in second.raced if contender.ours} == finalists
-    assert all(sum(contender.ours for contender in result.raced) > search.FINALISTS for result in tf32)
+    assert any(sum(contender.ours for contender in result.raced) > search.FINALISTS for result in tf32)
 
 
 def test_a_lost_device_ends_the_run_and_is_remembered(book, subject_that):

@@ -123,6 +123,7 @@ def candidates(name: str, problem: ConvProblem, pass_: str, target: Target) -> t
             others.append((held, tile))
     if not fitting:
         others = [(room.share(held), tile) for held, tile in others if held.shared_bytes <= target.shared_bytes]
+        others = [choice for choice in others if not room.spills(problem, choice[1])] or others * (name == GENERAL)
         share, tile = min(others, key=lambda choice: choice[0], default=(math.inf, {}))
         return (tile,) if share <= STRETCHED or (name == GENERAL and others) else ()
     widest = max(vector for vector, _ in fitting)
