@@ -15,7 +15,7 @@ COMPILED := tests/softgpu tests/test_compiled_code.py
 SHORT := $(foreach name,problem devices planning configs package torch_private ops autograd modules,tests/test_$(name).py)
 WHEELS := dist
 
-.PHONY: report test test-full test-short test-compiled test-newest planted softgpu waits lint wheel gpu-test gpu ship clean
+.PHONY: report test test-full test-short test-compiled test-newest planted softgpu registers waits lint wheel gpu-test gpu ship clean
 report: $(INSTALLED)
 	$(BIN)/groupconv report $(ARGS)
 
@@ -44,6 +44,10 @@ test-newest: $(INSTALLED) $(NEWEST_TRITON)
 	PYTHONPATH=$(abspath $(NEWEST_TRITON)) $(BIN)/python -m pytest -n auto tests/test_numerics.py -k "$(NEWEST_SLICE)"
 	PYTHONPATH=$(abspath $(NEWEST_TRITON)) $(BIN)/python -m pytest -n auto tests/test_compile.py -k "vectorised or wide"
 	PYTHONPATH=$(abspath $(NEWEST_TRITON)) TRITON_INTERPRET=0 $(BIN)/python -m pytest -n auto tests/softgpu
+
+# What tiles take of registers, compiled for SECONDS and then fitted: autotune_configs/registers.csv and .json.
+registers: $(INSTALLED)
+	$(BIN)/python -m groupconv.perf_reports.registers --seconds $(or $(SECONDS),0) $(ARGS)
 
 # Every configuration that is planned for the suite, on the software GPU; run again, it goes on.
 softgpu: $(INSTALLED)

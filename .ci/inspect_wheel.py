@@ -11,7 +11,7 @@ NEEDED = {
     "groupconv/kernels/__init__.py",
     "groupconv/kernels/implicit_gemm.py",
     "groupconv/autotune_configs/SCHEMA.md",
-    "groupconv/autotune_configs/modelled.json",
+    "groupconv/autotune_configs/registers.json",
     "groupconv/common/files.py",
     "groupconv/compiling/compiler.py",
     "groupconv/measuring/lab.py",

@@ -104,7 +104,8 @@ def explain(
         A Plan: `fprop`, `dgrad` and `wgrad` with algorithm, configuration, source, reason, FLOPs, bytes and floor.
         print() shows it.
 
-    Raises: what triton_conv raises for the same call; ValueError for an unknown target. Source: own derivation.
+    Raises: what triton_conv raises for the same call; ValueError for an unknown target, TypeError for one that is no
+        string. Source: own derivation.
     """
     if has_torch_function_variadic(input, weight, bias) and torch_private.overrides_are_on():
         return handle_torch_function(
@@ -113,6 +114,8 @@ def explain(
         )  # fmt: skip
     if backend not in dispatch.BACKENDS:
         raise ValueError(f"explain: backend is {backend!r}, but must be one of {', '.join(dispatch.BACKENDS)}")
+    if not isinstance(target, (str, type(None))):
+        raise TypeError(f"explain: target is {target!r}, but must be a string or None")
     if not are_tensors(input, weight, bias):
         F.conv2d(input, weight, bias, stride, padding, dilation, groups)  # raises
     x, w, b = autocast(input, weight, bias)

@@ -51,10 +51,10 @@ def plain(stride, padding, dilation, groups) -> tuple[Any, Any, Any, Any] | None
 
 def normalise(x_shape, w_shape, stride, padding, dilation, groups) -> ConvArgs | None:
     """The call's arguments in one form, or None if there is no such convolution of 4-D tensors of these shapes."""
-    given = plain(stride, padding, dilation, groups)
-    if given is None or len(x_shape) != 4 or len(w_shape) != 4:
+    arguments = plain(stride, padding, dilation, groups)
+    if arguments is None or len(x_shape) != 4 or len(w_shape) != 4:
         return None
-    stride, padding, dilation, groups = given
+    stride, padding, dilation, groups = arguments
     if padding == "same":
         if stride != (1, 1):
             return None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -13,12 +14,12 @@ import pathlib
 import re
 import stat
 import warnings
-from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any
 
 from . import devices
 from .algorithms import REGISTRY
-from .problem import ELEMENT_BYTES, LAYOUTS, PASSES, PLANNED, ConvProblem
+from .problem import ELEMENT_BYTES, LAYOUTS, PLANNED, ConvProblem
 
 if TYPE_CHECKING:
     from importlib.abc import Traversable
@@ -29,9 +30,9 @@ OPTIONS = ("num_warps", "num_stages")
 KEY_FIELDS = tuple(ConvProblem(1, 1, 1, 1, 1, 1, 1).config_key("fprop"))
 # Fields in which a measurement may differ and still speak for a problem; all others must be equal.
 SCALED_FIELDS = ("groups_bucket", "m_bucket", "map_bucket")
-FARTHEST = 4.0  # of a nearest entry, in powers of two
+FARTHEST_LOG2 = 4.0  # that a nearest entry may be
 # No time in microseconds, ratio or size is beyond these: what is computed of them neither overflows nor vanishes.
-LEAST, MOST = 1e-9, 1e12
+LEAST_FIGURE, LARGEST_FIGURE = 1e-9, 1e12
 
 
 class DamagedFile(ValueError):
@@ -45,9 +46,9 @@ class Entry:
     algorithm: "torch" where no kernel of ours gave right numbers. torch_time_us: None where F.conv2d failed.
     """
 
-    key: dict
+    key: dict[str, Any]
     algorithm: str
-    config: dict
+    config: dict[str, int]
     time_us: float
     torch_time_us: float | None
 
@@ -77,25 +78,25 @@ class DeviceFile:
 
     def lookup(self, problem: ConvProblem, pass_: str) -> tuple[Entry, str] | None:
         """(entry, "exact") or the ("nearest") one in log space with every discrete field equal; None if none is."""
-        wanted = problem.config_key(pass_)
-        best, distance = None, FARTHEST
-        for entry in self._by_class.get(_discrete(wanted), ()):
-            apart = math.hypot(*(math.log2(entry.key[f] / wanted[f]) for f in SCALED_FIELDS))
-            if apart == 0:
+        key = problem.config_key(pass_)
+        nearest, least_distance = None, FARTHEST_LOG2
+        for entry in self._by_class.get(_discrete(key), ()):
+            distance = math.hypot(*(math.log2(entry.key[field] / key[field]) for field in SCALED_FIELDS))
+            if distance == 0:
                 return entry, "exact"
-            if apart <= distance:
-                best, distance = entry, apart
-        return None if best is None else (best, "nearest")
+            if distance <= least_distance:
+                nearest, least_distance = entry, distance
+        return None if nearest is None else (nearest, "nearest")
 
     @functools.cached_property
     def _by_class(self) -> dict[str, list[Entry]]:
-        found: dict[str, list[Entry]] = {}
+        by_class: dict[str, list[Entry]] = {}
         for entry in self.entries:
-            found.setdefault(_discrete(entry.key), []).append(entry)
-        return found
+            by_class.setdefault(_discrete(entry.key), []).append(entry)
+        return by_class
 
 
-def _discrete(key: dict) -> str:
+def _discrete(key: Mapping[str, Any]) -> str:
     return json.dumps({field: value for field, value in key.items() if field not in SCALED_FIELDS}, sort_keys=True)
 
 
@@ -110,170 +111,132 @@ def kernels_sha256() -> dict[str, str]:
 def kernel_files(algorithm: str) -> frozenset[str]:
     """The files of kernels/ that make an algorithm: its own, what that imports, and the sum of split-K's partials."""
     folder = importlib.resources.files("groupconv.kernels")
-    found: set[str] = set()
-    left = [f"{algorithm}.py", "reduce.py"]
-    while left:
-        name = left.pop()
-        if name not in found and folder.joinpath(name).is_file():
+    names: set[str] = set()
+    waiting = [f"{algorithm}.py", "reduce.py"]
+    while waiting:
+        name = waiting.pop()
+        if name not in names and folder.joinpath(name).is_file():
             text = folder.joinpath(name).read_text(encoding="utf-8")
-            left += [f"{imported}.py" for imported in re.findall(r"^from \.(\w+) import", text, re.M)]
-        found.add(name)
-    return frozenset(found)
+            waiting += [f"{imported}.py" for imported in re.findall(r"^from \.(\w+) import", text, re.M)]
+        names.add(name)
+    return frozenset(names)
 
 
 def parse_device(text: str, path: str) -> DeviceFile:
-    """Read a device's file; DamagedFile names what is wrong with it.
+    """Read a device's file; DamagedFile names the file and what is wrong with it.
 
     Entries that were measured with other kernels than there are now are left out, and counted.
     """
-    data = _object(text, path)
-    _require(isinstance(data.get("device"), str), path, "device must be a string")
-    kind = data.get("kind", "measured")
-    _require(kind in KINDS, path, f"kind must be one of {', '.join(KINDS)}")
-    measured_with = data.get("kernels_sha256", {})
-    _require(isinstance(measured_with, dict), path, "kernels_sha256 must be an object")
-    now = kernels_sha256()
-    changed = {name for name in {*now, *measured_with} if measured_with.get(name) != now.get(name)}
+    with _damage_in(path):
+        data = _object(text)
+        _require(isinstance(data.get("device"), str), "device must be a string")
+        kind = data.get("kind", "measured")
+        _require(kind in KINDS, f"kind must be one of {', '.join(KINDS)}")
+        measured_with = data.get("kernels_sha256", {})
+        _require(isinstance(measured_with, dict), "kernels_sha256 must be an object")
+        now = kernels_sha256()
+        changed = {name for name in {*now, *measured_with} if measured_with.get(name) != now.get(name)}
 
-    def outdated(algorithm: str) -> bool:
-        return bool(changed & kernel_files(algorithm))
+        def outdated(algorithm: str) -> bool:
+            return bool(changed & kernel_files(algorithm))
 
-    _require(isinstance(data.get("entries"), list), path, "entries must be a list")
-    entries, stale = [], 0
-    for number, raw in enumerate(data["entries"]):
-        made = _entry(raw, path, f"entry {number}", outdated)
-        if outdated(made.algorithm):
-            stale += 1
-        else:
-            entries.append(made)
-    calibration = data.get("calibration", {})
-    _require(isinstance(calibration, dict), path, "calibration must be an object")
-    ours, torch = (_factors(calibration, name, path) for name in ("ours", "torch"))
-    ours = {name: factor for name, factor in ours.items() if not outdated(name.split()[0])}
-    return DeviceFile(path, data["device"], kind, tuple(entries), Calibration(ours, torch), stale)
+        _require(isinstance(data.get("entries"), list), "entries must be a list")
+        entries = []
+        for number, fields in enumerate(data["entries"]):
+            with _damage_in(f"entry {number}"):
+                entries.append(_entry(fields, outdated))
+        valid = tuple(entry for entry in entries if not outdated(entry.algorithm))
+        calibration = data.get("calibration", {})
+        _require(isinstance(calibration, dict), "calibration must be an object")
+        ours, torch = (_factors(calibration, name) for name in ("ours", "torch"))
+        ours = {name: factor for name, factor in ours.items() if not outdated(name.split()[0])}
+        return DeviceFile(path, data["device"], kind, valid, Calibration(ours, torch), len(entries) - len(valid))
 
 
-def _entry(raw, path: str, where: str, outdated: Callable[[str], bool]) -> Entry:
-    _require(isinstance(raw, dict) and isinstance(raw.get("key"), dict), path, f"{where} has no key")
-    key = raw["key"]
-    _require(sorted(key) == sorted(KEY_FIELDS), path, f"{where}: key must have exactly {', '.join(KEY_FIELDS)}")
-    for field, known in (("pass", PLANNED), ("dtype", tuple(ELEMENT_BYTES)), ("layout", LAYOUTS)):
-        _require(key[field] in known, path, f"{where}: {field} must be one of {', '.join(known)}")
+def _entry(fields: Any, outdated: Callable[[str], bool]) -> Entry:
+    _require(isinstance(fields, dict) and isinstance(fields.get("key"), dict), "it has no key")
+    key = fields["key"]
+    _require(set(key) == set(KEY_FIELDS), f"key must have exactly {', '.join(KEY_FIELDS)}")
+    for field, names in (("pass", PLANNED), ("dtype", tuple(ELEMENT_BYTES)), ("layout", LAYOUTS)):
+        _require(key[field] in names, f"{field} must be one of {', '.join(names)}")
     for field in ("cin_g", "cout_g", *SCALED_FIELDS):
-        _require(_positive_int(key[field]), path, f"{where}: {field} must be a positive integer")
+        _require(_is_positive_int(key[field]), f"{field} must be a positive integer")
     for field in ("k", "stride", "dilation"):
-        pair = isinstance(key[field], list) and len(key[field]) == 2 and all(map(_positive_int, key[field]))
-        _require(pair, path, f"{where}: {field} must be two positive integers")
-    algorithm, config = raw.get("algorithm"), raw.get("config", {})
-    _require(_is_name(algorithm), path, f"{where} has no algorithm")
+        is_pair = isinstance(key[field], list) and len(key[field]) == 2 and all(map(_is_positive_int, key[field]))
+        _require(is_pair, f"{field} must be two positive integers")
+    algorithm, config = fields.get("algorithm"), fields.get("config", {})
+    _require(_is_name(algorithm), "it has no algorithm")
+    _require(isinstance(config, dict), "config must be an object")
     if algorithm in REGISTRY and not outdated(algorithm):  # plans pass over the entries of others
-        _check_config(algorithm, config, path, where)
-    _require(isinstance(config, dict), path, f"{where}: config must be an object")
-    time, torch_time = raw.get("time_us"), raw.get("torch_time_us")
-    _require(_positive(time), path, f"{where}: time_us must be a positive number")
-    failed = torch_time is None and "torch_time_us" in raw
-    _require(failed or _positive(torch_time), path, f"{where}: torch_time_us must be a positive number or null")
-    return Entry(key, algorithm, config, time, torch_time)
+        check_config(algorithm, config)
+    time_us, torch_time_us = fields.get("time_us"), fields.get("torch_time_us")
+    _require(_is_positive(time_us), "time_us must be a positive number")
+    torch_failed = torch_time_us is None and "torch_time_us" in fields
+    _require(torch_failed or _is_positive(torch_time_us), "torch_time_us must be a positive number or null")
+    return Entry(key, algorithm, config, time_us, torch_time_us)
 
 
-def _factors(calibration: dict, name: str, path: str) -> dict[str, float]:
+def _factors(calibration: dict[str, Any], name: str) -> dict[str, float]:
     """What a calibration has by "ALGORITHM PASS" or "WIDTH_CLASS PASS"."""
     factors = calibration.get(name, {})
-    good = isinstance(factors, dict) and all(map(_positive, factors.values()))
-    _require(good, path, f"calibration: {name} must hold positive numbers by name")
+    by_name = isinstance(factors, dict) and all(map(_is_positive, factors.values()))
+    _require(by_name, f"calibration: {name} must hold positive numbers by name")
     for key in factors:
         of, _, pass_ = key.partition(" ")
-        _require(_is_name(of) and pass_ in PLANNED, path, f"calibration: {name}: a name must end in a space and a pass")
+        _require(_is_name(of) and pass_ in PLANNED, f"calibration: {name}: a name must end in a space and a pass")
     return factors
 
 
-@dataclasses.dataclass(frozen=True)
-class ModelledDefault:
-    """A configuration chosen without measurement, for a pass, element size and GEMM N of up to `most_n`.
-
-    only: the architectures it is for, or None for every one that no other entry names.
-    """
-
-    algorithm: str
-    pass_: str
-    element_bytes: int
-    most_n: int
-    config: dict
-    only: tuple[str, ...] | None
-
-    def __str__(self) -> str:
-        tile = "x".join(str(size) for field, size in self.config.items() if field not in OPTIONS)
-        return (
-            f"{self.algorithm} {self.pass_} {self.element_bytes * 8}-bit N<={self.most_n} {tile} "
-            f"w{self.config['num_warps']} s{self.config['num_stages']}"
-        )
+def check_config(algorithm: str, config: Mapping[str, Any]) -> None:
+    """DamagedFile if this is no configuration of one of REGISTRY: other fields than it has, or sizes out of bounds."""
+    bounds = REGISTRY[algorithm].BLOCKS | REGISTRY[algorithm].DIVISION
+    fields = (*bounds, *OPTIONS)
+    _require(set(config) == set(fields), f"config of {algorithm} must have exactly {', '.join(fields)}")
+    for field, value in config.items():
+        _require(_is_positive_int(value), f"{field} must be a positive integer")
+        if field != "num_stages" and len(bounds.get(field, ())) < 3:
+            _require(value & (value - 1) == 0, f"{field} must be a power of two")
+    for field, (least, most, *step) in bounds.items():
+        _require(least <= config[field] <= most, f"{field} must be from {least} to {most}")
+        _require(config[field] % (*step, 1)[0] == 0, f"{field} must be a multiple of {(*step, 1)[0]}")
+    _require(config["num_warps"] <= 16 and config["num_stages"] <= 8, "too many warps or stages")
 
 
-def parse_modelled(text: str, path: str) -> tuple[ModelledDefault, ...]:
-    """Read the modelled defaults; DamagedFile names what is wrong."""
-    data = _object(text, path)
-    _require(data.get("source") == "modelled", path, 'source must be "modelled"')
-    _require(isinstance(data.get("defaults"), list), path, "defaults must be a list")
-    found = []
-    for number, raw in enumerate(data["defaults"]):
-        where = f"default {number}"
-        _require(isinstance(raw, dict), path, f"{where} must be an object")
-        _require(raw.get("algorithm") in REGISTRY, path, f"{where}: algorithm must be one of {', '.join(REGISTRY)}")
-        _check_config(raw["algorithm"], raw.get("config"), path, where, divided=False)
-        pass_ = raw.get("pass")
-        _require(pass_ in PASSES, path, f"{where}: pass {pass_!r} is not one of {', '.join(PASSES)}")
-        _require(_positive_int(raw.get("element_bytes")), path, f"{where}: element_bytes must be a positive integer")
-        _require(_positive_int(raw.get("most_n")), path, f"{where}: most_n must be a positive integer")
-        only = raw.get("only")
-        _require(only is None or isinstance(only, list), path, f"{where}: only must be a list of architectures")
-        archs = None if only is None else tuple(only)
-        found.append(
-            ModelledDefault(raw["algorithm"], pass_, raw["element_bytes"], raw["most_n"], raw["config"], archs)
-        )
-    return tuple(found)
-
-
-def _object(text: str, path: str) -> dict:
+def _object(text: str) -> dict[str, Any]:
     try:
         data = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise DamagedFile(f"{path}: not JSON: {error}") from None
-    _require(isinstance(data, dict), path, "must be a JSON object")
-    _require(data.get("schema") == SCHEMA, path, f"schema {data.get('schema')!r}, this version reads {SCHEMA}")
+        raise DamagedFile(f"not JSON: {error}") from None
+    _require(isinstance(data, dict), "must be a JSON object")
+    schema = data.get("schema")
+    _require(type(schema) is int and schema == SCHEMA, f"schema {schema!r}, this version reads {SCHEMA}")
     return data
 
 
-def _require(condition: bool, path: str, rule: str) -> None:
+def _require(condition: bool, rule: str) -> None:
     if not condition:
-        raise DamagedFile(f"{path}: {rule}")
+        raise DamagedFile(rule)
 
 
-def _positive(value) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and LEAST <= value <= MOST
+@contextlib.contextmanager
+def _damage_in(place: str) -> Iterator[None]:
+    """Say of damage that is found where it is."""
+    try:
+        yield
+    except DamagedFile as error:
+        raise DamagedFile(f"{place}: {error}") from None
 
 
-def _positive_int(value) -> bool:
-    return isinstance(value, int) and _positive(value)
+def _is_positive(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and LEAST_FIGURE <= value <= LARGEST_FIGURE
 
 
-def _is_name(value) -> bool:
+def _is_positive_int(value: Any) -> bool:
+    return isinstance(value, int) and _is_positive(value)
+
+
+def _is_name(value: Any) -> bool:
     return isinstance(value, str) and re.fullmatch(r"[a-z0-9_]{1,64}", value) is not None
-
-
-def _check_config(algorithm: str, config, path: str, where: str, divided: bool = True) -> None:
-    """divided: with its division among programs, which defaults that are shipped leave to the model."""
-    blocks = REGISTRY[algorithm].BLOCKS | (REGISTRY[algorithm].DIVISION if divided else {})
-    fields = (*blocks, *OPTIONS)
-    named = isinstance(config, dict) and sorted(config) == sorted(fields)
-    _require(named, path, f"{where}: config of {algorithm} must have exactly {', '.join(fields)}")
-    for field, value in config.items():
-        _require(_positive_int(value), path, f"{where}: {field} must be a positive integer")
-        if field != "num_stages" and len(blocks.get(field, ())) < 3:
-            _require(value & (value - 1) == 0, path, f"{where}: {field} must be a power of two")
-    for field, (least, most, *step) in blocks.items():
-        _require(least <= config[field] <= most, path, f"{where}: {field} must be from {least} to {most}")
-        _require(config[field] % (*step, 1)[0] == 0, path, f"{where}: {field} must be a multiple of {(*step, 1)[0]}")
-    _require(config["num_warps"] <= 16 and config["num_stages"] <= 8, path, f"{where}: too many warps or stages")
 
 
 def user_folder() -> pathlib.Path | None:
@@ -304,76 +267,49 @@ def shipped_folder() -> Traversable:
 @functools.cache
 def device_files(slug: str) -> tuple[DeviceFile, ...]:
     """The files of a device, the user's first. One that cannot be trusted is named in a warning, and skipped."""
-    found = []
+    trusted = []
     for folder in (user_folder(), shipped_folder()):
         if folder is None:
             continue
-        file = folder.joinpath(f"{slug}.json")
+        path = folder.joinpath(f"{slug}.json")
         try:
-            read = _device_file(file, slug)
+            file = _device_file(path, slug)
         except Exception as error:  # a call goes on, whatever is wrong with a file
-            why = str(error) if isinstance(error, DamagedFile) else f"{file}: {_told(error)}"
+            # Damage is told with the file's name, an OSError's own words without it.
+            told = getattr(error, "strerror", None) or f"{type(error).__name__}: {error}"
+            why = str(error) if isinstance(error, DamagedFile) else f"{path}: {told}"
             warnings.warn(f"groupconv: skipping a configuration file: {why}", stacklevel=2)
             continue
-        if read is None:
-            continue
-        found.append(read)
-        if read.stale:
+        if file is not None:
+            trusted.append(file)
+        if file is not None and file.stale:
             warnings.warn(
-                f"groupconv: {file}: skipping {read.stale} entries that were measured with other kernels; "
+                f"groupconv: {path}: skipping {file.stale} entries that were measured with other kernels; "
                 "`groupconv tune` measures anew",
                 stacklevel=2,
             )
-    return tuple(found)
+    return tuple(trusted)
 
 
-def _device_file(file: Traversable, slug: str) -> DeviceFile | None:
+def _device_file(path: Traversable, slug: str) -> DeviceFile | None:
     """The file of a device; None where there is none."""
-    if isinstance(file, pathlib.Path):
+    if isinstance(path, pathlib.Path):
         try:
-            regular = stat.S_ISREG(file.stat().st_mode)
+            is_regular = stat.S_ISREG(path.stat().st_mode)
         except FileNotFoundError:
             return None
-        _require(regular, str(file), "not a file")  # reading a pipe would wait for its writer
-    elif not file.is_file():
+        with _damage_in(str(path)):
+            _require(is_regular, "not a file")  # reading a pipe would wait for its writer
+    elif not path.is_file():
         return None
-    read = parse_device(file.read_text(encoding="utf-8"), str(file))
-    _require(read.kind == "measured", read.path, f"its times are of a {read.kind} clock, not measurements")
-    own = devices.slugify(read.device)
-    _require(own == slug, read.path, f"it is of {read.device!r}, whose file is called {own}.json")
-    return read
-
-
-def _told(error: Exception) -> str:
-    """An error in a line, without the path that an OSError names too."""
-    return getattr(error, "strerror", None) or f"{type(error).__name__}: {error}"
-
-
-@functools.cache
-def modelled_defaults() -> tuple[ModelledDefault, ...]:
-    """The shipped defaults, chosen by model and compiler, not measured."""
-    file = importlib.resources.files("groupconv.autotune_configs").joinpath("modelled.json")
-    return parse_modelled(file.read_text(encoding="utf-8"), str(file))
-
-
-def modelled(algorithm: str, problem: ConvProblem, pass_: str, arch: str) -> ModelledDefault | None:
-    """The default of the smallest class that holds the problem's GEMM N, else of the largest; None if there is none."""
-    serving = [
-        d
-        for d in modelled_defaults()
-        if (d.algorithm, d.pass_, d.element_bytes) == (algorithm, pass_, problem.element_bytes)
-        and (d.only is None or arch in d.only)
-    ]
-    named = {d.most_n for d in serving if d.only is not None}
-    serving = [d for d in serving if d.only is not None or d.most_n not in named]
-    if not serving:
-        return None
-    n = problem.gemm(pass_)[1]
-    holding = [d for d in serving if d.most_n >= n]
-    return min(holding, key=lambda d: d.most_n) if holding else max(serving, key=lambda d: d.most_n)
+    file = parse_device(path.read_text(encoding="utf-8"), str(path))
+    own_slug = devices.slugify(file.device)
+    with _damage_in(file.path):
+        _require(file.kind == "measured", f"its times are of a {file.kind} clock, not measurements")
+        _require(own_slug == slug, f"it is of {file.device!r}, whose file is called {own_slug}.json")
+    return file
 
 
 def reset() -> None:
     """Forget the files read so far."""
     device_files.cache_clear()
-    modelled_defaults.cache_clear()

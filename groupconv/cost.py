@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from .problem import ConvProblem
 
@@ -22,8 +21,7 @@ def floor_us(problem: ConvProblem, pass_: str, target: Target) -> float:
     return max(memory, problem.flops(pass_) / (rate * 1e6))
 
 
-@dataclasses.dataclass(frozen=True)
-class Estimate:
+class Estimate(NamedTuple):
     """A modelled time and what bounds it: "memory", "l2", "matrix", "issue" or "shared".
 
     score: by which tilings are compared; of two bound by the same, the one that asks less of the rest is better.
@@ -38,8 +36,7 @@ class Estimate:
         return Estimate(self.time_us * factor, self.bound, self.score * factor)
 
 
-@dataclasses.dataclass(frozen=True)
-class Tiling:
+class Tiling(NamedTuple):
     """What a launch asks of the machine, counted by the algorithm that would make it.
 
     programs: of the grid. matrix_flops: done on the matrix unit, padding included; those of an instruction that

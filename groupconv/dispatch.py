@@ -7,7 +7,7 @@ import functools
 from collections.abc import Mapping
 
 from . import configs, cost
-from .algorithms import NAMES, REGISTRY, divided, lack, newer_triton
+from .algorithms import NAMES, REGISTRY, candidates, divided, lack, newer_triton, possible, resident, tiling
 from .devices import Target
 from .problem import PASSES, ConvProblem
 
@@ -182,41 +182,28 @@ def _fitting(problem: ConvProblem, pass_: str, target: Target, entry: configs.En
 
     The problems of a class differ in what a configuration's registers and shared memory depend on.
     """
-    algorithm, shipped = REGISTRY[entry.algorithm], configs.modelled(entry.algorithm, problem, pass_, target.arch_name)
-    # Any division of the work is good for any problem.
-    tile = {name: size for name, size in entry.config.items() if name not in algorithm.DIVISION}
-    if tile in algorithm.candidates(problem, pass_, target) or (shipped is not None and tile == shipped.config):
+    division = REGISTRY[entry.algorithm].DIVISION  # any division of the work is good for any problem
+    tile = {name: size for name, size in entry.config.items() if name not in division}
+    if possible(entry.algorithm, problem, pass_, tile, target):
         return entry.config
     return modelled(problem, pass_, target, entry.algorithm)[1]
 
 
-def contenders(problem: ConvProblem, pass_: str, target: Target, name: str) -> list[dict]:
-    """The configurations of an algorithm that can serve a problem: its candidates, and the shipped default."""
-    found = [divided(name, problem, pass_, c, target)[0] for c in REGISTRY[name].candidates(problem, pass_, target)]
-    default = _default(problem, pass_, target, name)
-    return found if default is None or default in found else [default, *found]
-
-
-def _default(problem: ConvProblem, pass_: str, target: Target, name: str) -> dict | None:
-    """The default that is shipped for an algorithm, its work divided among programs by the model."""
-    shipped = configs.modelled(name, problem, pass_, target.arch_name)
-    return None if shipped is None else divided(name, problem, pass_, shipped.config, target)[0]
-
-
-def ranked(
-    problem: ConvProblem, pass_: str, target: Target, name: str, given: list[dict] | None = None
-) -> list[tuple[cost.Estimate, dict]]:
+def ranked(problem: ConvProblem, pass_: str, target: Target, name: str) -> list[tuple[cost.Estimate, dict]]:
     """An algorithm's configurations, the modelled fastest first; of the best, other divisions of their work as well."""
-    algorithm = REGISTRY[name]
 
-    def estimated(some: list[dict]) -> list[tuple[cost.Estimate, dict]]:
-        return [(cost.estimate(problem, algorithm.tiling(problem, pass_, c, target), target), c) for c in some]
+    def estimated(config: dict, fit: int) -> tuple[cost.Estimate, dict]:
+        return cost.estimate(problem, tiling(name, problem, pass_, config, target, fit), target), config
 
-    whole = estimated(contenders(problem, pass_, target, name) if given is None else given)
-    whole.sort(key=lambda choice: choice[0].score)
-    best = [config for _, config in whole[:REFINED]]
-    others = [other for config in best for other in divided(name, problem, pass_, config, target)[1:]]
-    return sorted(whole + estimated(others), key=lambda choice: choice[0].score)
+    choices = []
+    for tile in candidates(name, problem, pass_, target):
+        fit = resident(name, problem, pass_, tile, target)
+        first, *others = divided(name, problem, pass_, tile, target, fit)
+        choices.append((estimated(first, fit), fit, others))
+    choices.sort(key=lambda choice: choice[0][0].score)
+    found = [choice for choice, _, _ in choices]
+    found += [estimated(config, fit) for _, fit, others in choices[:REFINED] for config in others]
+    return sorted(found, key=lambda choice: choice[0].score)
 
 
 def _calibration(target: Target) -> configs.Calibration:
@@ -238,7 +225,6 @@ def best(
 
 
 def modelled(problem: ConvProblem, pass_: str, target: Target, name: str) -> tuple[str, dict, cost.Estimate]:
-    """(algorithm, configuration, modelled time): the shipped default, or the model's choice where none is shipped."""
-    default = _default(problem, pass_, target, name)
-    estimate, config = ranked(problem, pass_, target, name, None if default is None else [default])[0]
+    """(algorithm, the configuration that the model chooses, modelled time)."""
+    estimate, config = ranked(problem, pass_, target, name)[0]
     return name, config, estimate

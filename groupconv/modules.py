@@ -102,8 +102,10 @@ def convert(model: nn.Module) -> nn.Module:
         model: any module; shapes, dtypes and devices of its layers do not matter, as triton_conv takes all of them.
 
     Returns:
-        `model` itself. Converting it again changes nothing. Source: own derivation.
+        `model` itself. Converting it again changes nothing. Raises: TypeError for what is no module. Source: own
+        derivation.
     """
+    _require_module(model, "convert")
     for module in model.modules():
         if _why_left(module) == CONVERTIBLE:
             module.__class__ = Conv2d
@@ -117,8 +119,9 @@ def revert(model: nn.Module) -> nn.Module:
 
     Subclasses of groupconv.Conv2d stay what they are, parametrized layers among them.
 
-    Returns: `model` itself. Source: own derivation.
+    Returns: `model` itself. Raises: TypeError for what is no module. Source: own derivation.
     """
+    _require_module(model, "revert")
     for module in model.modules():
         if type(module) is Conv2d:
             module.__class__ = nn.Conv2d  # type: ignore[assignment]
@@ -131,8 +134,10 @@ def summarize(model: nn.Module) -> ConversionSummary:
     Args:
         model: any module, converted or not; a layer that it holds twice has the first of its names.
 
-    Returns: a ConversionSummary, `converted` and `left`; print() shows it. Source: own derivation.
+    Returns: a ConversionSummary, `converted` and `left`; print() shows it. Raises: TypeError for what is no module.
+    Source: own derivation.
     """
+    _require_module(model, "summarize")
     converted, left = [], {}
     for name, module in model.named_modules():
         reason = _why_left(module)
@@ -141,6 +146,11 @@ def summarize(model: nn.Module) -> ConversionSummary:
         elif isinstance(module, Conv2d):
             converted.append(name)
     return ConversionSummary(tuple(converted), left)
+
+
+def _require_module(model: object, function: str) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"{function}: model is {model!r}, but must be a torch.nn.Module")
 
 
 CONVERTIBLE = "not converted yet"

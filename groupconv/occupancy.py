@@ -1,9 +1,12 @@
-"""How many programs share a multiprocessor, and how many may share a filter gradient."""
+"""What fits: registers and shared memory of a tile, programs that share a multiprocessor, or a filter gradient."""
 
 from __future__ import annotations
 
+import functools
+import importlib.resources
+import json
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from .problem import ConvProblem
 
@@ -31,17 +34,109 @@ def limits(target: Target) -> tuple[int, int, int, int]:
     return _CUDA.get(int(target.arch), _CUDA[100] if target.has_warpgroups else _CUDA[86])
 
 
-def resident(registers: float, shared_bytes: int, warps: int, target: Target) -> int:
-    """The programs of so many warps that share a multiprocessor: at least 1, whatever they take.
+class Held(NamedTuple):
+    """What a program of a tile holds while it runs, of all its threads together.
 
-    registers: of a thread. shared_bytes: of a program.
+    warps: of the program. shared_bytes: of shared memory. sums: accumulators, in fp32. words: of 32 bits, of operands
+    that pass through registers. accesses: loads and stores that are under way together, each of which has an address.
+    vector: elements of an access of the result.
     """
-    file, threads, programs, together = limits(target)
-    most = target.warp_size * warps
-    taken = math.ceil(max(1.0, min(registers, 255)) / together) * together * most
-    reserved = RESERVED if target.backend == "cuda" else 0
-    by_shared = (target.shared_bytes + reserved) // (shared_bytes + reserved) if shared_bytes else programs
-    return max(1, min(file // taken, by_shared, threads // most, programs))
+
+    warps: int
+    shared_bytes: int
+    sums: float = 0.0
+    words: float = 0.0
+    accesses: float = 0.0
+    vector: int = 1
+
+
+class Registers(NamedTuple):
+    """How many registers a thread takes: a constant, and so many for each sum, word and access that it holds.
+
+    most: the share of the registers that a thread can have from which on kernels spill.
+    """
+
+    constant: float
+    a_sum: float
+    a_word: float
+    an_access: float
+    most: float
+
+
+UNKNOWN = Registers(40.0, 1.0, 1.0, 2.0, 0.7)  # of what nobody compiled; a guess
+
+
+@functools.cache
+def _fitted() -> tuple[dict[str, Registers], frozenset[str]]:
+    """What registers.json has: `Registers` by `kind`, and the tiles that spill although their kind's would not."""
+    file = importlib.resources.files("groupconv.autotune_configs").joinpath("registers.json")
+    data = json.loads(file.read_text(encoding="utf-8"))
+    return {kind: Registers(**fit) for kind, fit in data["registers"].items()}, frozenset(data["spilling"])
+
+
+def kind(algorithm: str, pass_: str, target: Target) -> str:
+    """By what registers are fitted: `wgmma row_march wgrad`."""
+    return f"{target.matrix_unit} {algorithm} {pass_}"
+
+
+def spilling(kind: str, problem: ConvProblem, tile: dict[str, int]) -> str:
+    """How registers.json calls a tile that spills."""
+    return f"{kind} {problem.layout} {8 * problem.element_bytes}-bit {' '.join(map(str, tile.values()))}"
+
+
+class Room:
+    """What a multiprocessor has for programs of an algorithm's pass."""
+
+    def __init__(self, algorithm: str, pass_: str, target: Target):
+        fitted, self._spilling = _fitted()
+        self.kind = kind(algorithm, pass_, target)
+        self._fit = fitted.get(self.kind, UNKNOWN)
+        self._file, self._threads, self._programs, self._together = limits(target)
+        self._warp = target.warp_size
+        self._most = 255 if target.backend == "cuda" else 512
+        self._shared, self._reserved = target.shared_bytes, RESERVED if target.backend == "cuda" else 0
+
+    def most_registers(self, warps: int) -> int:
+        """The registers that a thread of a program of so many warps can have."""
+        return min(self._most, self._file // (self._warp * warps))
+
+    def registers(self, held: Held) -> float:
+        """An estimate of the registers of a thread."""
+        fit = self._fit
+        parts = fit.a_sum * held.sums + fit.a_word * held.words + fit.an_access * held.accesses
+        return fit.constant + parts / (self._warp * held.warps)
+
+    def fits(self, held: Held) -> bool:
+        """Whether there are the shared memory and, as far as is known, the registers that a program takes."""
+        return held.shared_bytes <= self._shared and self.share(held) <= self._fit.most
+
+    def share(self, held: Held) -> float:
+        """Of the registers that a thread can have, as estimated."""
+        return self.registers(held) / self.most_registers(held.warps)
+
+    def spills(self, problem: ConvProblem, tile: dict[str, int]) -> bool:
+        """Whether a tile is known to spill, although it looks as if it fitted."""
+        return bool(self._spilling) and spilling(self.kind, problem, tile) in self._spilling
+
+    def resident(self, held: Held) -> int:
+        """The programs that share a multiprocessor: at least 1, whatever they take."""
+        return self.programs(self.registers(held), held.shared_bytes, held.warps)
+
+    def programs(self, registers: float, shared_bytes: int, warps: int) -> int:
+        """`resident` of programs of so many warps, whose threads take so many registers."""
+        threads = self._warp * warps
+        taken = max(1.0, min(registers, self.most_registers(warps)))
+        taken = math.ceil(taken / self._together) * self._together * threads
+        most = min(self._file // taken, self._threads // threads, self._programs)
+        if shared_bytes:
+            most = min(most, (self._shared + self._reserved) // (shared_bytes + self._reserved))
+        return max(1, most)
+
+
+@functools.lru_cache(1024)
+def room(algorithm: str, pass_: str, target: Target) -> Room:
+    """The room for an algorithm's pass on a GPU."""
+    return Room(algorithm, pass_, target)
 
 
 def shares(parts: int, wanted: int) -> tuple[int, int]:

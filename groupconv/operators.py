@@ -32,8 +32,13 @@ def _like(tensor: Tensor, strides) -> Tensor:
     return launcher.allocate(tensor.shape, strides, tensor).copy_(tensor)
 
 
+def _conv_args(stride, padding, dilation, groups) -> ConvArgs:
+    """The lists that an operator is given, as a key that can be looked up."""
+    return ConvArgs(tuple(stride), tuple(padding), tuple(dilation), groups)
+
+
 def _conv2d_op(x, w, bias, stride, padding, dilation, groups, backend):
-    args = ConvArgs(tuple(stride), tuple(padding), tuple(dilation), groups)
+    args = _conv_args(stride, padding, dilation, groups)
     call = lookup_of_operator(x, w, bias, args, backend)
     if call is None:
         return torch_reference.fprop(args, x, w, bias)
@@ -41,7 +46,7 @@ def _conv2d_op(x, w, bias, stride, padding, dilation, groups, backend):
 
 
 def _conv2d_backward_op(dy, x, w, stride, padding, dilation, groups, mask, backend):
-    args, needs = ConvArgs(tuple(stride), tuple(padding), tuple(dilation), groups), tuple(mask)
+    args, needs = _conv_args(stride, padding, dilation, groups), tuple(mask)
     fitting = dy.dtype is x.dtype and dy.device == x.device
     call = lookup_of_operator(x, w, None, args, backend) if fitting else None
     grads = None if call is None else call.backward(dy, x, w, needs)
@@ -60,7 +65,7 @@ _LIBRARY.impl("conv2d_backward", _conv2d_backward_op, "CompositeExplicitAutograd
 
 def _conv2d_backward_batched(dy, x, w, stride, padding, dilation, groups, mask, backend):
     """By F.conv2d's: what autograd batches itself (is_grads_batched) has no rule for operators that return lists."""
-    args = ConvArgs(tuple(stride), tuple(padding), tuple(dilation), groups)
+    args = _conv_args(stride, padding, dilation, groups)
     return [grad for grad in torch_gradients(dy, x, w, args, tuple(mask)) if grad is not None]
 
 

@@ -328,13 +328,13 @@ def lookup(x: Tensor, w: Tensor, bias: Tensor | None, stride, padding, dilation,
     None if no prepared call can serve: there is no such convolution, or none that kernels could read as it is.
     """
     # 1, True and 1.0 are equal as keys but not to F.conv2d.
-    given = plain(stride, padding, dilation, groups)
-    if given is None:
+    arguments = plain(stride, padding, dilation, groups)
+    if arguments is None:
         return None
-    key = _key(x, w, bias, *given, backend)
+    key = _key(x, w, bias, *arguments, backend)
     call = _CALLS.get(key)
     if call is None:
-        args = normalise(x.shape, w.shape, *given)
+        args = normalise(x.shape, w.shape, *arguments)
         if args is None or any(map(_is_unreadable, (x, w, bias))) or not consistent(x, w, bias):
             return None
         call = _plan_call(key, x, w, bias, args, backend)

@@ -102,6 +102,9 @@ class ConvProblem:
     def _hash(self) -> int:
         return hash(tuple(getattr(self, field.name) for field in dataclasses.fields(self)))
 
+    def __getstate__(self) -> dict:  # without what is cached: hashes of strings are another process's own
+        return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+
     @cached_property
     def cin_g(self) -> int:
         return self.c_in // self.groups

@@ -16,7 +16,6 @@ import tempfile
 from collections.abc import Callable, Generator, Sequence
 
 import torch
-from rich.console import Console
 
 from groupconv import devices, options
 from groupconv.common import Layer, files, progress
@@ -44,33 +43,33 @@ def report(args: argparse.Namespace) -> int:
     if status is not None:
         return status
 
-    found: Generator[rows.Fields, None, None]
+    new_rows: Generator[rows.Fields, None, None]
     if measuring:
         gpu = this_gpu()
         environment, slug = files.environment("measured", gpu.name), gpu.target.slug
-        total, found = rows.count_measured(chosen, gpu.target), rows.measured(chosen, gpu)
+        total, new_rows = rows.count_measured(chosen, gpu.target), rows.measured(chosen, gpu)
     else:
         environment, slug = files.environment("modelled", target.slug), f"modelled_{target.slug}"
-        total, found = rows.count_modelled(chosen, target), rows.modelled(chosen, target)
+        total, new_rows = rows.count_modelled(chosen, target), rows.modelled(chosen, target)
 
     folder = args.out or pathlib.Path("perf_reports", slug)
     folder.mkdir(parents=True, exist_ok=True)
     # What an earlier run left stays whole until all of this one is there: inside, as a mounted folder takes files from
     # no other file system by a rename.
     with tempfile.TemporaryDirectory(prefix=".report-", dir=folder) as temporary:
-        made = pathlib.Path(temporary)
-        with files.Writer(made / RESULTS, rows.FIELDS, environment) as writer:
-            taken, _ = _take("report", "rows", found, writer, deadline, total)
-        kept = files.read(made / RESULTS, rows.FIELDS)
-        drawn = [path.name for path in plots.write(plots.draw(kept), made)]
+        unfinished = pathlib.Path(temporary)
+        with files.Writer(unfinished / RESULTS, rows.FIELDS, environment) as writer:
+            taken, _ = _take("report", "rows", new_rows, writer, deadline, total)
+        table = files.read(unfinished / RESULTS, rows.FIELDS)
+        drawn = [path.name for path in plots.write(plots.draw(table), unfinished)]
         served = [] if measuring or taken < total else rows.served(layers.suite(args.dtype, args.layout), target)
-        files.write_atomically(made / "REPORT.md", text.report(kept, drawn, taken, total, served))
+        files.write_atomically(unfinished / "REPORT.md", text.report(table, drawn, taken, total, served))
         names = [RESULTS, "REPORT.md", *drawn]
         for name in names:
-            os.replace(made / name, folder / name)
-    console = Console(width=None if sys.stdout.isatty() else 200)
-    for table in text.tables(kept):
-        console.print(table)
+            os.replace(unfinished / name, folder / name)
+    console = progress.console()
+    for printed in text.tables(table):
+        console.print(printed)
     if taken < total:
         console.print(f"The time budget ended after {taken} of {total} rows.", style="red")
     print(f"{', '.join(names)} in {folder}")
@@ -78,7 +77,7 @@ def report(args: argparse.Namespace) -> int:
 
 
 def _take(
-    command: str, unit: str, found: Generator[rows.Fields, None, None], writer: files.Writer, deadline: Deadline,
+    command: str, unit: str, new_rows: Generator[rows.Fields, None, None], writer: files.Writer, deadline: Deadline,
     total: int | None = None, ends: Callable[[rows.Fields], bool] = lambda row: True,
 ) -> tuple[int, bool]:  # fmt: skip
     """Write rows as they come, and say so. How many, and whether the budget ended it, after a row that `ends` a part.
@@ -86,8 +85,8 @@ def _take(
     total: how many there are, if that is known.
     """
     taken, ended = 0, False
-    with progress.shown(command, unit, total) as step, contextlib.closing(found):  # its processes end with it
-        for row in found:
+    with progress.shown(command, unit, total) as step, contextlib.closing(new_rows):  # with its processes
+        for row in new_rows:
             writer.append(row)
             step(" ".join(str(row[field]) for field in SHOWN if row.get(field)))
             taken += 1
@@ -125,7 +124,7 @@ def bench(args: argparse.Namespace) -> int:
     if not args.csv_only:
         plots.write(plots.draw_bench(folder), folder)
         files.write_atomically(folder / "REPORT.md", text.bench(folder))
-        console = Console(width=None if sys.stdout.isatty() else 160)
+        console = progress.console()
         console.print(text.bench_table(folder))
         console.print(f"REPORT.md and plots in {folder}", markup=False, highlight=False)
     if ended or not complete:
@@ -154,15 +153,15 @@ class _Run:
         chosen = [name for name in rows.PEERS if name != "torch_compile"]
         with contextlib.ExitStack() as stack:
             compiler = None if self.args.stub else stack.enter_context(Compiler(processes()))
-            found = rows.measured(self.chosen, self.lab, chosen, lambda row: pass_of(row) in finished, compiler)
+            new_rows = rows.measured(self.chosen, self.lab, chosen, lambda row: pass_of(row) in finished, compiler)
             # The rows of a pass come together: those of half a one would have to be measured again.
-            return self._append("bench.csv", kept, found, lambda row: row["provider"] == "auto")
+            return self._append("bench.csv", kept, new_rows, lambda row: row["provider"] == "auto")
 
     def _compiled(self) -> bool:
         kept = self._known("bench.csv")
         finished = {pass_of(row) for row in kept if row["provider"] == "torch_compile"}
-        found = rows.of_peer(self.chosen, self.lab, "torch_compile", lambda row: pass_of(row) in finished)
-        return self._append("bench.csv", kept, found)
+        new_rows = rows.of_peer(self.chosen, self.lab, "torch_compile", lambda row: pass_of(row) in finished)
+        return self._append("bench.csv", kept, new_rows)
 
     def _host(self) -> bool:
         if not self._known("host.csv"):
@@ -182,13 +181,14 @@ class _Run:
         pairs = [(model, layout) for model in models or options.MODELS for layout in ("nhwc", "nchw")]
         batch = 128 if self.args.batch is None else self.args.batch
         size = None if self.args.size is None else self.args.size[0]
-        found = (
+        new_rows = (
             row
             for model, layout in pairs
             if (model, layout) not in finished
             for row in training.rows([model], [layout], batch, size)
         )
-        return self._append("models.csv", [row for row in known if (row["model"], row["layout"]) in finished], found)
+        kept = [row for row in known if (row["model"], row["layout"]) in finished]
+        return self._append("models.csv", kept, new_rows)
 
     def _known(self, name: str) -> list[Row]:
         """The rows of an earlier run like this one. A file of another is kept under another name."""
@@ -205,12 +205,12 @@ class _Run:
         return known
 
     def _append(
-        self, name: str, kept: Sequence[Row], found: Generator[rows.Fields, None, None],
+        self, name: str, kept: Sequence[Row], new_rows: Generator[rows.Fields, None, None],
         ends: Callable[[rows.Fields], bool] = lambda row: True,
     ) -> bool:  # fmt: skip
         """Add rows to the kept ones of a table; whether all came in time. ends: after which the budget may end it."""
         with files.Writer(self.folder / name, FILES[name], self.environment, kept) as writer:
-            return not _take("bench", f"rows of {name}", found, writer, self.deadline, ends=ends)[1]
+            return not _take("bench", f"rows of {name}", new_rows, writer, self.deadline, ends=ends)[1]
 
 
 def pass_of(row: rows.Fields) -> tuple[str, ...]:

@@ -6,40 +6,27 @@ import dataclasses
 import pathlib
 import re
 import statistics
-from collections.abc import Callable, Iterable
 from operator import itemgetter
-from typing import TypeVar
 
 from groupconv import cost
-from groupconv.common import files
+from groupconv.common import files, grouped
 from groupconv.common.files import Row
 from groupconv.problem import PLANNED, ConvProblem
 
 from . import host_overhead, training
 from . import rows as rows_
 
-T = TypeVar("T")
-K = TypeVar("K")
-
 FILES = {"bench.csv": rows_.FIELDS, "models.csv": training.FIELDS, "host.csv": host_overhead.FIELDS}
 SAME_FORMAT = {"nchw": "torch_contiguous", "nhwc": "torch_channels_last"}
 TORCH = tuple(name for name in rows_.PEERS if name.startswith("torch_"))
 WIDTHS = ("depthwise", "narrow", "wide")
-WIN, LOSS = 1.03, 0.97  # speedups between them are ties
+WIN_ABOVE, LOSS_BELOW = 1.03, 0.97  # speedups between them are ties
 
 
 def read(folder: pathlib.Path) -> list[list[Row]]:
     """The rows of each of FILES, none for one that is missing; ValueError for one with other columns."""
     paths = {folder / name: fields for name, fields in FILES.items()}
     return [files.read(path, fields) if path.is_file() else [] for path, fields in paths.items()]
-
-
-def grouped(items: Iterable[T], key: Callable[[T], K]) -> dict[K, list[T]]:
-    """The items of each key, both in order of appearance."""
-    found: dict[K, list[T]] = {}
-    for item in items:
-        found.setdefault(key(item), []).append(item)
-    return found
 
 
 def layer_rows(rows: list[Row]) -> list[Row]:
@@ -129,14 +116,14 @@ class Pair:
 
 def pairs(rows: list[Row]) -> list[Pair]:
     """The passes for which both "auto" and PyTorch have a time and right numbers."""
-    found = []
+    compared = []
     for same_pass in grouped(layer_rows(rows), itemgetter("layer", "pass", *rows_.PROBLEM_FIELDS)).values():
-        by = {row["provider"]: row for row in same_pass if timed(row)}
-        by_torch = [by[name] for name in TORCH if name in by]
-        if "auto" in by and by_torch:
+        by_provider = {row["provider"]: row for row in same_pass if timed(row)}
+        by_torch = [by_provider[name] for name in TORCH if name in by_provider]
+        if "auto" in by_provider and by_torch:
             best = min(by_torch, key=lambda row: float(row["us_p50"]))
-            found.append(Pair(by["auto"], best, by.get(SAME_FORMAT[best["layout"]])))
-    return found
+            compared.append(Pair(by_provider["auto"], best, by_provider.get(SAME_FORMAT[best["layout"]])))
+    return compared
 
 
 def limits(rows: list[Row]) -> dict[str, tuple[float, float]]:
@@ -171,33 +158,34 @@ class Summary:
 def summary(rows: list[Row]) -> list[Summary]:
     """A summary for each dtype, layout, pass and width class, of the layers and of the sweep."""
 
-    def key(pair: Pair) -> tuple[str, str, str, str, str]:
+    def class_of(pair: Pair) -> tuple[str, str, str, str, str]:
         row = pair.auto
         return "sweep" if is_sweep(row) else "layers", row["dtype"], row["layout"], row["pass"], width(row)
 
-    def place(found: tuple[str, str, str, str, str]) -> tuple:
-        return *found[:3], PLANNED.index(found[3]), WIDTHS.index(found[4])
+    def place(key: tuple[str, str, str, str, str]) -> tuple:
+        return *key[:3], PLANNED.index(key[3]), WIDTHS.index(key[4])
 
-    bounds, by_class = limits(rows), grouped(pairs(rows), key)
-    return [_summary(found, by_class[found], bounds.get(found[1], (0.0, 0.0))) for found in sorted(by_class, key=place)]
-
-
-def _summary(key: tuple[str, str, str, str, str], mine: list[Pair], limit: tuple[float, float]) -> Summary:
-    gbps, tflops = limit
-    fractions = [float(p.auto["fraction"]) for p in mine if float(p.auto["intensity"]) * gbps < tflops * 1e3]
-    speedups = [pair.speedup for pair in mine]
-    over_same = [pair.over(pair.same) for pair in mine if pair.same]
-    return Summary(
-        *key,
-        layers=len(mine),
-        over_best=statistics.geometric_mean(speedups),
-        over_same=statistics.geometric_mean(over_same) if over_same else None,
-        wins=sum(speedup > WIN for speedup in speedups),
-        losses=sum(speedup < LOSS for speedup in speedups),
-        fallbacks=sum(takes(pair.auto) == "F.conv2d" for pair in mine),
-        memory_bound=len(fractions),
-        fraction=statistics.median(fractions) if fractions else None,
-    )
+    limit_of, by_class, summaries = limits(rows), grouped(pairs(rows), class_of), []
+    for key in sorted(by_class, key=place):
+        mine = by_class[key]
+        gbps, tflops = limit_of.get(key[1], (0.0, 0.0))
+        memory_bound = [pair.auto for pair in mine if float(pair.auto["intensity"]) * gbps < tflops * 1e3]
+        speedups = [pair.speedup for pair in mine]
+        over_same = [pair.over(pair.same) for pair in mine if pair.same]
+        summaries.append(
+            Summary(
+                *key,
+                layers=len(mine),
+                over_best=statistics.geometric_mean(speedups),
+                over_same=statistics.geometric_mean(over_same) if over_same else None,
+                wins=sum(speedup > WIN_ABOVE for speedup in speedups),
+                losses=sum(speedup < LOSS_BELOW for speedup in speedups),
+                fallbacks=sum(takes(pair.auto) == "F.conv2d" for pair in mine),
+                memory_bound=len(memory_bound),
+                fraction=statistics.median(float(row["fraction"]) for row in memory_bound) if memory_bound else None,
+            )
+        )
+    return summaries
 
 
 def steps(models: list[Row]) -> dict[tuple[str, ...], dict[str, Row]]:

@@ -27,10 +27,9 @@ import tempfile
 
 import pytest
 import torch
-from rich.console import Console
 
 from groupconv import configs, devices
-from groupconv.common import files
+from groupconv.common import files, progress
 from groupconv.common.progress import Deadline
 from groupconv.measuring import stub
 
@@ -140,10 +139,10 @@ def tests(log: pathlib.Path, deadline: Deadline) -> bool:
         elif status is not None:
             print(f"tests: pytest ended with status {status}; {log} says why")
             return False
-    found = outcomes(log.read_text(encoding="utf-8"))
-    counts = collections.Counter(found.values())
+    ended = outcomes(log.read_text(encoding="utf-8"))
+    counts = collections.Counter(ended.values())
     print(f"tests: {', '.join(f'{count} {outcome.lower()}' for outcome, count in counts.items()) or 'none yet'}")
-    for test, outcome in found.items():
+    for test, outcome in ended.items():
         if outcome in FAILURES:
             print(f"  {outcome} {test}")
     return not FAILURES & set(counts)
@@ -179,7 +178,7 @@ def _write_up(folder: pathlib.Path) -> None:
         return
     plots.write_pdf(plots.draw_bench(folder), folder / "plots.pdf")
     files.write_atomically(folder / "REPORT.md", text.bench(folder))
-    Console(width=None if sys.stdout.isatty() else 160).print(text.bench_table(folder))
+    progress.console().print(text.bench_table(folder))
 
 
 def ship_command(argv: list[str]) -> int:

@@ -65,51 +65,44 @@ def rows() -> Iterator[Fields]:
     """
     on_gpu = torch.cuda.is_available()
     with contextlib.nullcontext() if on_gpu else stub_driver.active("sm_90"):
-        yield from _eager("cuda" if on_gpu else "cpu")
-        if on_gpu:
-            yield from _compiled_and_graph()
+        yield from _rows(on_gpu)
 
 
-def _tensors(device: str) -> tuple[Tensor, Tensor, Tensor]:
-    options: dict[str, Any] = {"device": device, "dtype": torch.bfloat16}
+def _rows(on_gpu: bool) -> Iterator[Fields]:
+    options: dict[str, Any] = {"device": "cuda" if on_gpu else "cpu", "dtype": torch.bfloat16}
     x = torch.randn(2, 32, 8, 8, **options).contiguous(memory_format=torch.channels_last)
     w = torch.randn(32, 4, 3, 3, **options).contiguous(memory_format=torch.channels_last)
-    return x, w, torch.randn(32, **options)
-
-
-def _row(step: str, mode: str, provider: str, us: float) -> Fields:
-    return {"step": step, "mode": mode, "provider": provider, "us": us}
-
-
-def _eager(device: str) -> Iterator[Fields]:
-    synchronize: Callable[[], object] = torch.cuda.synchronize if device == "cuda" else _nothing
-
-    def timed(call: Callable[..., object], *given: object, calls: int = CALLS) -> float:
-        return microseconds(functools.partial(call, *given), synchronize, calls)
-
-    x, w, bias = _tensors(device)
+    bias = torch.randn(32, **options)
     arguments = (w, bias, 1, 1, 1, 8)
-    providers: dict[str, Call] = {
-        "triton_conv": lambda x: triton_conv(x, *arguments, backend="triton"),
-        "autograd.Function that computes nothing": lambda x: _Nothing.apply(x, w, bias),
-    }
-    if device == "cuda":
-        providers["F.conv2d"] = lambda x: F.conv2d(x, *arguments)
-    yield _row("plan lookup", "eager", "triton_conv", timed(prepared.lookup, x, *arguments, "triton"))
+    convolutions: dict[str, Call] = {"triton_conv": lambda x: triton_conv(x, *arguments, backend="triton")}
+    if on_gpu:
+        convolutions["F.conv2d"] = lambda x: F.conv2d(x, *arguments)
+    providers = convolutions | {"autograd.Function that computes nothing": lambda x: _Nothing.apply(x, w, bias)}
+
+    def row(step: str, provider: str, call: Callable[[], object], mode: str = "eager", layers: int = 1) -> Fields:
+        synchronize = torch.cuda.synchronize if on_gpu else lambda: None
+        us = microseconds(call, synchronize, CALLS // layers) / layers
+        return {"step": step, "mode": mode, "provider": provider, "us": us}
+
+    yield row("plan lookup", "triton_conv", lambda: prepared.lookup(x, *arguments, "triton"))
     with torch.no_grad():
-        for name, call in providers.items():
-            yield _row("forward without gradients", "eager", name, timed(call, x))
+        for name, provider in providers.items():
+            yield row("forward without gradients", name, functools.partial(provider, x))
     leaves = [tensor.requires_grad_() for tensor in (x, w, bias)]
-    for name, call in providers.items():
-        yield _row("forward", "eager", name, timed(call, x))
-        step = functools.partial(_step, call, x, leaves, torch.randn_like(call(x)))
-        yield _row("forward and backward", "eager", name, timed(step, 1))
-        chain = timed(step, LAYERS, calls=CALLS // LAYERS)
-        yield _row(f"forward and backward, a layer of {LAYERS}", "eager", name, chain / LAYERS)
-
-
-def _nothing() -> None:
-    """There is no device to wait for."""
+    for name, provider in providers.items():
+        yield row("forward", name, functools.partial(provider, x))
+        step = functools.partial(_step, provider, x, leaves, torch.randn_like(provider(x)))
+        yield row("forward and backward", name, functools.partial(step, 1))
+        chain = functools.partial(step, LAYERS)
+        yield row(f"forward and backward, a layer of {LAYERS}", name, chain, layers=LAYERS)
+    with torch.no_grad():
+        for name, convolution in convolutions.items() if on_gpu else ():
+            compiled = torch.compile(convolution, dynamic=False, fullgraph=True)
+            yield row("forward without gradients", name, functools.partial(compiled, x), "compiled")
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                convolution(x)
+            yield row("forward without gradients", name, graph.replay, "graph")
 
 
 def _step(call: Call, x: Tensor, leaves: list[Tensor], dy: Tensor, layers: int) -> tuple[Tensor, ...]:
@@ -118,24 +111,6 @@ def _step(call: Call, x: Tensor, leaves: list[Tensor], dy: Tensor, layers: int) 
     for _ in range(layers):
         y = call(y)
     return torch.autograd.grad(y, leaves, dy)
-
-
-def _compiled_and_graph() -> Iterator[Fields]:
-    x, w, bias = _tensors("cuda")
-    arguments = (w, bias, 1, 1, 1, 8)
-    calls: dict[str, Call] = {
-        "triton_conv": lambda x: triton_conv(x, *arguments, backend="triton"),
-        "F.conv2d": lambda x: F.conv2d(x, *arguments),
-    }
-    with torch.no_grad():
-        for name, call in calls.items():
-            compiled = functools.partial(torch.compile(call, dynamic=False, fullgraph=True), x)
-            time_us = microseconds(compiled, torch.cuda.synchronize)
-            yield _row("forward without gradients", "compiled", name, time_us)
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
-                call(x)
-            yield _row("forward without gradients", "graph", name, microseconds(graph.replay, torch.cuda.synchronize))
 
 
 def main() -> int:

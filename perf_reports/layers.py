@@ -54,22 +54,25 @@ def make(args: argparse.Namespace, dtype: str, layout: str, counts: Sequence[int
     if args.layers == "groups":
         return _across_groups(args, dtype, layout, counts)
     if args.layers == "all":
-        found = suite(dtype, layout)
-        return [*_across_groups(args, dtype, layout, counts), *(found[::QUICK_STEP] if args.quick else found)]
+        return [*_across_groups(args, dtype, layout, counts), *_some(suite(dtype, layout), args)]
     if args.groups:
         raise ValueError("--groups: a list of layers has its own group counts; --layers groups takes these")
-    found = suite(dtype, layout) if args.layers == "suite" else _of_file(args.layers, dtype, layout)
-    return found[::QUICK_STEP] if args.quick else found
+    return _some(suite(dtype, layout) if args.layers == "suite" else _of_file(args.layers, dtype, layout), args)
+
+
+def _some(layers: list[Layer], args: argparse.Namespace) -> list[Layer]:
+    """The layers of a list: all, or few with --quick."""
+    return layers[::QUICK_STEP] if args.quick else layers
 
 
 def variants(args: argparse.Namespace) -> list[Layer]:
     """`make` in every dtype and layout, one dtype and layout after the other."""
-    found = make(args, args.dtypes[0], args.layouts[0])
+    layers = make(args, args.dtypes[0], args.layouts[0])
     return [
         Layer(layer.name, dataclasses.replace(layer.problem, dtype=dtype, layout=layout, out_layout=layout))
         for dtype in args.dtypes
         for layout in args.layouts
-        for layer in found
+        for layer in layers
     ]
 
 
@@ -77,8 +80,7 @@ def _of_named_model(args: argparse.Namespace, dtype: str, layout: str) -> list[L
     if args.groups or args.kernels:
         raise ValueError(f"--model: {args.model} has its own groups and kernels")
     size = None if args.size is None else _pair(args.size, "--size")[0]
-    found = of_model(args.model, 128 if args.batch is None else args.batch, size, dtype, layout)
-    return found[::QUICK_STEP] if args.quick else found
+    return _some(of_model(args.model, 128 if args.batch is None else args.batch, size, dtype, layout), args)
 
 
 def _across_groups(args: argparse.Namespace, dtype: str, layout: str, counts: Sequence[int]) -> list[Layer]:
@@ -221,13 +223,13 @@ def of_model(spec: str, batch: int, size: int | None, dtype: str, layout: str) -
         raise ValueError(f"{spec!r} does not run on meta tensors: {type(error).__name__}: {error}") from error
     if not recorder.modules:
         raise ValueError(f"{spec!r} has no 2-D convolution with groups")
-    found, times = [], collections.Counter[str]()
+    layers, times = [], collections.Counter[str]()
     for problem, module in recorder.modules.items():
         times[module] += 1
         name = ".".join(filter(None, (spec.partition(":")[2], module)))
         number = f"#{times[module]}" if times[module] > 1 else ""
-        found.append(Layer(name + number, dataclasses.replace(problem, dtype=dtype, layout=layout, out_layout=layout)))
-    return found
+        layers.append(Layer(name + number, dataclasses.replace(problem, dtype=dtype, layout=layout, out_layout=layout)))
+    return layers
 
 
 def builder(spec: str) -> Callable[[], nn.Module]:

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import math
-import os
 import pathlib
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from operator import itemgetter
 from typing import Any
 
@@ -16,22 +15,31 @@ from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties
 from matplotlib.legend import Legend
 
-from groupconv.algorithms import REGISTRY
+from groupconv.common import files, grouped
 from groupconv.common.files import Row
 from groupconv.problem import PASSES, PLANNED
 
 from . import comparison
-from .comparison import LOSS, WIDTHS, WIN, Pair, across_groups, across_kernels, grouped, kind, layer_rows, timed
+from .comparison import LOSS_BELOW, WIDTHS, WIN_ABOVE, Pair, across_groups, across_kernels, kind, layer_rows, timed
 from .rows import PRIOR
 from .text import BENCH_PLOTS, NAMES, RUN_PLOTS, number, origin, provenance, scaled, subject, versions
 
 # Okabe and Ito's colours, which colour-blind readers can tell apart; each with a marker of its own, for print.
-TORCH_STYLES = {
-    "torch_contiguous": ("#E69F00", "X"), "torch_channels_last": ("#56B4E9", "P"), PRIOR: ("#E69F00", "X"),
-}  # fmt: skip
+PEER_STYLES: dict[str, dict[str, Any]] = {
+    "torch_contiguous": {"color": "#E69F00", "marker": "X"},
+    "torch_channels_last": {"color": "#56B4E9", "marker": "P"},
+    "torch_native": {"color": "#E69F00", "marker": "<", "linestyle": ":"},
+    "torch_compile": {"color": "#56B4E9", "marker": ">", "linestyle": "-."},
+    "flag_gems": {"color": "0.5", "marker": "*", "linestyle": "-."},
+    PRIOR: {"color": "#E69F00", "marker": "X"},
+}
 OWN_STYLES = (("#0072B2", "o"), ("#D55E00", "s"), ("#009E73", "^"), ("#CC79A7", "D"), ("#F0E442", "v"))
 FLOOR: dict[str, Any] = {"color": "black", "linestyle": "--", "linewidth": 1.2}
 AUTO: dict[str, Any] = {"color": "black", "linestyle": "none", "marker": "o", "markersize": 12, "fillstyle": "none"}
+# What layers differ in along an axis, by its field; these labels, and FLOPs a byte, are of no time.
+ALONG = {"groups": "groups", "kh": "kernel height and width, pixels"}
+INTENSITY = "FLOPs a byte, every operand moved once"
+LEAST_WIDTH = 10.5  # inches of the narrowest figure, which its title fits
 UNGROUPED: dict[str, Any] = {"color": "0.45", "linestyle": ":", "linewidth": 1.6}
 
 
@@ -39,31 +47,34 @@ def write(figures: Mapping[str, Figure], folder: pathlib.Path) -> list[pathlib.P
     """Write each figure as NAME.png, whole at every moment; the files written."""
     written = []
     for name, figure in figures.items():
-        partial, path = folder / f".{name}.png.partial", folder / f"{name}.png"
-        figure.savefig(partial, format="png", dpi=150)
-        os.replace(partial, path)
-        written.append(path)
+        written.append(folder / f"{name}.png")
+        with files.whole(written[-1]) as partial:
+            figure.savefig(partial, format="png", dpi=150)
     return written
 
 
 def write_pdf(figures: Mapping[str, Figure], path: pathlib.Path) -> None:
     """Write figures as the pages of a PDF, whole at every moment. Without any, nothing is written."""
     if figures:
-        partial = path.with_name(f".{path.name}.partial")
-        with PdfPages(partial) as pages:
+        with files.whole(path) as partial, PdfPages(partial) as pages:
             for figure in figures.values():
                 pages.savefig(figure)
-        os.replace(partial, path)
 
 
-def labelled(rows: list[Row], text: str) -> str:
-    """A label of figures that come from times; it says so where nothing was measured."""
-    return text if kind(rows) == "measured" else f"{text} ({kind(rows)})"
+def _finish(figure: Figure, rows: list[Row], what: str, *about: str) -> Figure:
+    """Title a figure: what it shows, lines about it, and where its rows come from. Where nothing was measured, each of
+    its titles and labels that is about times says so.
+    """
 
+    def labelled(text: str) -> str:
+        return text if kind(rows) == "measured" else f"{text} ({kind(rows)})"
 
-def _titled(figure: Figure, rows: list[Row], what: str, *about: str) -> None:
-    """Title a figure: what it shows, lines about it, and where its rows come from."""
-    figure.suptitle("\n".join([labelled(rows, what), *about, provenance(rows)]), fontsize=10)
+    figure.suptitle("\n".join([labelled(what), *about, provenance(rows)]), fontsize=10)
+    for axes in figure.axes:
+        for label in (axes.title, axes.xaxis.label, axes.yaxis.label):
+            if label.get_text() not in ("", INTENSITY, *ALONG.values()):
+                label.set_text(labelled(label.get_text()))
+    return figure
 
 
 def _legend(figure: Figure, axes: Axes) -> Legend:
@@ -110,7 +121,7 @@ def _sweep_axis(axes: Axes, rows: list[Row]) -> None:
         axes.set_xscale("log", base=2)
     axes.set_xticks(counts, [str(count) for count in counts])
     axes.xaxis.set_minor_locator(ticker.NullLocator())
-    axes.set_xlabel("groups" if along == "groups" else "kernel height and width, pixels")
+    axes.set_xlabel(ALONG[along])
     _grid(axes)
 
 
@@ -130,11 +141,51 @@ def _log_x(axes: Axes, base: int, form: str) -> None:
     axes.xaxis.set_minor_formatter(ticker.NullFormatter())
 
 
+def _fraction_axis(axes: Axes, names: list[str]) -> None:
+    """Fractions of the limit, a line a layer."""
+    axes.axvline(100, label="limit", **FLOOR)
+    axes.set_xlim(left=0)
+    axes.set_xlabel("floor / time, %")
+    _layer_axis(axes, names, len(names))
+
+
 def _layer_axis(axes: Axes, names: list[str], most: int) -> None:
     """A line a layer, as many as `most` of them."""
     axes.set_yticks(range(len(names)), names, fontsize=8)
     axes.set_ylim(-0.7, most - 0.3)
     _grid(axes)
+
+
+def _styles(rows: list[Row]) -> dict[str, dict[str, Any]]:
+    """How each provider is drawn, in order of appearance. "auto" repeats another's figures: it is no line."""
+    providers = list(dict.fromkeys(row["provider"] for row in layer_rows(rows) if row["provider"] != "auto"))
+    own = [name for name in providers if name not in PEER_STYLES]
+    colours = {name: OWN_STYLES[i % len(OWN_STYLES)] for i, name in enumerate(own)}
+    own_styles = {name: {"color": colour, "marker": marker} for name, (colour, marker) in colours.items()}
+    return {name: own_styles.get(name) or PEER_STYLES[name] for name in providers}
+
+
+def _lines(axes: Axes, rows: list[Row], pass_: str, field: str, scale: float = 1) -> None:
+    """A line a provider: a field across what the layers differ in."""
+    for provider, style in _styles(list(filter(timed, rows))).items():
+        x, y = points(rows, pass_, provider, field)
+        # Panels share a legend: a provider that lacks one pass is in it all the same.
+        axes.plot(x, [scale * value for value in y], label=NAMES.get(provider, provider), **style)
+
+
+def _panels(passes: Sequence[str], width: float, height: float, **shared: Any) -> tuple[Figure, dict[str, Axes]]:
+    """A figure with a titled panel a pass; sizes in inches, the width that of a panel."""
+    figure = Figure(figsize=(max(LEAST_WIDTH, width * len(passes)), height), layout="constrained")
+    panels = dict(zip(passes, figure.subplots(1, len(passes), squeeze=False, **shared)[0], strict=True))
+    for pass_, axes in panels.items():
+        axes.set_title(pass_, fontsize=10)
+    return figure, panels
+
+
+def _passes_of(rows: Iterable[Row]) -> list[str]:
+    """The passes that rows have."""
+    having = {row["pass"] for row in rows}
+    return [pass_ for pass_ in PLANNED if pass_ in having]
 
 
 # --- `groupconv report` ----------------------------------------------------------------------------------------------
@@ -149,60 +200,49 @@ def draw(rows: list[Row]) -> dict[str, Figure]:
     return _sweeps(rows) if across_kernels(rows) else {"fraction": _layers(rows)}
 
 
-def _styles(rows: list[Row]) -> dict[str, tuple[str, str]]:
-    """(colour, marker) by provider, in order of appearance. "auto" repeats another's figures: it is no line."""
-    providers = list(dict.fromkeys(row["provider"] for row in layer_rows(rows) if row["provider"] != "auto"))
-    own = [name for name in providers if name not in TORCH_STYLES]
-    styles = {name: OWN_STYLES[i % len(OWN_STYLES)] for i, name in enumerate(own)}
-    return {name: styles.get(name) or TORCH_STYLES[name] for name in providers}
-
-
 def _sweeps(rows: list[Row]) -> dict[str, Figure]:
     """Time and fraction of the limit across group counts or kernel sizes."""
-    return {
-        "time": _passes(rows, "Time of each pass", _time),
-        "fraction": _passes(rows, "Fraction of the limit reached", _fraction),
-    }
-
-
-def _passes(rows: list[Row], title: str, panel: Callable[[Axes, list[Row], str], None]) -> Figure:
-    figure = Figure(figsize=(12, 4.6), layout="constrained")
-    panels = figure.subplots(1, 3, sharey=True)
-    for axes, pass_ in zip(panels, PASSES, strict=True):
-        panel(axes, rows, pass_)
-        axes.set_title(pass_, fontsize=10)
-        axes.label_outer()
-    _legend(figure, panels[0])
-    _titled(figure, rows, title, subject(rows))
-    return figure
-
-
-def _lines(axes: Axes, rows: list[Row], pass_: str, field: str, scale: float = 1) -> None:
-    """A line a provider."""
-    for provider, (colour, marker) in _styles(rows).items():
-        x, y = points(rows, pass_, provider, field)
-        label = labelled(rows, NAMES.get(provider, provider))
-        axes.plot(x, [scale * value for value in y], color=colour, marker=marker, label=label)
+    figures = {}
+    for name, title, draw_panel in (
+        ("time", "Time of each pass", _time_of_report), ("fraction", "Fraction of the limit reached", _fraction)
+    ):  # fmt: skip
+        figures[name], panels = _panels(PASSES, 4, 4.6, sharey=True)
+        for pass_, axes in panels.items():
+            draw_panel(axes, rows, pass_)
+            axes.label_outer()
+        _legend(figures[name], panels[PASSES[0]])
+        _finish(figures[name], rows, title, subject(rows))
+    return figures
 
 
 def _time(axes: Axes, rows: list[Row], pass_: str) -> None:
+    """Time across group counts or kernel sizes, a line a provider, and the floor."""
     _lines(axes, rows, pass_, "us_p50")
-    axes.plot(*_floors(rows, pass_), label=labelled(rows, "floor"), **FLOOR)
+    axes.plot(*_floors(rows, pass_), label="floor", **FLOOR)
+    _sweep_axis(axes, rows)
+    _log_y(axes, "time, us")
+
+
+def _auto(axes: Axes, rows: list[Row], pass_: str) -> None:
+    """A ring on what "auto" takes."""
+    axes.plot(*points(rows, pass_, "auto", "us_p50"), label="auto", **AUTO)
+
+
+def _time_of_report(axes: Axes, rows: list[Row], pass_: str) -> None:
+    _time(axes, rows, pass_)
     ungrouped = [float(row["ungrouped_floor_us"]) for row in layer_rows(rows) if row["pass"] == pass_]
     if not across_groups(rows):
-        axes.plot(*points(rows, pass_, "auto", "us_p50"), label=labelled(rows, "auto"), **AUTO)
+        _auto(axes, rows, pass_)
     elif ungrouped:  # a run that ended early may lack a pass
-        axes.axhline(ungrouped[0], label=labelled(rows, "floor of the ungrouped layer"), **UNGROUPED)
-    _sweep_axis(axes, rows)
-    _log_y(axes, labelled(rows, "time, us"))
+        axes.axhline(ungrouped[0], label="floor of the ungrouped layer", **UNGROUPED)
 
 
 def _fraction(axes: Axes, rows: list[Row], pass_: str) -> None:
     _lines(axes, rows, pass_, "fraction", 100)
-    axes.axhline(100, label=labelled(rows, "limit"), **FLOOR)
+    axes.axhline(100, label="limit", **FLOOR)
     _sweep_axis(axes, rows)
     axes.set_ylim(bottom=0)
-    axes.set_ylabel(labelled(rows, "floor / time, %"))
+    axes.set_ylabel("floor / time, %")
 
 
 def _work_panels(panels: Sequence[Axes], rows: list[Row]) -> None:
@@ -258,12 +298,12 @@ def _overview(rows: list[Row]) -> Figure:
     figure = Figure(figsize=(12, 8.4), layout="constrained")
     work, times = figure.subplots(2, 3)
     _work_panels(work, rows)
-    own = {row["provider"] for row in layer_rows(rows)} - {*TORCH_STYLES, "auto"}
+    own = {row["provider"] for row in layer_rows(rows)} - {*PEER_STYLES, "auto"}
     torch = "F.conv2d" if kind(rows) == "measured" else NAMES[PRIOR]
     for axes, pass_ in zip(times, PASSES, strict=True):
         if axes is not times[0]:
             axes.sharey(times[0])
-        axes.plot(*_fastest(rows, pass_, TORCH_STYLES), color="#E69F00", marker="s", label=torch)
+        axes.plot(*_fastest(rows, pass_, PEER_STYLES), color="#E69F00", marker="s", label=torch)
         axes.plot(*_fastest(rows, pass_, own), color="#0072B2", marker="o", label="the fastest of ours")
         axes.plot(*_floors(rows, pass_), label="floor", **FLOOR)
         axes.plot(*points(rows, pass_, "auto", "us_p50"), label='what "auto" takes', **AUTO)
@@ -281,47 +321,34 @@ def _layers(rows: list[Row]) -> Figure:
     """A line a layer, sorted by the best fraction of its first pass."""
     best: dict[str, float] = {}
     for row in layer_rows(rows):
-        value = float(row["fraction"]) if row["pass"] == "fprop" and timed(row) else 0.0
+        value = float(row["fraction"]) if row["pass"] == PASSES[0] and timed(row) else 0.0
         best[row["layer"]] = max(best.get(row["layer"], 0.0), value)
     order = sorted(best, key=best.__getitem__)
-    figure = Figure(figsize=(12, max(3.5, 2.0 + 0.2 * len(order))), layout="constrained")
-    panels = figure.subplots(1, 3, sharey=True)
-    for axes, pass_ in zip(panels, PASSES, strict=True):
-        for provider, (colour, marker) in _styles(rows).items():
+    figure, panels = _panels(PASSES, 4, max(3.5, 2.0 + 0.2 * len(order)), sharey=True)
+    for pass_, axes in panels.items():
+        for provider, style in _styles(rows).items():
             mine = [row for row in layer_rows(rows) if (row["pass"], row["provider"]) == (pass_, provider)]
             drawn = [(100 * float(row["fraction"]), order.index(row["layer"])) for row in mine if timed(row)]
-            label = labelled(rows, NAMES.get(provider, provider))
-            axes.scatter([x for x, _ in drawn], [y for _, y in drawn], s=26, color=colour, marker=marker, label=label)
-        axes.axvline(100, label=labelled(rows, "limit"), **FLOOR)
-        axes.set_xlim(left=0)
-        _layer_axis(axes, order, len(order))
-        axes.set_xlabel(labelled(rows, "floor / time, %"))
-        axes.set_title(pass_, fontsize=10)
-    _legend(figure, panels[0])
-    _titled(figure, rows, "Fraction of the limit reached, by layer", subject(rows))
-    return figure
+            axes.plot(
+                [x for x, _ in drawn], [y for _, y in drawn],
+                label=NAMES.get(provider, provider), **style | {"linestyle": "none"},
+            )  # fmt: skip
+        _fraction_axis(axes, order)
+    _legend(figure, panels[PASSES[0]])
+    return _finish(figure, rows, "Fraction of the limit reached, by layer", subject(rows))
 
 
 # --- `groupconv bench` -----------------------------------------------------------------------------------------------
 
-OWN = {name: OWN_STYLES[i % len(OWN_STYLES)] for i, name in enumerate(REGISTRY)}
-LINES: dict[str, dict[str, Any]] = {
-    **{name: {"color": colour, "marker": marker} for name, (colour, marker) in (OWN | TORCH_STYLES).items()},
-    "torch_native": {"color": "#E69F00", "marker": "<", "linestyle": ":"},
-    "torch_compile": {"color": "#56B4E9", "marker": ">", "linestyle": "-."},
-    "flag_gems": {"color": "0.5", "marker": "*", "linestyle": "-."},
-}
 # Field of a Pair: colour, marker, area, label. The second is drawn over the first, which shows around it.
 SERIES = {"auto": ("#0072B2", "o", 42, "auto"), "best": ("#E69F00", "X", 22, "best of PyTorch")}
 RESULTS = {
-    "win": ("#0072B2", "", f"above {WIN}"),
+    "win": ("#0072B2", "", f"above {WIN_ABOVE}"),
     "tie": ("0.75", "", "between"),
-    "loss": ("#D55E00", "////", f"below {LOSS}"),
+    "loss": ("#D55E00", "////", f"below {LOSS_BELOW}"),
 }
 MARKERS = dict(zip(WIDTHS, ("o", "s", "^"), strict=True))
 FILLS = (("#0072B2", ""), ("#E69F00", "///"), ("#009E73", "..."), ("#CC79A7", "xxx"), ("#56B4E9", "\\\\\\"))
-
-LEAST_WIDTH = 10.5  # inches of the narrowest figure, which its title fits
 
 
 def draw_bench(folder: pathlib.Path) -> dict[str, Figure]:
@@ -336,12 +363,12 @@ def draw_bench(folder: pathlib.Path) -> dict[str, Figure]:
         # Runs into one folder may have left sweeps of several layers, which have no axis in common.
         if any(map(timed, sweep)) and across_groups(sweep):
             figures[f"groups_{suffix}"] = _groups(sweep)
-        found = comparison.pairs(others)
-        if found:
-            figures[f"fraction_{suffix}"] = _fractions(others, found)
-            figures[f"speedup_{suffix}"] = _speedups(others, found)
+        pairs = comparison.pairs(others)
+        if pairs:
+            figures[f"fraction_{suffix}"] = _fractions(others, pairs)
+            figures[f"speedup_{suffix}"] = _speedups(others, pairs)
             if key[0] in limits:
-                figures[f"roofline_{suffix}"] = _rooflines(others, found, *limits[key[0]])
+                figures[f"roofline_{suffix}"] = _rooflines(others, pairs, *limits[key[0]])
     if any(row["us"] for row in host):
         figures["host"] = _host([row for row in host if row["us"]])
     if any(row["ms_p50"] for row in models):
@@ -349,76 +376,46 @@ def draw_bench(folder: pathlib.Path) -> dict[str, Figure]:
     return figures
 
 
-def _finish(figure: Figure, rows: list[Row], what: str, *about: str) -> Figure:
-    """Title a figure; where nothing was measured, each of its titles and labels says so."""
-    _titled(figure, rows, what, *about)
-    for axes in figure.axes:
-        for label in (axes.title, axes.xaxis.label, axes.yaxis.label):
-            if label.get_text():
-                label.set_text(labelled(rows, label.get_text()))
-    return figure
-
-
-def _panels(rows: list[Row], width: float, height: float, **shared: Any) -> tuple[Figure, dict[str, Axes]]:
-    """A figure with a titled panel for each pass that the rows have; sizes in inches, the width that of a panel."""
-    passes = [pass_ for pass_ in PLANNED if any(row["pass"] == pass_ for row in rows)]
-    figure = Figure(figsize=(max(LEAST_WIDTH, width * len(passes)), height), layout="constrained")
-    panels = dict(zip(passes, figure.subplots(1, len(passes), squeeze=False, **shared)[0], strict=True))
-    for pass_, axes in panels.items():
-        axes.set_title(pass_, fontsize=10)
-    return figure, panels
-
-
 def _groups(rows: list[Row]) -> Figure:
     """Time across group counts, a line a provider; rings show what "auto" takes."""
-    figure, panels = _panels([row for row in rows if timed(row)], 4.2, 5.2, sharex=True, sharey=True)
+    figure, panels = _panels(_passes_of(filter(timed, rows)), 4.2, 5.2, sharex=True, sharey=True)
     for pass_, axes in panels.items():
-        for provider, style in LINES.items():
-            x, y = points(rows, pass_, provider, "us_p50")
-            # Panels share a legend: a provider that lacks one pass is in it all the same.
-            if any(row["provider"] == provider and timed(row) for row in rows):
-                axes.plot(x, y, label=NAMES.get(provider, provider), **style)
-        axes.plot(*points(rows, pass_, "auto", "us_p50"), label="auto", **AUTO)
-        axes.plot(*_floors(rows, pass_), label="floor", **FLOOR)
-        _sweep_axis(axes, rows)
-        _log_y(axes, "time, us")
+        _time(axes, rows, pass_)
+        _auto(axes, rows, pass_)
         axes.label_outer()
     _legend(figure, next(iter(panels.values())))
     return _finish(figure, rows, BENCH_PLOTS["groups"], subject(rows))
 
 
-def _fractions(rows: list[Row], found: list[Pair]) -> Figure:
+def _fractions(rows: list[Row], pairs: list[Pair]) -> Figure:
     """A line a layer, sorted by what "auto" reaches in its first pass."""
     best: dict[str, float] = {}
-    for pair in sorted(found, key=lambda pair: PLANNED.index(pair.auto["pass"])):
+    for pair in sorted(pairs, key=lambda pair: PLANNED.index(pair.auto["pass"])):
         best.setdefault(pair.auto["layer"], float(pair.auto["fraction"]))
     order = sorted(best, key=best.__getitem__)
-    figure, panels = _panels([pair.auto for pair in found], 4, 2 + 0.2 * len(order), sharey=True)
+    figure, panels = _panels(_passes_of(pair.auto for pair in pairs), 4, 2 + 0.2 * len(order), sharey=True)
     for pass_, axes in panels.items():
-        mine = [pair for pair in found if pair.auto["pass"] == pass_]
+        mine = [pair for pair in pairs if pair.auto["pass"] == pass_]
         y = [order.index(pair.auto["layer"]) for pair in mine]
         x = {name: [100 * float(getattr(pair, name)["fraction"]) for pair in mine] for name in SERIES}
         axes.hlines(y, x["best"], x["auto"], color="0.6", linewidth=1)
         for name, (colour, marker, area, label) in SERIES.items():
             axes.scatter(x[name], y, s=area, color=colour, marker=marker, label=label, zorder=3)
-        axes.axvline(100, label="limit", **FLOOR)
-        axes.set_xlim(left=0)
-        _layer_axis(axes, order, len(order))
-        axes.set_xlabel("floor / time, %")
+        _fraction_axis(axes, order)
     _legend(figure, next(iter(panels.values())))
     return _finish(figure, rows, BENCH_PLOTS["fraction"], subject(rows))
 
 
 def _result(pair: Pair) -> str:
-    return "win" if pair.speedup > WIN else "loss" if pair.speedup < LOSS else "tie"
+    return "win" if pair.speedup > WIN_ABOVE else "loss" if pair.speedup < LOSS_BELOW else "tie"
 
 
-def _speedups(rows: list[Row], found: list[Pair]) -> Figure:
+def _speedups(rows: list[Row], pairs: list[Pair]) -> Figure:
     """A bar a layer, from 1, each panel sorted by itself; the mark at its end is the width class."""
-    by_pass = grouped(found, lambda pair: pair.auto["pass"])
+    by_pass = grouped(pairs, lambda pair: pair.auto["pass"])
     most = max(map(len, by_pass.values()))
-    width = 3.4 + 0.07 * max(len(pair.auto["layer"]) for pair in found)
-    figure, panels = _panels([pair.auto for pair in found], width, 2.2 + 0.2 * most, sharex=True)
+    width = 3.4 + 0.07 * max(len(pair.auto["layer"]) for pair in pairs)
+    figure, panels = _panels(_passes_of(pair.auto for pair in pairs), width, 2.2 + 0.2 * most, sharex=True)
     for pass_, axes in panels.items():
         mine = sorted(by_pass[pass_], key=lambda pair: pair.speedup)
         for result, (colour, hatch, label) in RESULTS.items():
@@ -434,19 +431,19 @@ def _speedups(rows: list[Row], found: list[Pair]) -> Figure:
         _log_x(axes, 2, "{x:g}x")
         _layer_axis(axes, [pair.auto["layer"] for pair in mine], most)
         axes.set_xlabel("speedup of auto")
-    low, high = (pick(pair.speedup for pair in found) for pick in (min, max))
+    low, high = (pick(pair.speedup for pair in pairs) for pick in (min, max))
     axes.set_xlim(min(0.5, 0.9 * low), max(2, 1.1 * high))
     _legend(figure, axes)
     return _finish(figure, rows, BENCH_PLOTS["speedup"], subject(rows))
 
 
-def _rooflines(rows: list[Row], found: list[Pair], gbps: float, tflops: float) -> Figure:
-    figure, panels = _panels([pair.auto for pair in found], 4.4, 5, sharex=True, sharey=True)
-    ends = [float(pair.auto["intensity"]) for pair in found]
+def _rooflines(rows: list[Row], pairs: list[Pair], gbps: float, tflops: float) -> Figure:
+    figure, panels = _panels(_passes_of(pair.auto for pair in pairs), 4.4, 5, sharex=True, sharey=True)
+    ends = [float(pair.auto["intensity"]) for pair in pairs]
     ridge = tflops * 1e3 / gbps
     roof = sorted([min(ends) / 2, max(2 * max(ends), 2 * ridge), ridge])
     for pass_, axes in panels.items():
-        mine = [pair for pair in found if pair.auto["pass"] == pass_]
+        mine = [pair for pair in pairs if pair.auto["pass"] == pass_]
         for name, (colour, marker, area, label) in SERIES.items():
             drawn = [getattr(pair, name) for pair in mine]
             axes.scatter(
@@ -456,11 +453,11 @@ def _rooflines(rows: list[Row], found: list[Pair], gbps: float, tflops: float) -
         axes.plot(roof, [min(x * gbps / 1e3, tflops) for x in roof], label="limit", **FLOOR)
         _log_x(axes, 10, "{x:g}")
         _log_y(axes, "useful TFLOP/s")
-        axes.set_xlabel("FLOPs a byte, every operand moved once")
+        axes.set_xlabel(INTENSITY)
         _grid(axes)
         axes.label_outer()
     _legend(figure, next(iter(panels.values())))
-    limit = f"limit: a copy at {number(str(gbps))} GB/s, a matrix product at {number(str(tflops))} TFLOP/s"
+    limit = f"limit: a copy at {number(gbps)} GB/s, a matrix product at {number(tflops)} TFLOP/s"
     return _finish(figure, rows, BENCH_PLOTS["roofline"], subject(rows), limit)
 
 
@@ -490,9 +487,9 @@ def _host(rows: list[Row]) -> Figure:
     calls = grouped(rows, itemgetter("step", "mode"))
     series: dict[str, list[tuple[float, str]]] = {row["provider"]: [] for row in rows}
     for call in calls.values():
-        found = {row["provider"]: (float(row["us"]), number(row["us"])) for row in call}
+        by_provider = {row["provider"]: (float(row["us"]), number(row["us"])) for row in call}
         for provider, bars in series.items():
-            bars.append(found.get(provider, NOTHING))
+            bars.append(by_provider.get(provider, NOTHING))
     figure = Figure(figsize=(LEAST_WIDTH, 1.8 + 0.2 * len(calls) * (1 + len(series))), layout="constrained")
     axes = figure.subplots()
     _bars(axes, [", ".join(call) for call in calls], series, "host time a call, us")

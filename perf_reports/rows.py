@@ -14,15 +14,15 @@ from concurrent.futures import Future
 from typing import Any
 
 from groupconv import cost, dispatch
-from groupconv.algorithms import REGISTRY, able
+from groupconv.algorithms import able, tiling
 from groupconv.common import Layer
 from groupconv.common.files import ENVIRONMENT
-from groupconv.compiling.compiler import Compiler, Job
+from groupconv.compiling.compiler import Compiled, Compiler, Job
 from groupconv.compiling.interpreter import shrunk
 from groupconv.compiling.workers import Workers
 from groupconv.devices import Target
 from groupconv.measuring.contenders import Contender, has_native, same_layout
-from groupconv.measuring.lab import DeviceLost, Lab, Limits, Subject, failure
+from groupconv.measuring.lab import Checked, DeviceLost, Lab, Limits, Subject, failure, tried
 from groupconv.problem import PASSES, PLANNED, ConvProblem
 
 PROBLEM_FIELDS = (
@@ -41,16 +41,11 @@ BASELINES = ("torch_contiguous", "torch_channels_last")
 PEERS = (*BASELINES, "torch_native", "torch_compile", "flag_gems")
 TWO_KERNELS = "takes dgrad and wgrad"  # "auto" for "backward", where no one kernel is faster
 ROUNDS = 30
-COMPILED_AHEAD = 8  # layers
+CONFIGURATIONS_COMPILED_AHEAD = 64  # of about 8 layers
 
 Fields = dict[str, Any]  # of a row, as it is made
 Skip = Callable[[Fields], bool]
 Work = list[tuple[Layer, list[tuple[str, list[str]]]]]  # layers with the passes and algorithms to report on
-
-
-def never(row: Fields) -> bool:
-    """Skip nothing."""
-    return False
 
 
 def reported(problem: ConvProblem, target: Target) -> list[tuple[str, list[str]]]:
@@ -66,33 +61,40 @@ def taken(problem: ConvProblem, pass_: str, target: Target) -> dispatch.PassPlan
     return dispatch.plan_pass(problem, pass_, target)
 
 
-def limit_row(provider: str, dtype: str, rate: float, source: str) -> Fields:
-    """A row of a device's limit: "copy_limit" in GB/s read and written, "matrix_limit" in TFLOP/s."""
-    field = "gbps" if provider == "copy_limit" else "tflops"
-    return {"provider": provider, "dtype": dtype, field: rate, "source": source}
+def limit_rows(limits: Limits, dtype: str, source: str) -> list[Fields]:
+    """The rows of a device's limits in a dtype."""
+    of_both = {"dtype": dtype, "source": source}
+    return [
+        {"provider": "copy_limit", "gbps": limits.copy_gbps, **of_both},
+        {"provider": "matrix_limit", "tflops": limits.matrix_tflops, **of_both},
+    ]
 
 
 def layer_row(layer: Layer, pass_: str, provider: str) -> Fields:
     """What a layer's pass is, whoever runs it, and its ratios to the same layer without groups."""
-    p, ungrouped = layer.problem, dataclasses.replace(layer.problem, groups=1)
+    p = layer.problem
     problem = (
         p.batch, p.c_in, p.h_in, p.w_in, p.c_out, p.kh, p.kw, *p.stride, *p.pad, *p.dilation, p.groups, p.dtype,
         p.layout,
     )  # fmt: skip
 
-    def work(of: ConvProblem) -> dict[str, float]:
-        intensity = of.intensity(pass_)
-        return {"params": of.params, "flops": of.flops(pass_), "bytes": of.min_bytes(pass_), "intensity": intensity}
+    def work(problem: ConvProblem) -> dict[str, float]:
+        flops, intensity = problem.flops(pass_), problem.intensity(pass_)
+        return {"params": problem.params, "flops": flops, "bytes": problem.min_bytes(pass_), "intensity": intensity}
 
-    whole = work(ungrouped)
+    ungrouped = work(_ungrouped(p))
     return {
         "layer": layer.name,
         "pass": pass_,
         "provider": provider,
         **dict(zip(PROBLEM_FIELDS, problem, strict=True)),
         **work(p),
-        **{f"{name}_ratio": value / whole[name] for name, value in work(p).items()},
+        **{f"{name}_ratio": value / ungrouped[name] for name, value in work(p).items()},
     }
+
+
+def _ungrouped(problem: ConvProblem) -> ConvProblem:
+    return dataclasses.replace(problem, groups=1)
 
 
 def timing_fields(
@@ -111,10 +113,10 @@ def timing_fields(
     }
 
 
-def _about(layer: Layer, pass_: str, provider: str, floor_us: Callable[[ConvProblem, str], float]) -> Fields:
-    ungrouped = dataclasses.replace(layer.problem, groups=1)
-    floors = {"floor_us": floor_us(layer.problem, pass_), "ungrouped_floor_us": floor_us(ungrouped, pass_)}
-    return layer_row(layer, pass_, provider) | floors
+def row_with_floors(layer: Layer, pass_: str, provider: str, target: Target) -> Fields:
+    """A `layer_row` with the floors of its pass, and of the ungrouped layer's, by a target's rates."""
+    floor_us, ungrouped_us = (cost.floor_us(p, pass_, target) for p in (layer.problem, _ungrouped(layer.problem)))
+    return layer_row(layer, pass_, provider) | {"floor_us": floor_us, "ungrouped_floor_us": ungrouped_us}
 
 
 # --- Measured --------------------------------------------------------------------------------------------------------
@@ -129,13 +131,13 @@ def peers(problem: ConvProblem, chosen: Sequence[str]) -> list[str]:
 
 def count_measured(layers: list[Layer], target: Target, chosen: Sequence[str] = BASELINES) -> int:
     """How many rows `measured` yields."""
-    served = ((layer, names) for layer in layers for _, names in reported(layer.problem, target))
     limits = 2 * len({layer.problem.dtype for layer in layers})
-    return limits + sum(len(names) + len(peers(layer.problem, chosen)) + 1 for layer, names in served)
+    passes = ((layer.problem, names) for layer in layers for _, names in reported(layer.problem, target))
+    return limits + sum(len(names) + len(peers(problem, chosen)) + 1 for problem, names in passes)
 
 
 def measured(
-    layers: list[Layer], lab: Lab, chosen: Sequence[str] = BASELINES, skip: Skip = never,
+    layers: list[Layer], lab: Lab, chosen: Sequence[str] = BASELINES, skip: Skip = lambda row: False,
     compiler: Compiler | None = None,
 ) -> Generator[Fields, None, None]:  # fmt: skip
     """The device's limits in each dtype; then, for each layer and pass, each algorithm pinned, its peers, and what
@@ -147,80 +149,77 @@ def measured(
     """
     work: Work = []
     for layer in layers:
-        served = [each for each in reported(layer.problem, lab.target) if not skip(layer_row(layer, each[0], "auto"))]
-        if served:
-            work.append((layer, served))
-    bench = _Bench(lab, compiler, work)
-    for layer, served in work:
-        bench.compile_next(1)
+        passes = [part for part in reported(layer.problem, lab.target) if not skip(layer_row(layer, part[0], "auto"))]
+        if passes:
+            work.append((layer, passes))
+    bench = _Bench(lab, compiler)
+    ahead = (
+        bench.pinned(layer, pass_, name)[0].job(layer.problem, pass_, lab.target)
+        for layer, passes in work
+        for pass_, names in passes
+        for name in names
+    )
+
+    def compile_next(configurations: int) -> None:
+        if compiler is not None:
+            for job in itertools.islice(ahead, configurations):
+                compiler.submit(job)
+
+    compile_next(CONFIGURATIONS_COMPILED_AHEAD)
+    for layer, passes in work:
         yield from bench.limit_rows(layer.problem.dtype)
         with lab.subject(layer.problem) as subject:
-            for pass_, names in served:
+            for pass_, names in passes:
+                compile_next(len(names))
                 yield from bench.rows(layer, pass_, subject, names, peers(layer.problem, chosen))
 
 
-def of_peer(layers: list[Layer], lab: Lab, peer: str, skip: Skip = never) -> Generator[Fields, None, None]:
+def of_peer(layers: list[Layer], lab: Lab, peer: str, skip: Skip = lambda row: False) -> Generator[Fields, None, None]:
     """The rows of a peer alone, one that takes long to begin (torch_compile). skip: as of `measured`, by its name."""
     bench = _Bench(lab)
     for layer in layers:
-        for pass_, _ in reported(layer.problem, lab.target):
-            if not skip(layer_row(layer, pass_, peer)):
-                list(bench.limit_rows(layer.problem.dtype))
-                with lab.subject(layer.problem) as subject:
+        passes = [pass_ for pass_, _ in reported(layer.problem, lab.target) if not skip(layer_row(layer, pass_, peer))]
+        if passes:
+            bench.limit_rows(layer.problem.dtype)
+            with lab.subject(layer.problem) as subject:
+                for pass_ in passes:
                     yield bench.timed(layer, pass_, subject, [(Contender(peer), "baseline")])[peer]
 
 
 class _Bench:
-    """A lab with its limits, and the processes that compile ahead."""
+    """A lab with its limits; `compiler` has what is measured compiled ahead."""
 
-    def __init__(self, lab: Lab, compiler: Compiler | None = None, work: Work | None = None):
+    def __init__(self, lab: Lab, compiler: Compiler | None = None):
         self._lab, self._compiler = lab, compiler
         self._limits: dict[str, Limits] = {}
-        self._ahead = self._jobs(work or [])
-        self.compile_next(COMPILED_AHEAD)
 
-    def _jobs(self, work: Work) -> Iterator[list[Job]]:
-        for layer, served in work:
-            pinned = ((pass_, self._pinned(layer, pass_, name)) for pass_, names in served for name in names)
-            yield [self._job(layer, pass_, contender) for pass_, (contender, _) in pinned]
+    def limit_rows(self, dtype: str) -> list[Fields]:
+        """The rows of the limits in a dtype; once, no rows after that."""
+        if dtype in self._limits:
+            return []
+        self._limits[dtype] = self._lab.limits(dtype)
+        return limit_rows(self._limits[dtype], dtype, self._lab.kind)
 
-    def _job(self, layer: Layer, pass_: str, contender: Contender) -> Job:
-        assert contender.config is not None
-        return Job(contender.provider, pass_, contender.config, layer.problem, self._lab.target.arch_name)
-
-    def _pinned(self, layer: Layer, pass_: str, name: str) -> tuple[Contender, str]:
+    def pinned(self, layer: Layer, pass_: str, name: str) -> tuple[Contender, str]:
         """An algorithm as a plan takes it, and where its configuration comes from."""
         plan = dispatch.plan_pass(layer.problem, pass_, self._lab.target, f"triton:{name}")
         return _contender(layer.problem, plan), plan.source
 
-    def compile_next(self, layers: int) -> None:
-        """Have some more layers compiled."""
-        if self._compiler is not None:
-            for job in itertools.chain.from_iterable(itertools.islice(self._ahead, layers)):
-                self._compiler.submit(job)
-
-    def limit_rows(self, dtype: str) -> Iterator[Fields]:
-        """The rows of the limits in a dtype, once."""
-        if dtype not in self._limits:
-            limits = self._limits[dtype] = self._lab.limits(dtype)
-            yield limit_row("copy_limit", dtype, limits.copy_gbps, self._lab.kind)
-            yield limit_row("matrix_limit", dtype, limits.matrix_tflops, self._lab.kind)
-
     def rows(self, layer: Layer, pass_: str, subject: Subject, names: list[str], others: list[str]) -> Iterator[Fields]:
         """A pass: what is pinned, its peers, and "auto", which repeats what it takes."""
-        listed = [self._pinned(layer, pass_, name) for name in names]
+        listed = [self.pinned(layer, pass_, name) for name in names]
         listed += [(Contender(name), "baseline") for name in others]
-        auto = taken(layer.problem, pass_, self._lab.target)
-        alone = [] if auto is None else [(_contender(layer.problem, auto), auto.source)]
-        by_name = self.timed(layer, pass_, subject, listed + alone)
+        plan = taken(layer.problem, pass_, self._lab.target)
+        auto = None if plan is None else (_contender(layer.problem, plan), plan.source)
+        by_name = self.timed(layer, pass_, subject, listed if auto is None else [*listed, auto])
         yield from (by_name[contender.name] for contender, _ in listed)
-        if auto is None:
+        if plan is None or auto is None:
             yield {**self._about(layer, pass_, subject, Contender("auto"), ""), "note": TWO_KERNELS}
         else:
-            row = by_name[alone[0][0].name]
-            takes = f"takes {'F.conv2d' if auto.algorithm == 'torch' else auto.algorithm}"
+            row = by_name[auto[0].name]
+            takes = f"takes {'F.conv2d' if plan.algorithm == 'torch' else plan.algorithm}"
             note = "; ".join(filter(None, [takes, row.get("note")]))
-            yield {**row, "provider": "auto", "source": auto.source, "note": note}
+            yield {**row, "provider": "auto", "source": plan.source, "note": note}
 
     def timed(
         self, layer: Layer, pass_: str, subject: Subject, listed: Iterable[tuple[Contender, str]]
@@ -250,22 +249,17 @@ class _Bench:
         return by_name
 
     def _about(self, layer: Layer, pass_: str, subject: Subject, contender: Contender, source: str) -> Fields:
-        limits, target = self._limits[layer.problem.dtype], self._lab.target
-        about = _about(layer, pass_, contender.provider, lambda problem, pass_: limits.floor_us(problem, pass_, target))
-        return about | {"source": source, "config": contender.config, "err_on": subject.checked_on(pass_)}
+        dtype = layer.problem.dtype
+        row = row_with_floors(layer, pass_, contender.provider, self._limits[dtype].of(self._lab.target, dtype))
+        return row | {"source": source, "config": contender.config, "err_on": subject.checked_on(pass_)}
 
     def _checked(self, layer: Layer, pass_: str, subject: Subject, contender: Contender) -> Fields:
         """A row's fields of errors and resources, and a note if it is not to be timed."""
         if self._compiler is not None and contender.ours:  # in Triton's cache, or to fail again below
-            self._compiler.answer(self._job(layer, pass_, contender))
-        try:
-            checked = subject.check(pass_, contender)
-        except DeviceLost:
-            raise
-        except Exception as error:  # what it raises is the finding; the other rows may do better
-            return {"note": failure(error)}
-        used: Fields = {**subject.used(pass_, contender)} if contender.ours else {}
-        return {"max_rel_err": checked.error, "err_bound": checked.bound, **used, "note": checked.wrong}
+            self._compiler.answer(contender.job(layer.problem, pass_, self._lab.target))
+        checked = tried(subject, pass_, contender)
+        used = subject.used(pass_, contender) if contender.ours and not checked.failed else {}
+        return {"max_rel_err": checked.error, "err_bound": checked.bound, **used, "note": checked.fault}
 
 
 def _contender(problem: ConvProblem, plan: dispatch.PassPlan) -> Contender:
@@ -288,37 +282,29 @@ def modelled(layers: list[Layer], target: Target) -> Generator[Fields, None, Non
     would take: times modelled, resources counted in the compiled code, errors as interpreted.
     """
     dtype = layers[0].problem.dtype
-    yield limit_row("copy_limit", dtype, target.copy_gbps, target.source)
-    yield limit_row("matrix_limit", dtype, target.matrix_rate(dtype), target.source)
+    yield from limit_rows(Limits(target.copy_gbps, target.matrix_rate(dtype)), dtype, target.source)
     with Workers("groupconv.compiling.interpreter", interpret=True) as interpreter, Compiler(1) as compiler:
-        pending: list[tuple[Fields, Job | None, Future[Fields] | None]] = []
+        pending: list[tuple[Fields, tuple[Job, Future[Fields]] | None]] = []
         for layer in layers:
             for pass_, names in reported(layer.problem, target):
                 for name in names:
                     row, job = _modelled(layer, pass_, name, target)
                     compiler.submit(job)
                     small = dataclasses.asdict(dataclasses.replace(job, problem=shrunk(layer.problem)))
-                    pending.append((row, job, interpreter.submit(small)))
-                pending += [(_prior(layer, pass_, target), None, None), (_auto(layer, pass_, target), None, None)]
-        for row, waiting, error in pending:
-            if waiting is not None and error is not None:
-                _add_error(row, error.result())
-                compiled = compiler.answer(waiting)
-                row |= compiled.kernels[0].fields() if compiled.kernels else {}
-                if compiled.failed:
-                    row["note"] = "; ".join(filter(None, [row.get("note"), f"not compiled: {compiled.failed}"]))
+                    pending.append((row, (job, interpreter.submit(small))))
+                pending += [(_prior(layer, pass_, target), None), (_auto(layer, pass_, target), None)]
+        for row, tried in pending:
+            if tried is not None:
+                job, interpreted = tried
+                row |= _outcome(compiler.answer(job), interpreted.result())
             yield row
-
-
-def _about_modelled(layer: Layer, pass_: str, provider: str, target: Target) -> Fields:
-    return _about(layer, pass_, provider, lambda problem, pass_: cost.floor_us(problem, pass_, target))
 
 
 def _modelled(layer: Layer, pass_: str, name: str, target: Target) -> tuple[Fields, Job]:
     """An algorithm's row but for its numbers and its code, and what compiles it."""
     problem = layer.problem
     _, config, estimate = dispatch.modelled(problem, pass_, target, name)
-    row = _about_modelled(layer, pass_, name, target)
+    row = row_with_floors(layer, pass_, name, target)
     row |= timing_fields(problem, pass_, row["floor_us"], estimate.time_us)
     row |= {"source": "modelled", "config": config, "bound": estimate.bound}
     row |= {"err_on": f"interpreter {shrunk(problem)}", "compiled_for": target.arch_name}
@@ -327,14 +313,14 @@ def _modelled(layer: Layer, pass_: str, name: str, target: Target) -> tuple[Fiel
 
 def _prior(layer: Layer, pass_: str, target: Target) -> Fields:
     """F.conv2d, by its prior over the floor: what "auto" goes by where nobody measured."""
-    row = _about_modelled(layer, pass_, PRIOR, target)
+    row = row_with_floors(layer, pass_, PRIOR, target)
     time_us = cost.torch_prior_us(layer.problem, pass_, target)
     return {**row, "source": "prior", **timing_fields(layer.problem, pass_, row["floor_us"], time_us)}
 
 
 def _auto(layer: Layer, pass_: str, target: Target) -> Fields:
     """What dispatch would choose, measurements that are shipped among its reasons, and what the model has for that."""
-    row = _about_modelled(layer, pass_, "auto", target)
+    row = row_with_floors(layer, pass_, "auto", target)
     plan = taken(layer.problem, pass_, target)
     if plan is None:
         return {**row, "note": TWO_KERNELS}
@@ -342,19 +328,26 @@ def _auto(layer: Layer, pass_: str, target: Target) -> Fields:
         takes = "F.conv2d (prior)" if plan.source == "modelled" else f"F.conv2d ({plan.source})"
         time_us = cost.torch_prior_us(layer.problem, pass_, target)
     else:
-        takes, tiling = plan.algorithm, REGISTRY[plan.algorithm].tiling(layer.problem, pass_, plan.config, target)
-        time_us = cost.estimate(layer.problem, tiling, target).time_us
+        takes = plan.algorithm
+        asked = tiling(takes, layer.problem, pass_, plan.config, target)
+        time_us = cost.estimate(layer.problem, asked, target).time_us
     row |= timing_fields(layer.problem, pass_, row["floor_us"], time_us)
     return {**row, "source": plan.source, "config": plan.config, "note": f"takes {takes}"}
 
 
-def _add_error(row: Fields, answer: Fields) -> None:
-    if "failed" in answer:
-        row["note"] = f"not interpreted: {answer['failed']}"
-        return
-    row |= {"max_rel_err": answer["error"], "err_bound": answer["bound"]}
-    if not answer["error"] <= answer["bound"]:
-        row["note"] = f"wrong: error {answer['error']:.2g} above the bound {answer['bound']:.2g}"
+def _outcome(compiled: Compiled, interpreted: Fields) -> Fields:
+    """A row's fields of what was compiled and interpreted, with a note of what is wrong with it."""
+    notes = []
+    fields: Fields = {**compiled.kernels[0].fields()} if compiled.kernels else {}
+    if "failed" in interpreted:
+        notes.append(f"not interpreted: {interpreted['failed']}")
+    else:
+        checked = Checked(interpreted["error"], interpreted["bound"])
+        fields |= {"max_rel_err": checked.error, "err_bound": checked.bound}
+        notes.append(checked.fault)
+    if compiled.failed:
+        notes.append(f"not compiled: {compiled.failed}")
+    return fields | {"note": "; ".join(filter(None, notes))}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -369,12 +362,11 @@ class Served:
 
 def served(layers: list[Layer], target: Target) -> list[Served]:
     """What the model takes of ours for each pass of layers, as far as an algorithm can serve it."""
-    taken = []
-    for layer in layers:
-        for pass_ in PASSES:
-            names = able(layer.problem, pass_, target)
-            if names:
-                name, _, estimate = dispatch.best(layer.problem, pass_, target, names)
-                floor_us = cost.floor_us(layer.problem, pass_, target)
-                taken.append(Served(cost.width_class(layer.problem), pass_, name, estimate.time_us / floor_us))
-    return taken
+    best = []
+    for problem, pass_ in itertools.product((layer.problem for layer in layers), PASSES):
+        names = able(problem, pass_, target)
+        if names:
+            name, _, estimate = dispatch.best(problem, pass_, target, names)
+            over_floor = estimate.time_us / cost.floor_us(problem, pass_, target)
+            best.append(Served(cost.width_class(problem), pass_, name, over_floor))
+    return best

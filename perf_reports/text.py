@@ -12,6 +12,7 @@ from operator import itemgetter
 from rich.table import Table
 
 from groupconv import cost
+from groupconv.common import grouped
 from groupconv.common.files import Row
 from groupconv.problem import PASSES, PLANNED
 
@@ -19,15 +20,14 @@ from . import comparison
 from . import rows as rows_
 from .comparison import (
     FILES,
-    LOSS,
+    LOSS_BELOW,
     TORCH,
     WIDTHS,
-    WIN,
+    WIN_ABOVE,
     Pair,
     across_groups,
     across_kernels,
     first_of_each_layer,
-    grouped,
     kind,
     layer_rows,
     takes,
@@ -98,11 +98,11 @@ def provenance(rows: list[Row]) -> str:
     return f"{origin(rows)}, {versions(rows)}"
 
 
-def number(text: str, digits: int = 3) -> str:
-    """A number for reading: three digits, no exponent from 0.001 up."""
-    if not text:
+def number(figure: str | float, digits: int = 3) -> str:
+    """A number for reading: three digits, no exponent from 0.001 up. "-" for an empty field."""
+    if figure == "":
         return "-"
-    value = float(text)
+    value = float(figure)
     if value == 0 or 1e-3 <= abs(value) < 1e6:
         places = max(0, digits - len(str(int(abs(value)))))
         return f"{value:,.{places}f}" if abs(value) >= 1 else f"{value:.{digits}g}"
@@ -111,7 +111,7 @@ def number(text: str, digits: int = 3) -> str:
 
 def scaled(text: str, by: float) -> str:
     """A number for reading, in another unit."""
-    return number(str(float(text) / by)) if text else "-"
+    return number(float(text) / by if text else "")
 
 
 def spread(row: Row, unit: str) -> str:
@@ -258,13 +258,13 @@ def report(rows: list[Row], plots: list[str], taken: int, total: int, served: It
 
 
 def _limits(rows: list[Row]) -> tuple[str, str]:
-    by_provider = {row["provider"]: row for row in rows}
-    copy, matrix = (by_provider.get(name, {}) for name in rows_.LIMITS)
-    return number(copy.get("gbps", "")), number(matrix.get("tflops", ""))
+    """A report's limits, GB/s and TFLOP/s; its rows are of one dtype."""
+    (gbps, tflops), *_ = [*comparison.limits(rows).values(), ("", "")]
+    return number(gbps), number(tflops)
 
 
 def _modelled_words(rows: list[Row]) -> list[str]:
-    copy, matrix = _limits(rows)
+    gbps, tflops = _limits(rows)
     targets = ", ".join(sorted({row["compiled_for"] for row in rows if row["compiled_for"]})) or "no target"
     return [
         "**Nothing in this report was measured on a GPU.** Times, floors and fractions are modelled; registers, "
@@ -272,19 +272,19 @@ def _modelled_words(rows: list[Row]) -> list[str]:
         "are those of the same kernels under Triton's interpreter, on a small batch of small maps, a few groups and "
         "with other tile sizes.",
         "",
-        f"The model assumes a copy at {copy} GB/s and matrix products at {matrix} TFLOP/s ({rows[0]['source']}). "
+        f"The model assumes a copy at {gbps} GB/s and matrix products at {tflops} TFLOP/s ({rows[0]['source']}). "
         f'{FLOOR} "auto" is what `triton_conv` would take on this device. F.conv2d has no model, only a prior: a '
         "multiple of the floor, by group width and pass, that nobody measured here.",
     ]
 
 
 def _measured_words(rows: list[Row]) -> list[str]:
-    copy, matrix = _limits(rows)
+    gbps, tflops = _limits(rows)
     return [
         "GPU times by events around one call, the L2 cache cleared before each repetition; median of the repetitions, "
         "with the 20th and 80th percentiles. Host overhead is not part of them as long as clearing the cache takes "
-        f"longer than it. Limits of the same run: a copy at {copy} GB/s read and written, a matrix product of "
-        f"8192^3 at {matrix} TFLOP/s. {FLOOR}",
+        f"longer than it. Limits of the same run: a copy at {gbps} GB/s read and written, a matrix product of "
+        f"8192^3 at {tflops} TFLOP/s. {FLOOR}",
         "",
         "F.conv2d ran with torch.backends.cudnn.benchmark on; its backward is aten::convolution_backward, a gradient "
         'at a time. "auto" is what `triton_conv` takes; its row repeats that provider\'s. Errors are against float64: '
@@ -350,7 +350,7 @@ def _counted(rows: list[Row]) -> list[str]:
 
 # --- `groupconv bench` -----------------------------------------------------------------------------------------------
 
-WORST = 10
+MOST_LOSSES_LISTED = 10
 # The plots of each dtype and layout, by the first word of their files' names; then those of a run.
 BENCH_PLOTS = {
     "speedup": "Speedup over the best of PyTorch",
@@ -429,7 +429,7 @@ def _plot(path: pathlib.Path, title: str) -> list[str]:
 
 def _bench_words(rows: list[Row]) -> list[str]:
     limits = [
-        f"{dtype}, a copy at {number(str(gbps))} GB/s, a matrix product at {number(str(tflops))} TFLOP/s"
+        f"{dtype}, a copy at {number(gbps)} GB/s, a matrix product at {number(tflops)} TFLOP/s"
         for dtype, (gbps, tflops) in comparison.limits(rows).items()
     ]
     by_torch = [NAMES[name] for name in TORCH if any(row["provider"] == name and timed(row) for row in rows)]
@@ -439,7 +439,7 @@ def _bench_words(rows: list[Row]) -> list[str]:
         'Speedup is PyTorch\'s median time over that of "auto", which is what `triton_conv` takes, F.conv2d among it; '
         "means are geometric. The best of PyTorch is, for each layer and pass, the fastest of what the run has of it: "
         f"{', '.join(by_torch) or 'nothing'}; cudnn.benchmark is on, and torch.compile's max_autotune. A win is above "
-        f"{WIN}, a loss below {LOSS}. Wrong and failed rows enter no comparison, mean or plot.",
+        f"{WIN_ABOVE}, a loss below {LOSS_BELOW}. Wrong and failed rows enter no comparison, mean or plot.",
         "",
         '"backward" is dgrad and wgrad by one kernel, beside PyTorch\'s both; where "auto" takes two kernels there is '
         f"nothing to compare. {CLASSES} The sweep is a layer across group counts.",
@@ -460,9 +460,13 @@ def _pairs(pairs: list[Pair]) -> list[str]:
 
 def _losses(rows: list[Row]) -> list[str]:
     pairs = comparison.pairs(rows)
-    lost = sorted((pair for pair in pairs if pair.speedup < LOSS), key=lambda pair: pair.speedup)
-    count = f"Speedups below {LOSS}: {len(lost)} of {len(pairs)}"
-    return [f"{count}; at most {WORST} are listed.", "", *_pairs(lost[:WORST])] if lost else [f"{count}."]
+    lost = sorted((pair for pair in pairs if pair.speedup < LOSS_BELOW), key=lambda pair: pair.speedup)
+    count = f"Speedups below {LOSS_BELOW}: {len(lost)} of {len(pairs)}"
+    return (
+        [f"{count}; at most {MOST_LOSSES_LISTED} are listed.", "", *_pairs(lost[:MOST_LOSSES_LISTED])]
+        if lost
+        else [f"{count}."]
+    )
 
 
 def _failures(rows: list[Row]) -> list[str]:

@@ -147,10 +147,10 @@ def _difference(layer: Conv2d, x: Tensor) -> Tensor:
     """The largest of y, dx, dw and db: ||a layer's - nn.Conv2d's|| / ||nn.Conv2d's||, of the same x and dy; or NaN."""
     leaves = [x.detach().requires_grad_(), *layer.parameters()]
     expected = nn.Conv2d._conv_forward(layer, leaves[0], layer.weight, layer.bias)
-    found = layer._conv_forward(leaves[0], layer.weight, layer.bias)
+    y = layer._conv_forward(leaves[0], layer.weight, layer.bias)
     dy = expected.detach()
     pairs = zip(
-        (found, *torch.autograd.grad(found, leaves, dy)), (expected, *torch.autograd.grad(expected, leaves, dy)),
+        (y, *torch.autograd.grad(y, leaves, dy)), (expected, *torch.autograd.grad(expected, leaves, dy)),
         strict=True,
     )  # fmt: skip
     return torch.stack([(a - b).float().norm() / b.float().norm().clamp_min(1e-30) for a, b in pairs]).max()

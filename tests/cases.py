@@ -18,7 +18,7 @@ from torch import nn
 from torch._prims_common import suggest_memory_format
 
 from groupconv import launcher, prepared, triton_conv
-from groupconv.algorithms import REGISTRY, calls, divided
+from groupconv.algorithms import REGISTRY, calls, candidates, divided, lack, tiling
 from groupconv.common.numerics import TORCH_DTYPES
 from groupconv.kernels import implicit_gemm as general_kernels
 from groupconv.problem import PASSES, ConvProblem
@@ -285,11 +285,10 @@ def _tiles(algorithm, problem: ConvProblem, pass_: str, on, tiles: str) -> dict:
         return blocks | {"num_warps": 4, "num_stages": 2}
 
     def programs(candidate):
-        return algorithm.tiling(problem, pass_, divided(algorithm.NAME, problem, pass_, candidate, on)[0], on).programs
+        config = divided(algorithm.NAME, problem, pass_, candidate, on)[0]
+        return tiling(algorithm.NAME, problem, pass_, config, on).programs
 
-    found = sorted(algorithm.candidates(problem, pass_, on), key=programs)
-    if algorithm.NAME == "depthwise_toeplitz" and tiles == "few":  # by the kernel of whole maps where it serves
-        found.sort(key=lambda candidate: -candidate["BLOCK_R"])
+    found = sorted(candidates(algorithm.NAME, problem, pass_, on), key=programs)
     return found[0] if tiles == "few" else next((c for c in found if programs(c) >= MANY), found[-1])
 
 
@@ -520,10 +519,10 @@ def runs(on, cases=None) -> list[tuple[Case, str, str]]:
     found = []
     for i, case in enumerate((*CASES, *DEPTHWISE, *DESCRIPTORS) if cases is None else cases):
         problem = actual(case)
-        for name, algorithm in REGISTRY.items():
+        for name in REGISTRY:
             if (name == "implicit_gemm" and case in DEPTHWISE) or (name != "row_block_tma" and case in DESCRIPTORS):
                 continue
-            able = [pass_ for pass_ in (*PASSES, *PRODUCES) if algorithm.supports(problem, pass_, on) is None]
+            able = [pass_ for pass_ in (*PASSES, *PRODUCES) if lack(name, problem, pass_, on) is None]
             if name.startswith("depthwise") and "backward" in able:
                 left_out = ("dgrad", "wgrad") if i // 2 % 2 else ("backward",)  # layouts alternate
                 able = [pass_ for pass_ in able if pass_ not in left_out]
@@ -553,6 +552,7 @@ AXES = {
     "pass_": (*PASSES, *PRODUCES),
 }  # fmt: skip
 UNREAD = {"fprop": {"dy"}, "dgrad": {"x", "bias"}, "wgrad": {"w", "bias"}, "backward": {"bias"}}
+FIRST = 20000  # draws, of which the first that are served show the way
 DRAWS = 60  # of the other values, before a pair counts as one that no problem of an algorithm's has
 
 
@@ -580,7 +580,7 @@ def serves(name: str, choice: dict, on) -> bool:
     case = chosen(choice)
     if min(case.problem.y_shape) < 1:
         return False
-    return REGISTRY[name].supports(actual(case), choice["pass_"], on) is None
+    return lack(name, actual(case), choice["pass_"], on) is None
 
 
 def pairs(choice: dict) -> set:
@@ -601,8 +601,13 @@ def cover(name: str, on) -> list[dict]:
     def drawn(count, **given):
         return ({axis: generator.choice(values) for axis, values in axes.items()} | given for _ in range(count))
 
-    for axis, values in AXES.items():  # first leave out what it never serves
-        axes[axis] = [v for v in values if any(serves(name, choice, on) for choice in drawn(400, **{axis: v}))]
+    # First leave out what it never serves, on its own or in the place of a value that it does.
+    served = list(itertools.islice((choice for choice in drawn(FIRST) if serves(name, choice, on)), 20))
+    for axis, values in AXES.items():
+        axes[axis] = [
+            value for value in values
+            if any(serves(name, choice | {axis: value}, on) for choice in (*served, *drawn(400)))
+        ]  # fmt: skip
         if not axes[axis]:
             return []
     two_axes = sorted(itertools.combinations(axes, 2), key=lambda two: -len(axes[two[0]]) * len(axes[two[1]]))
@@ -619,8 +624,7 @@ def cover(name: str, on) -> list[dict]:
     return found
 
 
-# What takes more than two values to reach: filters of 9 rows or more on small maps, at stride and dilation 1, which
-# have a kernel of their own, and 1x1 layers whose pixels lie evenly apart.
+# What takes more than two values to reach: filters taller than the map, and 1x1 layers whose pixels lie evenly apart.
 UNREACHED = [
     Case(_problem(1, 1, (11, 9), (7, 6), 9, 2, 1, (5, 4), 1, "bf16", layout, True), layout, "nchw", layout)
     for layout in ("nhwc", "nchw")

@@ -32,7 +32,7 @@ import triton
 from softgpu import machine_code
 
 from groupconv import configs, devices, dispatch
-from groupconv.algorithms import REGISTRY, able
+from groupconv.algorithms import REGISTRY, able, candidates, divided, lack, tiling
 from groupconv.common import progress
 from groupconv.compiling import compiler, resources
 from groupconv.perf_reports import layers
@@ -142,7 +142,8 @@ def planned(layer, pass_: str, target: str, everything: bool = False) -> Iterato
         return
     if everything:
         for name in names:
-            for config in dispatch.contenders(layer.problem, pass_, on, name):
+            for tile in candidates(name, layer.problem, pass_, on):
+                config = divided(name, layer.problem, pass_, tile, on)[0]
                 yield Job(layer.name, layer.problem, pass_, target, name, config)
         return
     name, config, _ = dispatch.best(layer.problem, pass_, on, names)
@@ -171,9 +172,9 @@ def outcome(job: Job, checks: str) -> dict:
     began, row = time.monotonic(), {"key": job.key, "config": job.config, "bad": None}
     problem = shrunk(job.problem)
     row["problem"] = str(problem)
-    lack = REGISTRY[job.algorithm].supports(problem, job.pass_, devices.named(job.target))
-    if lack:
-        return row | {"left out": lack}
+    why_not = lack(job.algorithm, problem, job.pass_, devices.named(job.target))
+    if why_not:
+        return row | {"left out": why_not}
     bad = []
     for varied in (False, True):
         way = "padded, late" if varied else "dense, early"
@@ -192,8 +193,8 @@ def outcome(job: Job, checks: str) -> dict:
         }
         if not varied:
             on = devices.named(job.target)
-            tiling = REGISTRY[job.algorithm].tiling(problem, job.pass_, job.config, on)
-            row["counted, modelled"] = against_model(session.results, tiling, on)
+            asked = tiling(job.algorithm, problem, job.pass_, job.config, on)
+            row["counted, modelled"] = against_model(session.results, asked, on)
         bad += [f"{way}: {each}: error {error:.3g} of its bound" for each, error in errors.items() if not error <= 1]
         bad += [f"{way}: {fault.count} times {fault}" for fault in faults]
     return row | {"bad": "\n".join(bad) or None, "seconds": round(time.monotonic() - began, 1)}

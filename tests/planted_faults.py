@@ -220,7 +220,7 @@ FAULTS = [
         "fprop's blocks of columns ignore the stride",
     ),
     Fault(
-        "kernels/depthwise_toeplitz.py",
+        "kernels/depthwise_map.py",
         "wgt_row = wgt_ptr + (KH - 1 - r if TRANSPOSED else r) * stride_wgt_h",
         "wgt_row = wgt_ptr + r * stride_wgt_h",
         "dgrad of whole maps does not turn the kernel round",

@@ -2,6 +2,7 @@
 
 import csv
 import dataclasses
+import functools
 import io
 import math
 import random
@@ -9,11 +10,12 @@ import re
 
 import pytest
 from matplotlib import image
+from pretended import read
 from rich.console import Console
 
 from groupconv import cost, devices
-from groupconv.algorithms import able
-from groupconv.common import Layer, files
+from groupconv.common import Layer
+from groupconv.measuring import lab
 from groupconv.perf_reports import comparison, layers, plots, rows, text
 from groupconv.problem import PLANNED, ConvProblem
 
@@ -28,19 +30,15 @@ LOST = "failed: OutOfMemoryError: CUDA out of memory"
 
 
 def limit_rows(dtype):
-    return [
-        rows.limit_row("copy_limit", dtype, TARGET.copy_gbps, "measured"),
-        rows.limit_row("matrix_limit", dtype, TARGET.matrix_rate(dtype), "measured"),
-    ]
+    return rows.limit_rows(lab.Limits(TARGET.copy_gbps, TARGET.matrix_rate(dtype)), dtype, "measured")
 
 
 def row(layer, pass_, provider, us, **more):
     """A row with a time, or without where `us` is None."""
-    floor = cost.floor_us(layer.problem, pass_, TARGET)
-    found = rows.layer_row(layer, pass_, provider) | {"floor_us": floor, "ungrouped_floor_us": 2 * floor}
+    about = rows.row_with_floors(layer, pass_, provider, TARGET)
     if us is not None:
-        found |= rows.timing_fields(layer.problem, pass_, floor, us, 0.9 * us, 1.2 * us)
-    return found | more
+        about |= rows.timing_fields(layer.problem, pass_, about["floor_us"], us, 0.9 * us, 1.2 * us)
+    return about | more
 
 
 def pass_rows(layer, pass_, times, takes):
@@ -59,39 +57,34 @@ def sweep(dtype, layout, counts=(1, 4, 32, 128)):
 
 
 def shipped(dtype, layout):
-    found = layers.suite(dtype, layout)[::5]
-    assert len(found) >= 12
-    return found
+    return layers.suite(dtype, layout)[::5]
 
 
-def replaced(found, layer, pass_, provider, **fields):
+def replaced(table, layer, pass_, provider, **fields):
     """The rows with one that has other fields, and no time."""
     untimed = dict.fromkeys(("us_p20", "us_p50", "us_p80", "tflops", "gbps", "fraction"))
     about = layer.name, layer.problem.dtype, pass_, provider
-    mine = [r for r in found if r.get("layer") and (r["layer"], r["dtype"], r["pass"], r["provider"]) == about]
-    assert len(mine) == 1
-    return [r | untimed | fields if r is mine[0] else r for r in found]
+    (mine,) = [r for r in table if r.get("layer") and (r["layer"], r["dtype"], r["pass"], r["provider"]) == about]
+    return [r | untimed | fields if r is mine else r for r in table]
 
 
+@functools.cache
 def random_rows():
     """Every provider of every pass takes a seeded random time; then one is wrong, one failed and one F.conv2d's."""
-    chance, found = random.Random(20261122), []
+    chance, table = random.Random(20261122), []
     for dtype, layout in FORMATS:
-        found += limit_rows(dtype)
+        table += limit_rows(dtype)
         for layer in [*sweep(dtype, layout), *shipped(dtype, layout)]:
-            for pass_ in PLANNED:
-                names = able(layer.problem, pass_, TARGET)
-                if not names and pass_ == "backward":
-                    continue
+            for pass_, names in rows.reported(layer.problem, TARGET):
                 floor = cost.floor_us(layer.problem, pass_, TARGET)
                 times = {name: floor * chance.uniform(1.1, 4) for name in (*names, *comparison.TORCH, "flag_gems")}
                 times["flag_gems"] = floor  # the fastest, and neither ours nor PyTorch's
-                found += pass_rows(layer, pass_, times, chance.choice([*names, comparison.SAME_FORMAT[layout]]))
+                table += pass_rows(layer, pass_, times, chance.choice([*names, comparison.SAME_FORMAT[layout]]))
     wrong, failed, apart = shipped(*FORMATS[0])[:3]
-    found = replaced(found, wrong, "fprop", "implicit_gemm", max_rel_err=1.0, err_bound=4e-3, note=WRONG)
-    found = replaced(found, wrong, "fprop", "auto", note=f"takes implicit_gemm; {WRONG}")
-    found = replaced(found, failed, "dgrad", "torch_channels_last", note=LOST)
-    return replaced(found, apart, "backward", "auto", note="takes dgrad and wgrad")
+    table = replaced(table, wrong, "fprop", "implicit_gemm", max_rel_err=1.0, err_bound=4e-3, note=WRONG)
+    table = replaced(table, wrong, "fprop", "auto", note=f"takes implicit_gemm; {WRONG}")
+    table = replaced(table, failed, "dgrad", "torch_channels_last", note=LOST)
+    return replaced(table, apart, "backward", "auto", note="takes dgrad and wgrad")
 
 
 def model_rows():
@@ -115,27 +108,30 @@ def host_rows():
 def put(folder, kind="measured", **tables):
     """Write tables as a bench does: `bench=rows` is bench.csv."""
     folder.mkdir(exist_ok=True)
-    for name, found in tables.items():
+    for name, table in tables.items():
         with (folder / f"{name}.csv").open("w", newline="") as file:
             writer = csv.DictWriter(file, comparison.FILES[f"{name}.csv"], restval="")
             writer.writeheader()
-            writer.writerows({**ENVIRONMENT, "kind": kind, **row} for row in found)
+            writer.writerows({**ENVIRONMENT, "kind": kind, **row} for row in table)
     return folder
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    made = tmp_path_factory.mktemp("bench") / "measured"
-    return put(made, bench=random_rows(), models=model_rows(), host=host_rows())
+    """What a bench leaves, with its plots; and how they were drawn."""
+    path = tmp_path_factory.mktemp("bench") / "measured"
+    put(path, bench=random_rows(), models=model_rows(), host=host_rows())
+    return path
+
+
+@pytest.fixture(scope="module")
+def figures(folder):
+    return plots.draw_bench(folder)
 
 
 @pytest.fixture(scope="module")
 def kept(folder):
-    return read(folder)
-
-
-def read(folder):
-    return files.read(folder / "bench.csv", rows.FIELDS)
+    return read(folder, "bench.csv")
 
 
 def of_one(rows_, pass_):
@@ -147,12 +143,12 @@ DEPTHWISE = ConvProblem(8, 64, 28, 28, 64, 3, 3, (1, 1), (1, 1, 1, 1), (1, 1), 6
 
 def known(folder, times):
     """The rows of depthwise layers by their times (ours, contiguous, channels_last, native); "auto" takes ours."""
-    found = limit_rows("bf16")
+    bench = limit_rows("bf16")
     for i, (ours, *by_torch) in enumerate(times):
         names = ("torch_contiguous", "torch_channels_last", "torch_native")
-        given = dict(zip(names, by_torch, strict=True)) | ({"row_march": ours} if ours else {})
-        found += pass_rows(Layer(f"net.{i}", DEPTHWISE), "fprop", given, "row_march" if ours else names[1])
-    return read(put(folder, bench=found))
+        times_us = dict(zip(names, by_torch, strict=True)) | ({"row_march": ours} if ours else {})
+        bench += pass_rows(Layer(f"net.{i}", DEPTHWISE), "fprop", times_us, "row_march" if ours else names[1])
+    return read(put(folder, bench=bench), "bench.csv")
 
 
 def test_known_means(tmp_path):
@@ -161,41 +157,37 @@ def test_known_means(tmp_path):
         tmp_path,
         [(50, 300, 400, 100), (400, 100, 100, 200), (50, 400, 800, 900), (100, 102, 103, 104), (None, 100, 200, 300)],
     )
-    (found,) = comparison.summary(kept)
-    assert (found.of, found.dtype, found.layout, found.pass_, found.width) == (
+    (summary,) = comparison.summary(kept)
+    assert (summary.of, summary.dtype, summary.layout, summary.pass_, summary.width) == (
         "layers", "bf16", "nhwc", "fprop", "depthwise",
     )  # fmt: skip
-    assert found.over_best == pytest.approx((2 * 0.25 * 8 * 1.02 * 0.5) ** (1 / 5))
-    assert found.over_same == pytest.approx((8 * 0.25 * 16 * 1.03 * 1) ** (1 / 5))
-    assert (found.layers, found.wins, found.losses, found.fallbacks) == (5, 2, 2, 1)
+    assert summary.over_best == pytest.approx((2 * 0.25 * 8 * 1.02 * 0.5) ** (1 / 5))
+    assert summary.over_same == pytest.approx((8 * 0.25 * 16 * 1.03 * 1) ** (1 / 5))
+    assert (summary.layers, summary.wins, summary.losses, summary.fallbacks) == (5, 2, 2, 1)
     floor = cost.floor_us(DEPTHWISE, "fprop", TARGET)
-    assert found.memory_bound == 5
-    assert found.fraction == pytest.approx(floor / 100, rel=1e-3)
+    assert summary.memory_bound == 5
+    assert summary.fraction == pytest.approx(floor / 100, rel=1e-3)
     assert [pair.best["provider"] for pair in comparison.pairs(kept)] == [
         "torch_native", "torch_contiguous", "torch_contiguous", "torch_contiguous", "torch_contiguous",
     ]  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    ("problem", "width"),
-    [
-        (DEPTHWISE, "depthwise"),
-        (dataclasses.replace(DEPTHWISE, groups=2), "narrow"),
-        (dataclasses.replace(DEPTHWISE, groups=1), "wide"),
-        (dataclasses.replace(DEPTHWISE, c_in=128, groups=2), "wide"),
-    ],
-)
-def test_width_classes(problem, width, tmp_path):
-    found = pass_rows(Layer("net.0", problem), "wgrad", {"implicit_gemm": 1, "torch_contiguous": 2}, "implicit_gemm")
-    kept = read(put(tmp_path, bench=[*limit_rows("bf16"), *found]))
+WIDTHS = {"depthwise": {}, "narrow": {"groups": 2}, "wide": {"c_in": 128, "groups": 2}}
+
+
+@pytest.mark.parametrize(("width", "changes"), WIDTHS.items())
+def test_width_classes(width, changes, tmp_path):
+    layer = Layer("net.0", dataclasses.replace(DEPTHWISE, **changes))
+    bench = pass_rows(layer, "wgrad", {"implicit_gemm": 1, "torch_contiguous": 2}, "implicit_gemm")
+    kept = read(put(tmp_path, bench=[*limit_rows("bf16"), *bench]), "bench.csv")
     (summary,) = comparison.summary(kept)
     assert (summary.width, summary.over_best, summary.over_same) == (width, 2.0, None)
 
 
 def test_wrong_and_failed_rows_are_no_pairs(kept):
-    found = comparison.pairs(kept)
+    pairs = comparison.pairs(kept)
     wrong, failed, apart = (layer.name for layer in shipped(*FORMATS[0])[:3])
-    there = {(pair.auto["layer"], pair.auto["dtype"], pair.auto["pass"]): pair for pair in found}
+    there = {(pair.auto["layer"], pair.auto["dtype"], pair.auto["pass"]): pair for pair in pairs}
     assert (wrong, "bf16", "fprop") not in there
     assert (wrong, "bf16", "dgrad") in there
     assert (apart, "bf16", "backward") not in there
@@ -209,11 +201,11 @@ def test_a_wrong_row_with_a_time_is_compared_and_drawn_nowhere(error, tmp_path):
     wrong, right = {"max_rel_err": error, "err_bound": 4e-3}, {"max_rel_err": 1e-3, "err_bound": 4e-3}
     ours, best, sound = (Layer(f"net.{i}", DEPTHWISE) for i in range(3))
     times = {"row_march": 50.0, "torch_contiguous": 100.0, "torch_channels_last": 200.0}
-    found = limit_rows("bf16")
+    bench = limit_rows("bf16")
     for layer, bad in ((ours, {"row_march", "auto"}), (best, {"torch_contiguous"}), (sound, set())):
         mine = pass_rows(layer, "fprop", times, "row_march")
-        found += [r | (wrong if r["provider"] in bad else right) for r in mine]
-    kept = read(put(tmp_path, bench=found))
+        bench += [r | (wrong if r["provider"] in bad else right) for r in mine]
+    kept = read(put(tmp_path, bench=bench), "bench.csv")
     assert {pair.auto["layer"]: pair.speedup for pair in comparison.pairs(kept)} == {"net.1": 4.0, "net.2": 2.0}
     (summary,) = comparison.summary(kept)
     assert (summary.layers, summary.wins) == (2, 2)
@@ -232,51 +224,47 @@ def test_a_wrong_row_with_a_time_is_compared_and_drawn_nowhere(error, tmp_path):
     assert failures.count("\n| ") == 2 + 3
 
 
-def test_plots_are_drawn(folder):
-    written = plots.write(plots.draw_bench(folder), folder)
+def test_plots_are_written(folder, figures, tmp_path):
+    """Each as a picture that REPORT.md shows, and as a page of a PDF; nothing half-written is left."""
     per_format = ("groups", "fraction", "speedup", "roofline")
-    names = [f"{stem}_{dtype}_{layout}.png" for dtype, layout in FORMATS for stem in per_format]
-    assert [path.name for path in written] == [*names, "host.png", "models.png"]
-    for path in written:
+    names = [f"{stem}_{dtype}_{layout}" for dtype, layout in FORMATS for stem in per_format]
+    assert list(figures) == [*names, "host", "models"]
+    some = {name: figures[name] for name in ("groups_bf16_nhwc", "roofline_fp16_nchw", "host", "models")}
+    for path in plots.write(some, folder):
         pixels = image.imread(path)
         assert min(pixels.shape[:2]) > 300
         assert pixels[..., :3].std() > 0.05
-    assert not list(folder.glob(".*"))
-    assert [re.findall(r"\]\((\w+\.png)\)", text.bench(folder)).count(path.name) for path in written] == [1] * 10
-
-
-def test_pdf_has_a_page_for_each_plot(folder, tmp_path):
-    path = tmp_path / "bench.pdf"
-    plots.write_pdf(plots.draw_bench(folder), path)
-    assert len(re.findall(rb"/Type /Page\b", path.read_bytes())) == 10
-    assert [path.name for path in tmp_path.iterdir()] == ["bench.pdf"]
+    assert sorted(re.findall(r"\]\((\w+)\.png\)", text.bench(folder))) == sorted(some)
+    plots.write_pdf(some, tmp_path / "bench.pdf")
+    assert len(re.findall(rb"/Type /Page\b", (tmp_path / "bench.pdf").read_bytes())) == len(some)
+    assert [*folder.glob(".*"), *tmp_path.glob(".*")] == []
 
 
 def drawn(axes, label):
-    (found,) = [line for line in axes.get_lines() if line.get_label() == label]
-    return dict(zip(found.get_xdata(), found.get_ydata(), strict=True))
+    (line,) = [line for line in axes.get_lines() if line.get_label() == label]
+    return dict(zip(line.get_xdata(), line.get_ydata(), strict=True))
 
 
-def test_lines_across_group_counts(folder, kept):
-    axes = plots.draw_bench(folder)["groups_bf16_nhwc"].axes
-    assert [each.get_title() for each in axes] == list(PLANNED)
-    for each in axes:
+def test_lines_across_group_counts(figures, kept):
+    axes = figures["groups_bf16_nhwc"].axes
+    assert [panel.get_title() for panel in axes] == list(PLANNED)
+    for panel in axes:
         for label, provider in (("auto", "auto"), ("F.conv2d channels_last", "torch_channels_last")):
             expected = {
                 int(row["groups"]): float(row["us_p50"])
-                for row in of_one(kept, each.get_title())
+                for row in of_one(kept, panel.get_title())
                 if comparison.is_sweep(row) and (row["dtype"], row["provider"]) == ("bf16", provider)
             }
-            assert drawn(each, label) == expected
+            assert drawn(panel, label) == expected
             assert len(expected) > 1
     lines = axes[0].get_lines()
     assert len({(line.get_color(), line.get_marker(), line.get_linestyle()) for line in lines}) == len(lines)
     assert len({line.get_marker() for line in lines if line.get_label() != "auto"}) == len(lines) - 1
 
 
-def test_bars_of_speedups(folder, kept):
+def test_bars_of_speedups(figures, kept):
     """Each bar ends at its layer's speedup, in order, hatched where it is a loss; wrong rows have none."""
-    panels = {axes.get_title(): axes for axes in plots.draw_bench(folder)["speedup_bf16_nhwc"].axes}
+    panels = {axes.get_title(): axes for axes in figures["speedup_bf16_nhwc"].axes}
     wrong = shipped(*FORMATS[0])[0].name
     for pass_, axes in panels.items():
         names = [label.get_text() for label in axes.get_yticklabels()]
@@ -296,38 +284,36 @@ def test_bars_of_speedups(folder, kept):
     assert list(panels) == list(PLANNED)
 
 
-def test_fractions_and_rooflines(folder, kept):
-    made = plots.draw_bench(folder)
+def test_fractions_and_rooflines(figures, kept):
     for pass_, fraction, roofline in zip(
-        PLANNED, made["fraction_fp16_nchw"].axes, made["roofline_fp16_nchw"].axes, strict=True
+        PLANNED, figures["fraction_fp16_nchw"].axes, figures["roofline_fp16_nchw"].axes, strict=True
     ):
         autos = [pair.auto for pair in comparison.pairs(kept) if pair.auto["pass"] == pass_]
         autos = [row for row in autos if row["dtype"] == "fp16" and not comparison.is_sweep(row)]
-        (points,) = [each for each in fraction.collections if each.get_label() == "auto"]
-        names = [label.get_text() for label in made["fraction_fp16_nchw"].axes[0].get_yticklabels()]
-        found = {names[round(y)]: x / 100 for x, y in points.get_offsets()}
-        assert found == pytest.approx({row["layer"]: float(row["fraction"]) for row in autos})
-        (points,) = [each for each in roofline.collections if each.get_label() == "auto"]
-        found = sorted(tuple(point) for point in points.get_offsets())
-        assert found == sorted((float(row["intensity"]), float(row["tflops"])) for row in autos)
+        (points,) = [collection for collection in fraction.collections if collection.get_label() == "auto"]
+        names = [label.get_text() for label in figures["fraction_fp16_nchw"].axes[0].get_yticklabels()]
+        fractions = {names[round(y)]: x / 100 for x, y in points.get_offsets()}
+        assert fractions == pytest.approx({row["layer"]: float(row["fraction"]) for row in autos})
+        (points,) = [collection for collection in roofline.collections if collection.get_label() == "auto"]
+        places = sorted(tuple(point) for point in points.get_offsets())
+        assert places == sorted((float(row["intensity"]), float(row["tflops"])) for row in autos)
         roof = drawn(roofline, "limit")
         assert max(roof.values()) == pytest.approx(TARGET.matrix_rate("fp16"))
         assert min(roof.values()) == pytest.approx(min(roof) * TARGET.copy_gbps / 1e3)
 
 
-def test_bars_of_models_and_host(folder):
-    made = plots.draw_bench(folder)
-    (axes,) = made["models"].axes
-    words = [each.get_text() for each in axes.texts]
+def test_bars_of_models_and_host(figures):
+    (axes,) = figures["models"].axes
+    words = [label.get_text() for label in axes.texts]
     assert words[:2] == ["48.0 ms, 1.25x, peak 3.00 GiB", ""]
     assert words[2:] == ["60.0 ms, peak 3.00 GiB", "50.0 ms, peak 3.00 GiB"]
-    (axes,) = made["host"].axes
+    (axes,) = figures["host"].axes
     labels = [label.get_text() for label in axes.get_yticklabels()]
     assert labels == [f"{row['step']}, {row['mode']}" for row in host_rows() if row["provider"] == "F.conv2d"]
     assert [bar.get_width() for bar in axes.patches] == [*[10.0] * 6, *[11.0] * 5, pytest.approx(math.nan, nan_ok=True)]
 
 
-def test_report(folder):
+def test_report(folder, kept):
     said = text.bench(folder)
     assert "Measured on Pretended GPU, torch 2.13.0, triton 3.7.1, cudnn 91002, driver 570.1, 2026-11-22" in said
     assert "stub" not in said
@@ -337,7 +323,6 @@ def test_report(folder):
     assert f"| {wrong} | fprop | bf16 | nhwc | auto | takes implicit_gemm; {WRONG} |" in failures
     assert f"| {failed} | dgrad | bf16 | nhwc | torch_channels_last | {LOST} |" in failures
     assert failures.count("\n| ") == 2 + 3
-    kept = read(folder)
     pairs = comparison.pairs(kept)
     losses = said.split("## Worst losses\n")[1].split("\n## ")[0]
     worst = sorted(pair.speedup for pair in pairs)[:10]
@@ -366,17 +351,21 @@ def test_table_for_the_terminal(tmp_path):
 
 
 def test_a_stub_clock_is_said_everywhere(tmp_path):
-    put(tmp_path, "stub", bench=random_rows(), models=model_rows(), host=host_rows())
+    layer = sweep("bf16", "nhwc")[1]
+    times = {"row_march": 30.0, "torch_contiguous": 40.0}
+    bench = [r for one in (layer, Layer("net.0", DEPTHWISE)) for r in pass_rows(one, "fprop", times, "row_march")]
+    put(tmp_path, "stub", bench=[*limit_rows("bf16"), *bench], models=model_rows(), host=host_rows())
     origin = "stub clock: not measurements, on Pretended GPU"
-    made = plots.draw_bench(tmp_path)
-    assert len(made) == 10
-    for figure in made.values():
+    figures = plots.draw_bench(tmp_path)
+    assert len(figures) == 6
+    for figure in figures.values():
         what, *_, last = figure.get_suptitle().splitlines()
         assert what.endswith(" (stub)")
         assert last.startswith(origin)
         labels = [f() for axes in figure.axes for f in (axes.get_title, axes.get_xlabel, axes.get_ylabel)]
         assert any(labels)
-        assert all(label.endswith(" (stub)") for label in labels if label)
+        counted = ("", plots.INTENSITY, *plots.ALONG.values())
+        assert all(label.endswith(" (stub)") for label in labels if label not in counted)
     said = text.bench(tmp_path)
     assert "# Stub benchmark: Pretended GPU\n" in said
     assert f"\n{origin[0].upper()}{origin[1:]}, torch 2.13.0" in said
@@ -411,31 +400,25 @@ def test_runs_that_ended_early(tables, drawn, tmp_path):
     assert printed(tmp_path)
 
 
-def test_a_pass_that_is_missing_has_no_panel(tmp_path):
+def test_a_bench_of_one_pass(tmp_path):
+    """A pass that is missing has no panel; the legend shows what no bar of a panel is."""
     known(tmp_path, [(50, 300, 400, 100)])
-    made = plots.draw_bench(tmp_path)
-    assert list(made) == ["fraction_bf16_nhwc", "speedup_bf16_nhwc", "roofline_bf16_nhwc"]
-    assert all([axes.get_title() for axes in figure.axes] == ["fprop"] for figure in made.values())
-
-
-def test_the_legend_shows_what_no_bar_of_a_panel_is(tmp_path):
-    known(tmp_path, [(50, 300, 400, 100)])
-    (legend,) = plots.draw_bench(tmp_path)["speedup_bf16_nhwc"].legends
-    found = {text.get_text(): handle for text, handle in zip(legend.get_texts(), legend.legend_handles, strict=True)}
-    assert list(found) == ["depthwise", "narrow", "wide", "above 1.03", "between", "below 0.97"]
-    assert found["below 0.97"].get_hatch() == "////"
-    assert len({found[name].get_facecolor() for name in ("above 1.03", "between", "below 0.97")}) == 3
+    figures = plots.draw_bench(tmp_path)
+    assert list(figures) == ["fraction_bf16_nhwc", "speedup_bf16_nhwc", "roofline_bf16_nhwc"]
+    assert all([axes.get_title() for axes in figure.axes] == ["fprop"] for figure in figures.values())
+    (legend,) = figures["speedup_bf16_nhwc"].legends
+    shown = {text.get_text(): handle for text, handle in zip(legend.get_texts(), legend.legend_handles, strict=True)}
+    assert list(shown) == ["depthwise", "narrow", "wide", "above 1.03", "between", "below 0.97"]
+    assert shown["below 0.97"].get_hatch() == "////"
+    assert len({shown[name].get_facecolor() for name in ("above 1.03", "between", "below 0.97")}) == 3
 
 
 def test_sweeps_of_two_layers_are_not_drawn_as_one(tmp_path):
     one, other = (
         Layer("g4", dataclasses.replace(DEPTHWISE, c_in=channels, c_out=channels, groups=4)) for channels in (64, 128)
     )
-    found = [
-        r
-        for layer in (one, other)
-        for r in pass_rows(layer, "fprop", {"row_march": 1.0, "torch_native": 2.0}, "row_march")
-    ]
-    kept = read(put(tmp_path, bench=found))
+    times = {"row_march": 1.0, "torch_native": 2.0}
+    bench = [r for layer in (one, other) for r in pass_rows(layer, "fprop", times, "row_march")]
+    kept = read(put(tmp_path, bench=bench), "bench.csv")
     assert len(comparison.pairs(kept)) == 2
     assert plots.draw_bench(tmp_path) == {}

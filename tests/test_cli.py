@@ -10,15 +10,16 @@ import sys
 import time
 
 import pytest
+from pretended import ENVIRONMENT
 
 import groupconv
 from groupconv import cli
 from groupconv.common import progress
 from groupconv.compiling import command
 from groupconv.compiling.compiler import Job
+from groupconv.problem import ConvProblem
 
 COMMANDS = ("compile", "report", "tune", "bench")
-ENVIRONMENT = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
 # As in an environment without some packages: nothing finds them.
 WITHOUT = """
 import sys
@@ -51,12 +52,9 @@ def test_help_needs_no_heavy_package(command, tmp_path):
         assert re.search(rf"^    {name} ", done.stdout, re.M)
 
 
-def test_version_needs_no_heavy_package(tmp_path):
+def test_version_and_mistakes_need_no_heavy_package(tmp_path):
     done = without(HEAVY, ["--version"], tmp_path)
     assert (done.returncode, done.stdout) == (0, f"groupconv {groupconv.__version__}\n")
-
-
-def test_mistakes_are_answered_without_heavy_packages(tmp_path):
     done = without(HEAVY, ["report", "--dtype", "fp8"], tmp_path)
     assert done.returncode == 2
     assert "invalid choice: 'fp8'" in done.stderr
@@ -91,6 +89,7 @@ def test_every_way_to_call_it_is_quick(how, tmp_path):
 
 def test_public_names_are_there_in_every_process(tmp_path):
     """At once in a program, with the operators; when asked for in the command line's."""
+    assert set(groupconv.__all__) <= vars(groupconv).keys()
     code = """
 import sys
 import groupconv
@@ -104,10 +103,9 @@ print(eager, len(names))
 """
     path = script(tmp_path)
     path.write_text(code)
-    for line, eager in (([str(path)], False), (["-c", code], True)):
-        done = subprocess.run([sys.executable, *line], capture_output=True, text=True, env=ENVIRONMENT)
-        assert done.returncode == 0, done.stderr
-        assert done.stdout == f"{eager} {len(groupconv.__all__)}\n"
+    done = subprocess.run([sys.executable, str(path)], capture_output=True, text=True, env=ENVIRONMENT)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == f"False {len(groupconv.__all__)}\n"
 
 
 def test_an_unknown_algorithm_is_named_with_those_there_are(capsys):
@@ -122,51 +120,44 @@ def test_an_unknown_algorithm_is_named_with_those_there_are(capsys):
 
 def alive(group):
     """The processes of a group that have not ended."""
-    found = []
+    pids = []
     for path in pathlib.Path("/proc").glob("[0-9]*/stat"):
         try:
             state, _, pgrp = path.read_text().rpartition(")")[2].split()[:3]
         except OSError:
             continue  # ended meanwhile
         if int(pgrp) == group and state != "Z":
-            found.append(path.parent.name)
-    return found
-
-
-def children_of(group):
-    return [pid for pid in alive(group) if int(pid) != group]
+            pids.append(int(path.parent.name))
+    return pids
 
 
 INTERRUPTED = {
-    "report": ["report", "--out", "out"],
-    "tune": ["tune", "--stub", "--out", "out"],
-    "tune-compile-only": ["tune", "--compile-only", "--jobs", "2"],
-    "bench": ["bench", "--stub", "--out", "out", "--parts", "layers", "--layers", "suite"],
-    "bench-again": ["bench", "--stub", "--out", "out", "--parts", "layers", "--layers", "suite"],
-    "compile": ["compile", "--targets", "sm_90", "--jobs", "2"],
+    # Both kinds of workers have begun, and rows came.
+    "report": (["report", "--quick", "--out", "out"], {}, ".report-*/results.csv"),
+    # The command again, as a child without this setting.
+    "bench": (["bench", "--stub", "--out", "out", "--layers", "suite"], {"TRITON_INTERPRET": "1"}, "bench.csv"),
 }
 
 
-@pytest.mark.parametrize("name", INTERRUPTED)
-def test_an_interrupt_ends_in_a_line(name, tmp_path):
-    """Ctrl-C, which a terminal sends to the whole group: exit status 130, one line, and no process left."""
-    arguments = INTERRUPTED[name]
-    environment = {**ENVIRONMENT, "CUDA_VISIBLE_DEVICES": "", "TRITON_CACHE_DIR": str(tmp_path / "cache")}
-    if name == "bench-again":  # as a child without this setting
-        environment["TRITON_INTERPRET"] = "1"
-        arguments = [*arguments[:-4], "--parts", "layers", "host", "--layers", "suite"]
+@pytest.mark.parametrize(("arguments", "setting", "begun"), INTERRUPTED.values(), ids=INTERRUPTED)
+def test_an_interrupt_ends_in_a_line(arguments, setting, begun, tmp_path):
+    """Ctrl-C, which a terminal sends to the whole group: exit status 130, one line, no process left, and what an
+    earlier run left is whole.
+    """
+    out = tmp_path / "out"
+    out.mkdir()
+    earlier = {name: f"earlier {name}" for name in ("results.csv", "REPORT.md", "overview.png", "NARROW.md")}
+    for name, content in earlier.items():
+        (out / name).write_text(content)
+    environment = ENVIRONMENT | {"CUDA_VISIBLE_DEVICES": "", "TRITON_CACHE_DIR": str(tmp_path / "cache")} | setting
     process = subprocess.Popen(
         [sys.executable, "-m", "groupconv", *arguments], start_new_session=True, env=environment, cwd=tmp_path,
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
     try:
         deadline = time.monotonic() + 120
-        begun = {"tune": "out/stub.jsonl", "bench": "out/bench.csv", "bench-again": "out/bench.csv"}.get(name)
-        while time.monotonic() < deadline:
-            if (tmp_path / begun).exists() if begun else children_of(process.pid):
-                break
+        while time.monotonic() < deadline and not any(path.read_text().count("\n") > 3 for path in out.glob(begun)):
             time.sleep(0.05)
-        time.sleep(1)
         os.killpg(process.pid, signal.SIGINT)
         _, err = process.communicate(timeout=60)
         ended = time.monotonic() + 5
@@ -175,10 +166,13 @@ def test_an_interrupt_ends_in_a_line(name, tmp_path):
         assert alive(process.pid) == []
     finally:
         for pid in alive(process.pid):
-            os.kill(int(pid), signal.SIGKILL)
+            os.kill(pid, signal.SIGKILL)
     assert process.returncode == 130
     said = [line for line in err.splitlines() if not re.match(r"\w+: \d+ ", line)]  # how far it was
     assert said == [f"groupconv {arguments[0]}: interrupted"]
+    left = {path.name: path.read_text() for path in out.iterdir()}
+    assert {name: left[name] for name in earlier} == earlier
+    assert left.keys() - earlier.keys() <= {"bench.csv"}
 
 
 # --- Progress --------------------------------------------------------------------------------------------------------
@@ -213,8 +207,6 @@ def test_progress_on_a_terminal_is_a_bar(monkeypatch):
 
 def test_parallel_compilation_is_judged_as_one_alone():
     """A tile that is good, one that does not fit, one that its target has no instructions for, and one that is none."""
-    from groupconv.problem import ConvProblem
-
     problem = ConvProblem(32, 512, 28, 28, 512, 3, 3, (1, 1), (1, 1, 1, 1), (1, 1), 4)
     good = {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 32, "SPLITS": 1, "num_warps": 4, "num_stages": 2}
     huge = good | {"BLOCK_M": 256, "BLOCK_N": 256, "BLOCK_K": 128, "num_stages": 4}
@@ -223,10 +215,10 @@ def test_parallel_compilation_is_judged_as_one_alone():
         for config, target in ((good, "sm_80"), (huge, "sm_86"), (good, "sm_75"), (good | {"BLOCK_K": 24}, "sm_80"))
     ]
     seen = []
-    found = command.run_parallel(jobs, seen.append, 1)
-    assert seen == found
-    assert [outcome.job for outcome in found] == jobs
-    fine, large, excluded, broken = found
+    outcomes = command.run_parallel(jobs, seen.append, 1)
+    assert seen == outcomes
+    assert [outcome.job for outcome in outcomes] == jobs
+    fine, large, excluded, broken = outcomes
     assert fine.resources.registers > 0
     assert not fine.faults
     assert "shared memory" in large.faults[0]

@@ -1,37 +1,54 @@
-"""Configuration files: reading, refusing and looking up; and what the plans make of them."""
+"""Configuration files: reading, refusing and looking up; and what plans make of them."""
 
 import dataclasses
+import importlib.resources
+import itertools
 import json
 import os
 import subprocess
 import sys
+import tempfile
 import warnings
 
 import pytest
+import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from groupconv import cli, configs, devices, dispatch
-from groupconv.problem import ConvProblem
+from groupconv.algorithms import REGISTRY, able, gemm, lack
+from groupconv.measuring import command, stub
+from groupconv.problem import PASSES, ConvProblem
 
-CONFIG = {"BLOCK_M": 128, "BLOCK_N": 16, "BLOCK_K": 32, "SPLITS": 1, "num_warps": 4, "num_stages": 2}
 PROBLEM = ConvProblem(32, 64, 28, 28, 64, 3, 3, (1, 1), (1, 1, 1, 1), (1, 1), 16, "bf16")
+CONFIG = {"BLOCK_M": 128, "BLOCK_N": 16, "BLOCK_K": 32, "SPLITS": 1, "num_warps": 4, "num_stages": 2}
+DEPTHWISE = dataclasses.replace(PROBLEM, groups=64)
+DIRECT = {"BLOCK_P": 32, "BLOCK_C": 32, "SEGMENTS": 1, "num_warps": 4, "num_stages": 1}
+WIDE = ConvProblem(128, 480, 14, 14, 480, 3, 3, (1, 1), (1, 1, 1, 1), (1, 1), 4, "bf16")
+HASHES = configs.kernels_sha256()
 
 
-def entry(problem=PROBLEM, pass_="fprop", time=10.0, torch_time=30.0, **changes):
-    key = problem.config_key(pass_)
-    made = {
-        "key": key, "algorithm": "implicit_gemm", "config": dict(CONFIG), "time_us": time, "torch_time_us": torch_time
-    }  # fmt: skip
-    return made | changes
+def entry(problem=PROBLEM, pass_="fprop", **changes):
+    """An entry of a device's file: implicit_gemm at 10 us beside F.conv2d at 30 us."""
+    measured = {"algorithm": "implicit_gemm", "config": CONFIG, "time_us": 10.0, "torch_time_us": 30.0}
+    return {"key": problem.config_key(pass_), **measured, **changes}
+
+
+def direct(pass_, **changes):
+    return entry(DEPTHWISE, pass_, algorithm="depthwise_direct", config=DIRECT, **changes)
 
 
 def file_text(*entries, **changes):
-    data = {
-        "schema": configs.SCHEMA, "device": "NVIDIA H200", "kernels_sha256": configs.kernels_sha256(),
-        "tuned_with": {}, "entries": list(entries),
-    }  # fmt: skip
-    return json.dumps(data | changes)
+    head = {"schema": configs.SCHEMA, "device": "NVIDIA H200", "kernels_sha256": HASHES, "tuned_with": {}}
+    return json.dumps({**head, "entries": list(entries), **changes})
+
+
+def with_config(**changes):
+    return file_text(entry(config=CONFIG | changes))
+
+
+def with_key(**changes):
+    return file_text(entry(key=PROBLEM.config_key("fprop") | changes))
 
 
 @pytest.fixture
@@ -40,9 +57,9 @@ def user_file(tmp_path, monkeypatch):
     monkeypatch.setenv("GROUPCONV_CONFIG_DIR", str(tmp_path))
     configs.reset()
 
-    def write(text):
+    def write(content):
         path = tmp_path / "nvidia_h200.json"
-        path.write_text(text)
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
         configs.reset()
         return path
 
@@ -54,93 +71,148 @@ def plan(problem=PROBLEM, backend="auto"):
     return dispatch.plan_pass(problem, "fprop", devices.DEFAULT, backend)
 
 
+# --- What plans make of them -----------------------------------------------------------------------------------------
+
+
 def test_exact_entry_is_taken(user_file):
-    path = user_file(file_text(entry()))
-    found = plan()
-    assert (found.source, found.algorithm, found.config) == ("exact", "implicit_gemm", CONFIG)
-    assert (found.time_us, found.torch_time_us, found.time_source) == (10.0, 30.0, "measured")
-    assert str(path) in found.reason
-
-
-def test_nearest_entry_differs_only_in_batch_or_groups(user_file):
-    far = ConvProblem(1, 64, 28, 28, 64, 3, 3, (1, 1), (1, 1, 1, 1), (1, 1), 16, "bf16")
-    near = ConvProblem(16, 64, 28, 28, 64, 3, 3, (1, 1), (1, 1, 1, 1), (1, 1), 16, "bf16")
-    other = ConvProblem(32, 64, 28, 28, 64, 5, 5, (1, 1), (2, 2, 2, 2), (1, 1), 16, "bf16")
-    user_file(file_text(entry(far, time=1.0), entry(near, time=2.0), entry(other, time=3.0)))
-    found = plan()
-    assert (found.source, found.time_us) == ("nearest", 2.0)
-
-
-def test_entries_too_far_away_do_not_speak(user_file):
-    tiny = ConvProblem(1, 64, 3, 3, 64, 3, 3, (1, 1), (1, 1, 1, 1), (1, 1), 16, "bf16")
-    user_file(file_text(entry(tiny)))
-    assert plan().source == "modelled"
-
-
-def test_torch_is_taken_where_it_measured_faster(user_file):
-    user_file(file_text(entry(time=30.0, torch_time=10.0)))
-    assert (plan().algorithm, plan().source) == ("torch", "exact")
-    assert plan(backend="triton").algorithm == "implicit_gemm"
-
-
-def test_modelled_plan_says_so(user_file):
-    user_file(file_text())
-    found = plan(backend="triton")
-    assert (found.source, found.time_source) == ("modelled", "modelled")
-    assert "modelled" in found.reason
-    assert found.config is not None
-
-
-def _with_config(**changes):
-    return file_text(entry(config=CONFIG | changes))
-
-
-def _with_key(**changes):
-    return file_text(entry(key=PROBLEM.config_key("fprop") | changes))
-
-
-DEPTHWISE = ConvProblem(32, 64, 28, 28, 64, 3, 3, (1, 1), (1, 1, 1, 1), (1, 1), 64, "bf16")
-DIRECT = {"BLOCK_P": 32, "BLOCK_C": 32, "SEGMENTS": 1, "num_warps": 4, "num_stages": 1}
-
-
-WIDE = ConvProblem(128, 480, 14, 14, 480, 3, 3, (1, 1), (1, 1, 1, 1), (1, 1), 4, "bf16")
-
-
-def configs_of(problem, algorithm):
-    return dispatch.contenders(problem, "fprop", devices.DEFAULT, algorithm)[0]
-
-
-def direct(pass_, **times):
-    return entry(DEPTHWISE, pass_, algorithm="depthwise_direct", config=DIRECT, **times)
-
-
-def test_entries_have_the_fields_of_their_algorithm(user_file):
-    user_file(file_text(direct("fprop")))
+    path = user_file(file_text(entry(), direct("fprop")))
+    exact = plan()
+    assert (exact.source, exact.algorithm, exact.config) == ("exact", "implicit_gemm", CONFIG)
+    assert (exact.time_us, exact.torch_time_us, exact.time_source) == (10.0, 30.0, "measured")
+    assert str(path) in exact.reason
     assert (plan(DEPTHWISE).algorithm, plan(DEPTHWISE).config) == ("depthwise_direct", DIRECT)
 
 
-def test_fused_backward_is_planned_where_it_is_faster():
-    found = dispatch.plan(DEPTHWISE, devices.DEFAULT, "triton")
-    assert found.backward is not None
-    assert found.backward.time_us < found.dgrad.time_us + found.wgrad.time_us
-    assert "backward: depthwise_direct" in str(found)
-    assert dispatch.plan(DEPTHWISE, devices.DEFAULT, "triton:implicit_gemm").backward is None
-    assert dispatch.plan(DEPTHWISE, devices.DEFAULT, "torch").backward is None
-    assert dispatch.plan(DEPTHWISE, devices.DEFAULT, refusal="a reason").backward is None
-    assert dispatch.plan(PROBLEM, devices.DEFAULT, "triton").backward.algorithm == "row_march"
-    assert dispatch.plan(dataclasses.replace(PROBLEM, groups=1), devices.DEFAULT, "triton").backward is None
+@pytest.mark.parametrize(
+    ("changes", "source"),
+    [
+        ({"batch": 16}, "nearest"),
+        ({"batch": 8, "h_in": 56, "w_in": 56}, "nearest"),  # as many pixels in larger maps: another tile may be best
+        ({"batch": 1, "h_in": 3, "w_in": 3}, "modelled"),  # too far away
+        ({"kh": 5, "pad": (2, 2, 1, 1)}, "modelled"),
+    ],
+)
+def test_an_entry_speaks_for_problems_near_it(user_file, changes, source):
+    user_file(file_text(entry(dataclasses.replace(PROBLEM, **changes))))
+    assert plan().source == source
 
 
-@pytest.mark.parametrize(("fused", "taken"), [(19.0, True), (21.0, False)])
-def test_measured_fused_backward_is_compared_with_both_passes(user_file, fused, taken):
-    user_file(file_text(direct("dgrad"), direct("wgrad"), direct("backward", time=fused, torch_time=60.0)))
-    assert (dispatch.plan(DEPTHWISE, devices.DEFAULT).backward is not None) is taken
+def test_the_nearest_of_two_entries_speaks(user_file):
+    one, sixteen = (dataclasses.replace(PROBLEM, batch=batch) for batch in (1, 16))
+    user_file(file_text(entry(one, time_us=1.0), entry(sixteen, time_us=2.0)))
+    assert plan().time_us == 2.0
 
 
-def test_modelled_and_measured_times_are_not_compared(user_file):
-    user_file(file_text(direct("dgrad", time=1e6, torch_time=1e7), direct("wgrad", time=1e6, torch_time=1e7)))
-    assert dispatch.plan(DEPTHWISE, devices.DEFAULT).backward is None
+@pytest.mark.parametrize(
+    ("changes", "auto", "ours"),
+    [
+        ({"time_us": 30.0, "torch_time_us": 10.0}, ("torch", "exact"), "exact"),
+        (
+            {"algorithm": "torch", "config": {}, "time_us": 30.0},
+            ("torch", "exact"),
+            "modelled",
+        ),  # none of ours is right
+        ({"torch_time_us": None}, ("implicit_gemm", "exact"), "exact"),
+        ({"algorithm": "winograd"}, ("row_march", "modelled"), "modelled"),  # unknown here
+    ],
+    ids=["torch-faster", "torch-alone", "torch-failed", "unknown-algorithm"],
+)
+def test_what_an_entry_says_is_taken(user_file, changes, auto, ours):
+    user_file(file_text(entry(**changes)))
+    assert (plan().algorithm, plan().source) == auto
+    assert (plan(backend="triton").algorithm != "torch", plan(backend="triton").source) == (True, ours)
+    assert ("F.conv2d failed" in plan().reason) == ("torch_time_us" in changes and changes["torch_time_us"] is None)
 
+
+def test_a_configuration_that_does_not_fit_gives_way(user_file):
+    """A class holds problems that differ in what a tile may be; its algorithm is kept, its tile is not."""
+    user_file(with_config(BLOCK_N=256))
+    fitting = plan()
+    assert (fitting.algorithm, fitting.source) == ("implicit_gemm", "exact")
+    assert fitting.config == dispatch.modelled(PROBLEM, "fprop", devices.DEFAULT, "implicit_gemm")[1]
+    assert "does not fit" in fitting.reason
+
+
+def test_backends_without_a_fused_backward():
+    def fused(*arguments, problem=DEPTHWISE, **keywords):
+        return dispatch.plan(problem, devices.DEFAULT, *arguments, **keywords).backward
+
+    assert fused("triton").algorithm in able(DEPTHWISE, "backward", devices.DEFAULT)
+    assert fused("triton:implicit_gemm") is fused("torch") is fused(refusal="a reason") is None
+    assert fused("triton", problem=WIDE) is None
+
+
+@pytest.mark.parametrize(
+    ("gradient", "fused", "is_taken"),
+    [
+        ({}, {"time_us": 19.0, "torch_time_us": 60.0}, True),
+        ({}, {"time_us": 21.0, "torch_time_us": 60.0}, False),  # dgrad and wgrad take 20
+        ({"time_us": 1e6, "torch_time_us": 1e7}, None, False),  # a modelled time is not compared with a measured one
+    ],
+)
+def test_a_fused_backward_is_compared_with_both_passes(user_file, gradient, fused, is_taken):
+    entries = [direct("dgrad", **gradient), direct("wgrad", **gradient)]
+    user_file(file_text(*entries, *([] if fused is None else [direct("backward", **fused)])))
+    assert (dispatch.plan(DEPTHWISE, devices.DEFAULT).backward is not None) is is_taken
+
+
+def test_calibration_corrects_the_model(user_file):
+    """Our times by algorithm and pass, F.conv2d's by width class and pass; of changed kernels only the latter."""
+    before = plan()
+    assert (before.source, before.time_source) == ("modelled", "modelled")
+    assert "modelled" in before.reason
+    factors = {"ours": {f"{before.algorithm} fprop": 3.0}, "torch": {"narrow fprop": 50.0}}
+    user_file(file_text(calibration=factors))
+    after = plan(backend=f"triton:{before.algorithm}")
+    assert after.time_us == pytest.approx(3.0 * before.time_us)
+    assert plan().torch_time_us == pytest.approx(50.0 * after.floor_us)
+    assert "as calibrated on nvidia_h200" in after.reason
+    others = [name for name in able(PROBLEM, "fprop", devices.DEFAULT) if name != "implicit_gemm"]
+    user_file(file_text(calibration={"ours": {f"{name} fprop": 1e3 for name in others}}))
+    assert plan(backend="triton").algorithm == "implicit_gemm"
+    user_file(file_text(calibration={"torch": {"narrow fprop": 1.01}}))
+    assert plan().algorithm == "torch"
+    user_file(file_text(calibration=factors, kernels_sha256=HASHES | {f"{before.algorithm}.py": "0" * 64}))
+    assert plan().time_us == pytest.approx(before.time_us)
+    assert plan().torch_time_us == pytest.approx(50.0 * after.floor_us)
+
+
+# --- Entries of other kernels ----------------------------------------------------------------------------------------
+
+
+def test_entries_of_other_kernels_are_left_out(user_file):
+    """Those of an algorithm whose file has changed, or one that it is made of; the others hold."""
+    tile = dispatch.modelled(WIDE, "fprop", devices.DEFAULT, "row_block_tma")[1]
+    entries = [entry(), direct("fprop"), entry(WIDE, algorithm="row_block_tma", config=tile)]
+    problems = {"implicit_gemm": PROBLEM, "depthwise_direct": DEPTHWISE, "row_block_tma": WIDE}
+    for changed, skipped in (
+        ("implicit_gemm.py", {"implicit_gemm"}),
+        ("row_block.py", {"row_block_tma"}),  # which imports it
+        ("tiles.py", set(problems)),
+        ("reduce.py", set(problems)),
+        ("row_march.py", set()),
+    ):
+        for hashes in (HASHES | {changed: "0" * 64}, {name: sha for name, sha in HASHES.items() if name != changed}):
+            path = user_file(file_text(*entries, kernels_sha256=hashes))
+            with warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always")
+                holding = {name for name, problem in problems.items() if plan(problem).source == "exact"}
+            assert holding == set(problems) - skipped, changed
+            says = f"{path}: skipping {len(skipped)} entries that were measured with other kernels"
+            assert [says in str(warning.message) for warning in caught] == [True] * bool(skipped)
+
+
+def test_entries_of_other_kernels_may_have_other_configurations(user_file):
+    """A tile size that a later version has named does not make an earlier version's file a damaged one."""
+    before = entry(algorithm="row_march", config={"BLOCK_P": 64, "num_warps": 4, "num_stages": 2})
+    user_file(file_text(before, direct("fprop"), kernels_sha256=HASHES | {"row_march.py": "0" * 64}))
+    with pytest.warns(UserWarning, match="skipping 1 entries that were measured with other kernels"):
+        assert plan(DEPTHWISE).source == "exact"
+    with pytest.raises(configs.DamagedFile, match=r"^a file: entry 0: config of row_march must have exactly"):
+        configs.parse_device(file_text(before, direct("fprop")), "a file")
+
+
+# --- What cannot be trusted ------------------------------------------------------------------------------------------
 
 DAMAGED = {
     "empty": "",
@@ -148,6 +220,7 @@ DAMAGED = {
     "not-an-object": "[1, 2]",
     "binary": "\x00\x01",
     "other-schema": file_text(schema=1),
+    "schema-a-fraction": file_text(schema=float(configs.SCHEMA)),
     "no-schema": json.dumps({"device": "x", "entries": []}),
     "no-device": file_text(device=None),
     "other-device": file_text(entry(), device="NVIDIA H100 PCIe"),
@@ -165,70 +238,56 @@ DAMAGED = {
     "entries-not-a-list": file_text(entries={}),
     "entry-not-an-object": file_text(3),
     "foreign-key": file_text(entry(key={"dtype": "bf16"})),
-    "unknown-pass": file_text(entry(key=PROBLEM.config_key("fprop") | {"pass": "bprop"})),
-    "pass-a-list": _with_key(**{"pass": ["fprop"]}),
-    "dtype-an-object": _with_key(dtype={}),
-    "unknown-dtype": _with_key(dtype="fp8"),
-    "layout-a-number": _with_key(layout=0),
-    "width-a-fraction": _with_key(cin_g=4.5),
-    "kernel-of-one": _with_key(k=[3]),
-    "kernel-of-text": _with_key(k=["3", "3"]),
-    "stride-a-number": _with_key(stride=1),
-    "bucket-too-large": _with_key(m_bucket=10**400),
+    "unknown-pass": with_key(**{"pass": "bprop"}),
+    "pass-a-list": with_key(**{"pass": ["fprop"]}),
+    "dtype-an-object": with_key(dtype={}),
+    "unknown-dtype": with_key(dtype="fp8"),
+    "layout-a-number": with_key(layout=0),
+    "width-a-fraction": with_key(cin_g=4.5),
+    "kernel-of-one": with_key(k=[3]),
+    "kernel-of-text": with_key(k=["3", "3"]),
+    "stride-a-number": with_key(stride=1),
+    "bucket-too-large": with_key(m_bucket=10**400),
     "algorithm-a-list": file_text(entry(algorithm=["implicit_gemm"])),
     "algorithm-a-path": file_text(entry(algorithm="../implicit_gemm")),
     "config-of-another-a-list": file_text(entry(algorithm="winograd", config=[1])),
-    "bucket-zero": file_text(entry(key=PROBLEM.config_key("fprop") | {"m_bucket": 0})),
-    "bucket-text": file_text(entry(key=PROBLEM.config_key("fprop") | {"groups_bucket": "16"})),
-    "block-not-a-power-of-two": _with_config(BLOCK_M=48),
-    "block-too-small": _with_config(BLOCK_K=8),
-    "block-true": _with_config(BLOCK_K=True),
-    "too-many-warps": _with_config(num_warps=64),
+    "bucket-zero": with_key(m_bucket=0),
+    "bucket-text": with_key(groups_bucket="16"),
+    "block-not-a-power-of-two": with_config(BLOCK_M=48),
+    "block-too-small": with_config(BLOCK_K=8),
+    "block-true": with_config(BLOCK_K=True),
+    "too-many-warps": with_config(num_warps=64),
     "fields-of-another-algorithm": file_text(entry(algorithm="depthwise_direct")),
     "missing-field": file_text(entry(config={"BLOCK_M": 64})),
-    "extra-field": _with_config(SEGMENTS=2),
-    "time-negative": file_text(entry(time=-1.0)),
-    "time-text": file_text(entry(torch_time="fast")),
-    "time-nan": file_text(entry(time=float("nan"))),
-    "time-too-large": file_text(entry(time=10**400)),
-    "time-true": file_text(entry(time=True)),
+    "extra-field": with_config(SEGMENTS=2),
+    "time-negative": file_text(entry(time_us=-1.0)),
+    "time-text": file_text(entry(torch_time_us="fast")),
+    "time-nan": file_text(entry(time_us=float("nan"))),
+    "time-too-large": file_text(entry(time_us=10**400)),
+    "time-true": file_text(entry(time_us=True)),
 }
 
 
-@pytest.mark.parametrize("text", DAMAGED.values(), ids=DAMAGED)
-def test_damaged_file_is_named_once_and_skipped(user_file, text):
-    path = user_file(text)
+@pytest.mark.parametrize("content", [*DAMAGED.values(), b"\xff\xfe\x80"], ids=[*DAMAGED, "undecodable"])
+def test_a_damaged_file_is_named_once_and_skipped(user_file, content):
+    path = user_file(content)
+    before = path.read_bytes()
     with pytest.warns(UserWarning, match="skipping a configuration file") as caught:
-        assert plan().source == "modelled"
+        assert plan().source == plan().source == "modelled"
+    assert len(caught) == 1
     assert str(path) in str(caught[0].message)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        plan()
-    assert path.read_text() == text
-
-
-def test_undecodable_file_is_skipped(user_file):
-    path = user_file("")
-    path.write_bytes(b"\xff\xfe\x80")
-    configs.reset()
-    with pytest.warns(UserWarning, match="skipping"):
-        assert plan().source == "modelled"
-
-
-def _loop(path):
-    path.symlink_to(path.name)
+    assert path.read_bytes() == before
 
 
 PLACES = {
-    "a symlink that leads to itself": (_loop, "Too many levels of symbolic links"),
+    "a symlink to itself": (lambda path: path.symlink_to(path.name), "Too many levels of symbolic links"),
     "a folder": (lambda path: path.mkdir(), "not a file"),
     "a pipe": (os.mkfifo, "not a file"),
 }
 
 
-@pytest.mark.parametrize("name", PLACES)
-def test_what_is_no_file_is_skipped(user_file, tmp_path, name):
-    make, why = PLACES[name]
+@pytest.mark.parametrize(("make", "why"), PLACES.values(), ids=PLACES)
+def test_what_is_no_file_is_skipped(user_file, tmp_path, make, why):
     make(tmp_path / "nvidia_h200.json")
     with pytest.warns(UserWarning, match=f"skipping a configuration file: .*nvidia_h200.json: {why}") as caught:
         assert plan().source == plan().source == "modelled"
@@ -253,61 +312,47 @@ JSON = st.recursive(
 )  # fmt: skip
 
 
-def _mutated(data, draw):
-    """JSON with one value, somewhere, replaced, removed or added."""
-    at = data
-    while True:
-        if isinstance(at, dict) and at:
-            key = draw(st.sampled_from(sorted(at)))
-        elif isinstance(at, list) and at:
-            key = draw(st.integers(0, len(at) - 1))
-        else:
-            return
-        if isinstance(at[key], (dict, list)) and at[key] and draw(st.integers(0, 3)):
-            at = at[key]
-            continue
-        how = draw(st.sampled_from(["replace", "remove", "add"]))
-        if how == "replace":
-            at[key] = draw(JSON)
-        elif how == "remove":
-            del at[key]
-        elif isinstance(at, dict):
-            at[draw(st.sampled_from(["", "winograd fprop", "k", "ours"]))] = draw(JSON)
-        else:
-            at.insert(key, draw(JSON))
-        return
+def places(value):
+    """(container, key) of everything that a JSON value holds."""
+    for key in list(value) if isinstance(value, dict) else range(len(value)) if isinstance(value, list) else ():
+        yield value, key
+        yield from places(value[key])
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def mutate(content, draw):
+    """Replace, remove or add a value somewhere."""
+    container, key = draw(st.sampled_from(list(places(content))))
+    how = draw(st.sampled_from(["replace", "remove", "add"]))
+    if how == "replace":
+        container[key] = draw(JSON)
+    elif how == "remove":
+        del container[key]
+    elif isinstance(container, dict):
+        container[draw(st.sampled_from(["", "winograd fprop", "k", "ours"]))] = draw(JSON)
+    else:
+        container.insert(key, draw(JSON))
+
+
+@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_no_file_stops_a_plan(user_file, data):
-    """Whatever became of a whole file: a plan, with at most one warning, which names the file."""
-    content = json.loads(
-        file_text(
-            entry(), entry(torch_time=None), entry(pass_="dgrad"), direct("backward"),
-            calibration={"ours": {"row_march fprop": 2.0}, "torch": {"narrow fprop": 3.0}},
-        )
-    )  # fmt: skip
+    """Whatever became of a whole file, or whatever bytes are in its place: a plan, with at most one warning, which
+    names the file.
+    """
+    calibration = {"ours": {"row_march fprop": 2.0}, "torch": {"narrow fprop": 3.0}}
+    whole = file_text(
+        entry(), entry(torch_time_us=None), entry(pass_="dgrad"), direct("backward"), calibration=calibration
+    )
+    content = json.loads(whole)
     for _ in range(data.draw(st.integers(1, 3))):
-        _mutated(content, data.draw)
-    path = user_file(json.dumps(content))
+        mutate(content, data.draw)
+    path = user_file(data.draw(st.binary(max_size=40) | st.just(json.dumps(content))))
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         for problem in (PROBLEM, DEPTHWISE, dataclasses.replace(PROBLEM, batch=16)):
-            assert all(found.algorithm for found in dispatch.plan(problem, devices.DEFAULT).passes)
+            assert all(pass_plan.algorithm for pass_plan in dispatch.plan(problem, devices.DEFAULT).passes)
     assert len(caught) <= 1
     assert all(str(path) in str(warning.message) for warning in caught)
-
-
-@settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(content=st.binary(max_size=40))
-def test_no_bytes_stop_a_plan(user_file, content):
-    path = user_file("")
-    path.write_bytes(content)
-    configs.reset()
-    with pytest.warns(UserWarning, match="skipping a configuration file") as caught:
-        assert plan().source == "modelled"
-    assert len(caught) == 1
 
 
 # Everything is loaded before the privileges go, as the Python itself may lie in a folder that its user may not enter.
@@ -347,8 +392,6 @@ print(json.dumps(found | {"unreadable": called()}))
 def test_a_users_home_may_be_missing_or_closed(tmp_path):
     """A container's user: no passwd entry, and no HOME or none that may be entered. Calls run, and nothing is said; but
     a file that may not be read is named."""
-    import tempfile
-
     with tempfile.TemporaryDirectory() as shown:  # not below pytest's folder, which others may not enter
         os.chmod(shown, 0o755)
         path = os.path.join(shown, "nvidia_h200.json")
@@ -368,10 +411,6 @@ def test_a_users_home_may_be_missing_or_closed(tmp_path):
 
 
 def test_tuning_without_a_home_asks_for_a_folder(monkeypatch, capsys):
-    import torch
-
-    from groupconv.measuring import command, stub
-
     monkeypatch.setattr(configs, "user_folder", lambda: None)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
@@ -381,113 +420,24 @@ def test_tuning_without_a_home_asks_for_a_folder(monkeypatch, capsys):
     assert said == "groupconv tune: --out: there is no home with a configuration folder here, so it must name one\n"
 
 
-def test_entries_of_other_kernels_are_left_out(user_file):
-    """Those of an algorithm whose file has changed, or one that it is made of; the others hold."""
-    hashes = configs.kernels_sha256()
-    mine = [entry(), direct("fprop")]
-    path = user_file(file_text(*mine, kernels_sha256=hashes | {"implicit_gemm.py": "0" * 64}))
-    with pytest.warns(UserWarning, match="skipping 1 entries that were measured with other kernels") as caught:
-        assert plan().source == "modelled"
-    assert str(path) in str(caught[0].message)
-    assert plan(DEPTHWISE).source == "exact"
-    user_file(file_text(*mine, kernels_sha256=hashes | {"tiles.py": "0" * 64}))
-    with pytest.warns(UserWarning, match="skipping 2 entries"):
-        assert plan(DEPTHWISE).source == "modelled"
-    wide = entry(WIDE, algorithm="row_block_tma", config=configs_of(WIDE, "row_block_tma"))
-    user_file(file_text(wide, kernels_sha256=hashes | {"row_march.py": "0" * 64}))
-    assert plan(WIDE).source == "exact"
-    user_file(file_text(wide, kernels_sha256=hashes | {"row_block.py": "0" * 64}))
-    with pytest.warns(UserWarning, match="skipping 1 entries"):
-        assert plan(WIDE).source == "modelled"
-    user_file(file_text(*mine, kernels_sha256={name: sha for name, sha in hashes.items() if name != "reduce.py"}))
-    with pytest.warns(UserWarning, match="skipping 2 entries"):
-        assert plan(DEPTHWISE).source == "modelled"
+# --- What is shipped -------------------------------------------------------------------------------------------------
 
 
-def test_entries_of_other_kernels_may_have_other_configurations(user_file):
-    """A tile size that a later version has named does not make an earlier version's file a damaged one."""
-    hashes = configs.kernels_sha256() | {"row_march.py": "0" * 64}
-    before = entry(algorithm="row_march", config={"BLOCK_P": 64, "num_warps": 4, "num_stages": 2})
-    user_file(file_text(before, direct("fprop"), kernels_sha256=hashes))
-    with pytest.warns(UserWarning, match="skipping 1 entries that were measured with other kernels"):
-        assert plan(DEPTHWISE).source == "exact"
-    damaged = file_text(before, direct("fprop"))
-    with pytest.raises(configs.DamagedFile, match="config of row_march must have exactly"):
-        configs.parse_device(damaged, "a file")
-
-
-def test_entry_without_a_kernel_of_ours(user_file):
-    user_file(file_text(entry(algorithm="torch", config={}, time=30.0, torch_time=30.0)))
-    assert (plan().algorithm, plan().source) == ("torch", "exact")
-    assert plan(backend="triton").source == "modelled"
-
-
-def test_entry_where_torch_failed(user_file):
-    user_file(file_text(entry(torch_time=None)))
-    assert (plan().algorithm, plan().source) == ("implicit_gemm", "exact")
-    assert "F.conv2d failed" in plan().reason
-
-
-def test_configuration_that_does_not_fit_gives_way(user_file):
-    """A class holds problems that differ in what a tile may be; its algorithm is kept, its tile is not."""
-    user_file(file_text(entry(config=CONFIG | {"BLOCK_N": 256})))
-    found = plan()
-    assert (found.algorithm, found.source) == ("implicit_gemm", "exact")
-    assert found.config in dispatch.contenders(PROBLEM, "fprop", devices.DEFAULT, "implicit_gemm")
-    assert "does not fit" in found.reason
-
-
-def test_calibration_corrects_the_model(user_file):
-    """Our times by algorithm and pass, F.conv2d's by width class and pass; of changed kernels only the latter."""
-    before = plan()
-    assert before.algorithm == "row_march"
-    factors = {"ours": {"row_march fprop": 3.0}, "torch": {"narrow fprop": 50.0}}
-    user_file(file_text(calibration=factors))
-    after = plan()
-    assert after.source == "modelled"
-    assert after.algorithm == "row_march"
-    assert after.time_us == pytest.approx(3.0 * before.time_us)
-    assert after.torch_time_us == pytest.approx(50.0 * after.floor_us)
-    assert "as calibrated on nvidia_h200" in after.reason
-    others = ("row_march", "row_block", "row_block_tma")
-    user_file(file_text(calibration={"ours": {f"{name} fprop": 1e3 for name in others}}))
-    assert plan(backend="triton").algorithm == "implicit_gemm"
-    user_file(file_text(calibration={"torch": {"narrow fprop": 1.01}}))
-    assert plan().algorithm == "torch"
-    hashes = configs.kernels_sha256()
-    user_file(file_text(calibration=factors, kernels_sha256=hashes | {"row_march.py": "0" * 64}))
-    assert plan().time_us == pytest.approx(before.time_us)
-    assert plan().torch_time_us == pytest.approx(50.0 * after.floor_us)
-
-
-def test_other_maps_of_a_class_do_not_count_as_exact(user_file):
-    """As many pixels in fewer images of larger maps: another tile may be best."""
-    larger = dataclasses.replace(PROBLEM, batch=8, h_in=56, w_in=56)
-    assert larger.out_pixels == PROBLEM.out_pixels
-    user_file(file_text(entry(larger)))
-    assert plan().source == "nearest"
-
-
-def test_unknown_algorithm_of_an_entry_is_passed_over(user_file):
-    user_file(file_text(entry(algorithm="winograd")))
-    assert plan().source == "modelled"
-
-
-def test_shipped_files_are_whole():
+def test_shipped_measurements_are_whole():
     """Every shipped device file parses, was measured with these kernels, and names known algorithms."""
-    import importlib.resources
-
-    from groupconv.algorithms import REGISTRY
-
     folder = importlib.resources.files("groupconv.autotune_configs")
-    names = {file.name for file in folder.iterdir() if file.name.endswith(".json")}
-    assert "modelled.json" in names
-    for name in names - {"modelled.json"}:
-        found = configs.parse_device(folder.joinpath(name).read_text(), name)
-        assert devices.slugify(found.device) == name.removesuffix(".json")
-        assert not found.stale, f"{name}: {found.stale} entries were measured with other kernels"
-        assert all(e.algorithm in (*REGISTRY, "torch") for e in found.entries)
-    assert all(default.algorithm in REGISTRY for default in configs.modelled_defaults())
+    texts = {
+        file.name: file.read_text()
+        for file in folder.iterdir()
+        if file.name.endswith(".json") and file.name != "registers.json"
+    }
+    device_files = {name: text for name, text in texts.items() if "device" in json.loads(text)}
+    assert device_files
+    for name, text in device_files.items():
+        file = configs.parse_device(text, name)
+        assert devices.slugify(file.device) == name.removesuffix(".json")
+        assert not file.stale, f"{name}: {file.stale} entries were measured with other kernels"
+        assert all(measured.algorithm in (*REGISTRY, "torch") for measured in file.entries)
 
 
 def pointwise(n, dtype):
@@ -496,40 +446,19 @@ def pointwise(n, dtype):
 
 
 @pytest.mark.parametrize("target", devices.BY_ARCH)
-@pytest.mark.parametrize("pass_", ["fprop", "dgrad", "wgrad"])
-@pytest.mark.parametrize("dtype", ["fp16", "fp32"])
-def test_every_width_has_a_configuration_that_fits(target, pass_, dtype):
-    from groupconv.algorithms import implicit_gemm
-
+def test_every_width_has_a_configuration_that_fits(target):
     device = devices.named(target)
-    for n in (1, 16, 17, 64, 100, 128, 300, 373, 5000):
+    for dtype, pass_, n in itertools.product(("fp16", "fp32"), PASSES, (1, 16, 17, 64, 100, 128, 300, 373, 5000)):
         problem = pointwise(n, dtype)
-        if implicit_gemm.supports(problem, pass_, device) is None:
+        if lack("implicit_gemm", problem, pass_, device) is None:
             name, config, _ = dispatch.modelled(problem, pass_, device, "implicit_gemm")
-            assert implicit_gemm.fits(config, dtype, device) is None
-            configs._check_config(name, config, "here", "this")
+            assert REGISTRY[name].held(problem, pass_, config, device).shared_bytes <= device.shared_bytes
+            configs.check_config(name, config)
 
 
-@pytest.mark.parametrize(
-    ("width", "tiles"),
-    [(40, {40}), (56, {56, 64}), (72, {72, 40}), (112, {112, 64}), (168, {168, 56}), (232, {256, 128, 80, 64})],
-)
-def test_columns_are_cut_to_the_group(width, tiles):
-    """The columns that candidates try include those that pad the group by less than a part; matrix units that take 16
-    columns at least get multiples of it."""
-    from groupconv.algorithms import gemm
-
-    problem = pointwise(width, "bf16")
-    found = gemm.column_tiles(width, problem, devices.named("sm_90"))
-    assert tiles <= set(found)
-    assert min(-(-width // size) * size for size in found) * 0.85 <= width
-    assert all(size % 16 == 0 for size in gemm.column_tiles(width, problem, devices.named("gfx942")))
-
-
-def test_defaults_for_one_architecture_replace_the_general_ones():
-    general = configs.modelled("implicit_gemm", pointwise(64, "fp32"), "fprop", "sm_90")
-    special = configs.modelled("implicit_gemm", pointwise(64, "fp32"), "fprop", "gfx1100")
-    assert general is not None
-    assert special is not None
-    assert general.only is None
-    assert special.only == ("gfx1100",)
+@pytest.mark.parametrize("width", [40, 56, 72, 112, 168, 232])
+def test_columns_are_cut_to_the_group(width):
+    """Some columns that candidates try pad the group by little; matrix units that take 16 at least get multiples."""
+    tiles = gemm.column_tiles(width, pointwise(width, "bf16"), devices.named("sm_90"))
+    assert min(-(-width // size) * size for size in tiles) * 0.85 <= width
+    assert all(size % 16 == 0 for size in gemm.column_tiles(width, pointwise(width, "bf16"), devices.named("gfx942")))

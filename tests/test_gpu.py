@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from groupconv import configs, dispatch, prepared, set_fp32_precision, triton_conv
-from groupconv.algorithms import REGISTRY, able, divided
+from groupconv.algorithms import REGISTRY, able, possible
 from groupconv.perf_reports import layers
 from groupconv.problem import PASSES, ConvProblem
 
@@ -20,7 +20,6 @@ pytestmark = [
 ]
 ON = cases.target("cuda" if torch.cuda.is_available() else "cpu")
 SYMMETRIC = [case for case in cases.CASES if case.problem.pad[::2] == case.problem.pad[1::2]]
-MODES_OF_SIZE = {2: ("fp16", "bf16"), 4: ("fp32", "tf32")}
 
 
 def random(*shape, dtype=torch.bfloat16, device="cuda", view="nhwc", seed=0):
@@ -135,14 +134,6 @@ class Shipped:
         return f"{self.label}-{self.pass_}-{self.problem}"
 
 
-def problem_of(default: configs.ModelledDefault, dtype: str, layout: str) -> ConvProblem:
-    """A problem whose GEMM has the most columns that the default is for, or many."""
-    width = min(default.most_n, 500)
-    narrow = max(1, width // 2)
-    cin_g, cout_g = (width, narrow) if default.pass_ == "dgrad" else (narrow, width)
-    return ConvProblem(4, 2 * cin_g, 14, 15, 2 * cout_g, 3, 3, (1, 1), (1, 1, 1, 1), (1, 1), 2, dtype, layout, layout)
-
-
 def problem_of_key(key: dict) -> ConvProblem:
     """A problem of a measured entry's class, of a few images."""
     groups, side = key["groups_bucket"], math.isqrt(key["map_bucket"])
@@ -157,21 +148,14 @@ def problem_of_key(key: dict) -> ConvProblem:
 
 def shipped() -> list[Shipped]:
     found = []
-    for default in configs.modelled_defaults():
-        if default.only is not None and ON.arch_name not in default.only:
-            continue
-        for dtype in MODES_OF_SIZE[default.element_bytes]:
-            for layout in ("nhwc", "nchw"):
-                problem = problem_of(default, dtype, layout)
-                config = tuple(divided(default.algorithm, problem, default.pass_, default.config, ON)[0].items())
-                found.append(Shipped(f"modelled{default.most_n}", default.algorithm, default.pass_, config, problem))
     for file in configs.device_files(ON.slug):
         for i, entry in enumerate(file.entries):
             problem, pass_ = problem_of_key(entry.key), entry.key["pass"]
             if entry.algorithm not in able(problem, pass_, ON):
                 continue
-            tiles = REGISTRY[entry.algorithm].candidates(problem, pass_, ON)
-            if any(tile.items() <= entry.config.items() for tile in tiles):
+            division = REGISTRY[entry.algorithm].DIVISION
+            tile = {name: size for name, size in entry.config.items() if name not in division}
+            if possible(entry.algorithm, problem, pass_, tile, ON):
                 config = tuple(entry.config.items())
                 found.append(Shipped(f"measured{i}", entry.algorithm, pass_, config, problem))
     return found

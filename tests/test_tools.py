@@ -15,7 +15,7 @@ from torch._decomp import decomposition_table
 from torch._subclasses import FakeTensorMode
 from torch.ao import quantization
 from torch.fx.experimental import optimization
-from torch.overrides import TorchFunctionMode, has_torch_function_variadic
+from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import groupconv
@@ -33,8 +33,12 @@ def operands(device="cpu", groups=4):
 
 # --- FLOP counters ---------------------------------------------------------------------------------------------------
 
-FORMS = [{}, {"padding": "same"}, {"stride": (2, 1), "padding": (1, 0), "dilation": (1, 2)}]
-MASKS = [(False, False, False), (True, False, False), (False, True, True), (True, True, True)]
+FORMS = [
+    ((False, False, False), {}),
+    ((True, True, True), {"padding": "same"}),
+    ((False, True, True), {"stride": (2, 1), "padding": (1, 0), "dilation": (1, 2)}),
+    ((True, False, False), {"padding": "valid"}),
+]
 
 
 def first_order(conv, tensors, mask, **keywords):
@@ -49,13 +53,12 @@ def first_order(conv, tensors, mask, **keywords):
     return forward.get_total_flops(), both.get_total_flops()
 
 
-@pytest.mark.parametrize("mask", MASKS, ids=str)
-@pytest.mark.parametrize("keywords", FORMS, ids=str)
+@pytest.mark.parametrize(("mask", "keywords"), FORMS, ids=str)
 def test_flops(keywords, mask, device):
-    found = first_order(by_kernels, operands(device), mask, groups=4, **keywords)
-    assert found == first_order(F.conv2d, operands(device), mask, groups=4, **keywords)
-    assert found[0] > 0
-    assert (found[1] > found[0]) == any(mask[:2])
+    forward, both = first_order(by_kernels, operands(device), mask, groups=4, **keywords)
+    assert (forward, both) == first_order(F.conv2d, operands(device), mask, groups=4, **keywords)
+    assert forward > 0
+    assert (both > forward) == any(mask[:2])
 
 
 @pytest.mark.parametrize("compiler", ["eager", "aot_eager"])
@@ -67,9 +70,9 @@ def test_flops_of_compiled_code(compiler, device):
         return torch.compile(lambda *t: conv(*t, groups=4, padding="same"), backend=compiler)
 
     mask = (True, True, True)
-    found = first_order(compiled(by_kernels), operands(device), mask)
-    assert found == first_order(compiled(F.conv2d), operands(device), mask)
-    assert found == first_order(F.conv2d, operands(device), mask, groups=4, padding="same")
+    counted = first_order(compiled(by_kernels), operands(device), mask)
+    assert counted == first_order(compiled(F.conv2d), operands(device), mask)
+    assert counted == first_order(F.conv2d, operands(device), mask, groups=4, padding="same")
 
 
 def second_order(conv, groups, device):
@@ -134,8 +137,9 @@ class Functions(TorchFunctionMode):
 
 
 @pytest.mark.usefixtures("ieee")
-@pytest.mark.parametrize("backend", ["auto", "triton", "torch"])
-@pytest.mark.parametrize("which", [(0,), (1,), (2,), (0, 1, 2)], ids=str)
+@pytest.mark.parametrize(
+    ("which", "backend"), [((0,), "triton"), ((1,), "auto"), ((2,), "triton"), ((0, 1, 2), "torch")]
+)
 def test_subclass_that_overrides_nothing(which, backend, device):
     """The result is of the type that F.conv2d's is, also where overrides are off, and its gradient too."""
     plain = operands(device)
@@ -148,8 +152,8 @@ def test_subclass_that_overrides_nothing(which, backend, device):
         assert type(triton_conv(*tensors, groups=4, backend=backend)) is type(F.conv2d(*tensors, groups=4))
     for t in tensors:
         t.requires_grad_()
-    found, native = (conv(*tensors, groups=4).square().sum() for conv in (triton_conv, F.conv2d))
-    for out, ref in zip(torch.autograd.grad(found, tensors), torch.autograd.grad(native, tensors), strict=True):
+    ours, native = (conv(*tensors, groups=4).square().sum() for conv in (triton_conv, F.conv2d))
+    for out, ref in zip(torch.autograd.grad(ours, tensors), torch.autograd.grad(native, tensors), strict=True):
         assert type(out) is type(ref)
         torch.testing.assert_close(out, ref)
 
@@ -175,10 +179,6 @@ def test_what_an_override_is_given(device):
     assert explain(x, w, target="sm_90")[3] == {"backend": "auto", "target": "sm_90"}
 
 
-def test_parameters_and_tensors_are_not_asked():
-    assert not has_torch_function_variadic(torch.ones(1), nn.Parameter(torch.ones(1)), None)
-
-
 @pytest.mark.usefixtures("ieee")
 @pytest.mark.parametrize("backend", ["auto", "triton"])
 def test_function_mode(backend, device):
@@ -188,21 +188,17 @@ def test_function_mode(backend, device):
         explain(*tensors, groups=4)
     for mode in (outer, inner):
         assert mode.seen.count(triton_conv) == mode.seen.count(explain) == 1
-    torch.testing.assert_close(y, F.conv2d(*tensors, groups=4))
+    with torch.device("meta"):  # torch.set_default_device is a function mode of PyTorch's own
+        same = triton_conv(*tensors, groups=4, backend=backend)
+    for result in (y, same):
+        torch.testing.assert_close(result, F.conv2d(*tensors, groups=4))
 
 
 @pytest.mark.usefixtures("ieee")
-def test_default_device_is_a_mode(device):
-    """torch.set_default_device is a function mode of PyTorch's own."""
-    tensors = operands(device)
-    with torch.device("meta"):
-        y = triton_conv(*tensors, groups=4, backend="triton")
-    torch.testing.assert_close(y, F.conv2d(*tensors, groups=4))
-
-
-@pytest.mark.usefixtures("ieee")
-@pytest.mark.parametrize("backend", ["auto", "triton"])
-@pytest.mark.parametrize("kind", ["plain", "fake", "subclass", "in a mode", "mode inside"])
+@pytest.mark.parametrize(
+    ("kind", "backend"),
+    [("plain", "auto"), *((kind, "triton") for kind in ("plain", "fake", "subclass", "in a mode", "mode inside"))],
+)
 def test_compiled_in_one_graph(kind, backend, device):
     torch._dynamo.reset()
 
@@ -267,16 +263,14 @@ def features(kind=Features, **submodules):
     return model
 
 
-@pytest.mark.parametrize("training", [False, True])
-def test_jit_trace(training):
-    model = features()
-    if not training:
-        model.requires_grad_(False)
-    traced, native = (torch.jit.trace(m, pixels()) for m in (model, features(convolve=F.conv2d)))
-    operators, theirs = ({node.kind() for node in trace.inlined_graph.nodes()} for trace in (traced, native))
-    assert operators <= theirs
-    assert "aten::_convolution" in operators
-    assert torch.equal(traced(pixels(3)), model(pixels(3)))
+def test_jit_trace():
+    """Of a model that trains, and of one that does not: the operators are those of a model of nn.Conv2d."""
+    for model in (features(), features().requires_grad_(False)):
+        traced, native = (torch.jit.trace(m, pixels()) for m in (model, features(convolve=F.conv2d)))
+        operators, theirs = ({node.kind() for node in trace.inlined_graph.nodes()} for trace in (traced, native))
+        assert operators <= theirs
+        assert "aten::_convolution" in operators
+        assert torch.equal(traced(pixels(3)), model(pixels(3)))
 
 
 def test_jit_trace_of_forced_kernels():
@@ -290,6 +284,9 @@ def test_jit_script():
     assert type(model.depthwise) is groupconv.Conv2d
     assert torch.equal(scripted(pixels()), model(pixels()))
     assert torch.equal(scripted(pixels()[0].unsqueeze(0)), model(pixels()[:1]))
+    for options in ({"padding": "same"}, {"padding": (1, 0)}, {"padding_mode": "circular", "padding": 1}):
+        layer = groupconv.Conv2d(4, 4, 3, groups=2, **options)
+        assert torch.equal(torch.jit.script(layer)(pixels()), layer(pixels()))
 
 
 def test_what_jit_saves_runs_without_us(tmp_path):
@@ -309,14 +306,6 @@ assert "groupconv" not in sys.modules
         torch.testing.assert_close(y, module(pixels()).detach())
 
 
-@pytest.mark.parametrize(
-    "options", [{"padding": "same"}, {"padding": (1, 0)}, {"padding_mode": "circular", "padding": 1}]
-)
-def test_jit_script_of_a_layer(options):
-    layer = groupconv.Conv2d(4, 4, 3, groups=2, **options)
-    assert torch.equal(torch.jit.script(layer)(pixels()), layer(pixels()))
-
-
 def onnx_convolutions(model, dynamo, tmp_path):
     """The attribute `group` of each convolution of a model as it is exported."""
     onnx = pytest.importorskip("onnx")
@@ -328,8 +317,8 @@ def onnx_convolutions(model, dynamo, tmp_path):
         torch.onnx.export(model, (pixels(),), path, dynamo=False)
     graph = onnx.load(path).graph
     assert {node.domain for node in graph.node} == {""}
-    found = [node for node in graph.node if node.op_type == "Conv"]
-    return [next((a.i for a in node.attribute if a.name == "group"), 1) for node in found]
+    convolutions = [node for node in graph.node if node.op_type == "Conv"]
+    return [next((a.i for a in node.attribute if a.name == "group"), 1) for node in convolutions]
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
@@ -367,8 +356,8 @@ def test_fx_holds_our_layers_and_calls():
     assert calls(traced.graph) == EXPECTED
     assert type(traced.get_submodule("depthwise")) is groupconv.Conv2d
     assert not [node for node in traced.graph.nodes if node.op == "get_attr" and node.target != "filters"]
-    for made in (traced, copy.deepcopy(traced), pickle.loads(pickle.dumps(traced))):
-        assert torch.equal(made(pixels()), model(pixels()))
+    for graph in (traced, copy.deepcopy(traced), pickle.loads(pickle.dumps(traced))):
+        assert torch.equal(graph(pixels()), model(pixels()))
 
 
 class Extractor(fx.Tracer):
@@ -401,11 +390,11 @@ def test_fx_with_leaves_chosen(leaves):
     """The nodes and names are those of a model of nn.Conv2d, but for the functions that are called."""
     model = features()
     ours, theirs = Extractor(leaves), Extractor(leaves)
-    found = ours.trace(model)
+    graph = ours.trace(model)
     native = theirs.trace(revert(features(convolve=F.conv2d)))
-    assert [node.op for node in found.nodes] == [node.op for node in native.nodes]
+    assert [node.op for node in graph.nodes] == [node.op for node in native.nodes]
     assert ours.names == theirs.names
-    assert torch.equal(fx.GraphModule(model, found)(pixels()), model(pixels()))
+    assert torch.equal(fx.GraphModule(model, graph)(pixels()), model(pixels()))
 
 
 class Twice(groupconv.Conv2d):
@@ -413,24 +402,24 @@ class Twice(groupconv.Conv2d):
         return 2 * super().forward(input)
 
 
-def test_fx_looks_into_a_forward_of_another_class():
-    model = nn.Sequential(Twice(4, 4, 3, groups=2), nn.ReLU())
+@pytest.mark.parametrize(
+    ("model", "operations"),
+    [
+        (nn.Sequential(Twice(4, 4, 3, groups=2), nn.ReLU()), ["call_function", "call_function", "call_module"]),
+        (groupconv.Conv2d(4, 4, 3, groups=2), ["call_function"]),
+    ],
+    ids=["a forward of its own", "a lone layer"],
+)
+def test_fx_looks_into_what_is_no_leaf(model, operations):
     traced = fx.symbolic_trace(model)
-    assert [op for op, _ in calls(traced.graph)] == ["call_function", "call_function", "call_module"]
+    assert [op for op, _ in calls(traced.graph)] == operations
     assert torch.equal(traced(pixels()), model(pixels()))
-
-
-def test_fx_of_a_lone_layer():
-    layer = groupconv.Conv2d(4, 4, 3, groups=2)
-    traced = fx.symbolic_trace(layer)
-    assert calls(traced.graph) == [("call_function", triton_conv)]
-    assert torch.equal(traced(pixels()), layer(pixels()))
 
 
 @pytest.mark.parametrize(
     ("conv", "strict"),
-    [(triton_conv, False), (by_kernels, False), (by_kernels, True)],
-    ids=["auto", "triton", "strict"],
+    [(triton_conv, False), (by_kernels, True)],
+    ids=["auto", "strict"],
 )
 def test_export_with_a_batch_of_any_size(conv, strict):
     model = features(convolve=conv)
@@ -441,12 +430,7 @@ def test_export_with_a_batch_of_any_size(conv, strict):
 
 @pytest.mark.usefixtures("ieee")
 @pytest.mark.parametrize(
-    ("conv", "view"),
-    [
-        (triton_conv, torch.contiguous_format),
-        *((by_kernels, v) for v in (torch.contiguous_format, torch.channels_last)),
-    ],
-    ids=["auto", "triton", "triton-nhwc"],
+    ("conv", "view"), [(triton_conv, torch.contiguous_format), (by_kernels, torch.channels_last)], ids=["auto", "nhwc"]
 )
 def test_compiled_with_a_batch_that_data_tells(conv, view, device):
     torch._dynamo.reset()
@@ -465,6 +449,13 @@ def test_compiled_with_a_batch_that_data_tells(conv, view, device):
         torch.testing.assert_close(y, expected)
         for out, ref in zip(*(torch.autograd.grad(t.square().sum(), leaves) for t in (y, expected)), strict=True):
             torch.testing.assert_close(out, ref, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("function", [convert, revert, groupconv.summarize])
+@pytest.mark.parametrize("model", [None, nn.Conv2d, [nn.Conv2d(2, 2, 1)]], ids=["None", "class", "list"])
+def test_what_is_no_module_is_refused(function, model):
+    with pytest.raises(TypeError, match=rf"^{function.__name__}: model is .*, but must be a torch\.nn\.Module$"):
+        function(model)
 
 
 # --- Fusion and quantization -----------------------------------------------------------------------------------------
@@ -509,13 +500,13 @@ def quantized(model, qat):
 def test_eager_quantization(qat):
     """Fused, prepared and converted as a model of nn.Conv2d; the model itself stays as it was."""
     model = convert(Quantizable())
-    prepared, found = quantized(model, qat)
-    native, expected = quantized(Quantizable(), qat)
-    assert [type(m) for m in prepared.modules()] == [type(m) for m in native.modules()]
-    assert [type(m) for m in found.modules()] == [type(m) for m in expected.modules()]
-    assert torch.equal(found(pixels()), expected(pixels()))
+    pairs = list(zip(quantized(model, qat), quantized(Quantizable(), qat), strict=True))
+    for ours, native in pairs:  # as prepared, and as converted
+        assert [type(m) for m in ours.modules()] == [type(m) for m in native.modules()]
+    converted, expected = pairs[1]
+    assert torch.equal(converted(pixels()), expected(pixels()))
     assert len(groupconv.summarize(model).converted) == 4
-    assert set(groupconv.summarize(found).left.values()) == {"quantised"}
+    assert set(groupconv.summarize(converted).left.values()) == {"quantised"}
 
 
 def test_layer_without_a_qconfig_stays_ours():
@@ -538,8 +529,8 @@ def test_folding_a_normalization_into_a_layer():
     assert type(folded) is groupconv.Conv2d
     x = pixels().repeat(1, 2, 1, 1)
     torch.testing.assert_close(folded(x), model.block[:2](x))
-    for made, norms in ((model, 1), (revert(copy.deepcopy(model)), 0)):
-        fused = optimization.fuse(made)
+    for unfused, norms in ((model, 1), (revert(copy.deepcopy(model)), 0)):
+        fused = optimization.fuse(unfused)
         assert sum(isinstance(m, nn.BatchNorm2d) for m in fused.modules()) == norms
         torch.testing.assert_close(fused(pixels()), model(pixels()))
 

@@ -6,10 +6,13 @@ Each is a module with
                                                        (least, most, step), multiples of it
     DIVISION                                           in the same way, how its work is divided among programs
     supports(problem, pass_, target) -> str | None     why it cannot serve, or None
-    candidates(problem, pass_, target) -> list[dict]   tiles worth measuring, pruned: configurations without DIVISION
-    divisions(problem, pass_, tile, target) -> list[dict]   of a tile's work, the likely best first
-    tiling(problem, pass_, config, target) -> Tiling   what a launch would ask of the machine, for the model
+    tiles(problem, pass_, target) -> list of lists     tiles worth measuring (configurations without DIVISION): of each
+                                                       list of alternatives the first that fits
+    held(problem, pass_, tile, target) -> Held         what a program holds, which decides whether it fits
+    divisions(problem, pass_, tile, target, fit) -> list[dict]   of a tile's work, the likely best first
+    tiling(problem, pass_, config, target, fit) -> Tiling        what a launch asks of the machine, for the model
     prepare(problem, pass_, config, target, strides) -> callable
+`fit` is how many programs share a multiprocessor.
 `prepare` binds a pass to its launches. `strides` are element strides of x, w, y, dx and dw by name, and of dy in the
 backward passes. The callable takes the operands, (x, w, bias or None), (dy, w) or (dy, x), and returns a new tensor;
 its `launches` are the `launcher.Launch` objects that it makes. It knows nothing of autograd.
@@ -18,23 +21,26 @@ its `launches` are the `launcher.Launch` objects that it makes. It knows nothing
 (dy, x, w) and returns (dx, dw).
 
 A configuration has the BLOCKS of its algorithm, its DIVISION, num_warps and num_stages, and says all of a launch.
-Candidates do not spill registers: `groupconv compile` holds those that suite layers take to that. Any division is
-legal: work is divided in no more parts than there are, nor in so many that partial sums take more memory than operands.
+Whether a tile fits is asked in one place (`candidates` below, by `occupancy`), of registers as compiled kernels were
+found to take them; `groupconv compile` holds the suite's plans to that. Any division is legal: work is divided in no
+more parts than there are, nor in so many that partial sums take more memory than the operands.
 """
 
 from __future__ import annotations
 
 import functools
 import importlib
+import math
 from types import ModuleType
 
-from .. import launcher
+from .. import launcher, occupancy
+from ..cost import Tiling
 from ..devices import Target
 from ..problem import ConvProblem
 
 NAMES = (
     "implicit_gemm", "row_block", "row_block_tma", "row_march",
-    "depthwise_direct", "depthwise_toeplitz", "depthwise_plane",
+    "depthwise_direct", "depthwise_toeplitz", "depthwise_map", "depthwise_plane",
 )  # fmt: skip
 TESTED_TRITON = ("3.6.0", "3.9.0")  # the oldest that can serve, and the newest that was tried
 
@@ -80,11 +86,18 @@ def _numbers(version: str) -> tuple[int, ...]:
 LARGEST = 2**14  # pixels: beyond, the taps of a phase are too many to count while a caller waits
 
 
+STRETCHED = 1.25  # of the registers that there are: what kernels are estimated to take that do with them all
+GENERAL = "implicit_gemm"  # which serves every problem that any algorithm does
+
+
 def lack(name: str, problem: ConvProblem, pass_: str, target: Target) -> str | None:
     """Why an algorithm cannot serve a pass, or None."""
     if max(*problem.stride, *problem.dilation, *problem.pad) > LARGEST:
         return f"strides, dilations and padding above {LARGEST} are F.conv2d's"
-    return REGISTRY[name].supports(problem, pass_, target)
+    unsupported = REGISTRY[name].supports(problem, pass_, target)
+    if unsupported is None and not candidates(name, problem, pass_, target):
+        return f"no tile fits the registers and the shared memory of {target.arch_name}"
+    return unsupported
 
 
 def able(problem: ConvProblem, pass_: str, target: Target) -> list[str]:
@@ -92,8 +105,59 @@ def able(problem: ConvProblem, pass_: str, target: Target) -> list[str]:
     return [name for name in REGISTRY if lack(name, problem, pass_, target) is None]
 
 
-def divided(name: str, problem: ConvProblem, pass_: str, tile: dict, target: Target) -> list[dict]:
-    """The configurations of an algorithm that have a tile, the likely best division of their work first."""
+@functools.lru_cache(1024)  # `lack` and the plan both ask
+def candidates(name: str, problem: ConvProblem, pass_: str, target: Target) -> tuple[dict, ...]:
+    """The tiles of an algorithm that fit, and of those only the ones with the widest accesses of the result.
+
+    Where none does, the one that takes the fewest registers, if there are nearly so many: limits are on the safe side.
+    The general algorithm has a tile for everything.
+    """
+    module, room = REGISTRY[name], occupancy.room(name, pass_, target)
+    fitting, others = [], []
+    for alternatives in module.tiles(problem, pass_, target):
+        for tile in alternatives:
+            held = module.held(problem, pass_, tile, target)
+            if room.fits(held) and not room.spills(problem, tile):
+                fitting.append((held.vector, tile))
+                break
+            others.append((held, tile))
+    if not fitting:
+        others = [(room.share(held), tile) for held, tile in others if held.shared_bytes <= target.shared_bytes]
+        others = [choice for choice in others if not room.spills(problem, choice[1])] or others * (name == GENERAL)
+        share, tile = min(others, key=lambda choice: choice[0], default=(math.inf, {}))
+        return (tile,) if share <= STRETCHED or (name == GENERAL and others) else ()
+    widest = max(vector for vector, _ in fitting)
+    return tuple(tile for vector, tile in fitting if vector == widest)
+
+
+def possible(name: str, problem: ConvProblem, pass_: str, tile: dict, target: Target) -> bool:
+    """Whether a tile is of the forms that a problem allows, and has the shared memory: whatever registers it takes."""
+    module = REGISTRY[name]
+    if not any(tile in alternatives for alternatives in module.tiles(problem, pass_, target)):
+        return False
+    return module.held(problem, pass_, tile, target).shared_bytes <= target.shared_bytes
+
+
+def resident(name: str, problem: ConvProblem, pass_: str, tile: dict, target: Target) -> int:
+    """How many programs of a tile, or configuration, share a multiprocessor."""
+    return occupancy.room(name, pass_, target).resident(REGISTRY[name].held(problem, pass_, tile, target))
+
+
+def divided(
+    name: str, problem: ConvProblem, pass_: str, tile: dict, target: Target, fit: int | None = None
+) -> list[dict]:
+    """The configurations of an algorithm that have a tile, the likely best division of their work first.
+
+    fit: `resident`, where it is known.
+    """
+    fit = resident(name, problem, pass_, tile, target) if fit is None else fit
     blocks = {field: value for field, value in tile.items() if field.startswith("BLOCK_")}
     options = {field: value for field, value in tile.items() if field.islower()}
-    return [{**blocks, **division, **options} for division in REGISTRY[name].divisions(problem, pass_, tile, target)]
+    divisions = REGISTRY[name].divisions(problem, pass_, tile, target, fit)
+    return [{**blocks, **division, **options} for division in divisions]
+
+
+def tiling(name: str, problem: ConvProblem, pass_: str, config: dict, target: Target, fit: int | None = None) -> Tiling:
+    """What a launch of a configuration would ask of the machine. fit: `resident`, where it is known."""
+    fit = resident(name, problem, pass_, config, target) if fit is None else fit
+    return REGISTRY[name].tiling(problem, pass_, config, target, fit)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import math
+from collections.abc import Iterator
 
 import triton
 
@@ -12,7 +14,7 @@ from .. import launcher
 from ..cost import Tiling
 from ..devices import Target
 from ..kernels import depthwise_direct as kernels
-from ..occupancy import largest_splits, partial_bytes, resident, shares
+from ..occupancy import Held, largest_splits, partial_bytes, shares
 from ..problem import ConvProblem
 from .calls import (
     FilterGradient,
@@ -31,7 +33,7 @@ BLOCKS = {"BLOCK_P": (1, 4096), "BLOCK_C": (1, 256)}
 MOST_SEGMENTS = 16
 DIVISION = {"SEGMENTS": (1, MOST_SEGMENTS, 1)}  # of the rows
 MOST_TAPS = 64  # of a filter, and twice as many of all that a channel meets: each is held in a register
-MOST_REGISTERS = 196  # as estimated: some compile to more, and 255 are there
+UNIFORM_REGISTERS = 63  # of a warp: they hold the taps of a channel that all its threads share
 BUSY = 4  # programs that keep a multiprocessor's memory pipeline busy
 
 
@@ -44,8 +46,6 @@ def supports(problem: ConvProblem, pass_: str, target: Target) -> str | None:
     met = taps * (1 if pass_ == "fprop" else problem.cout_g)
     if taps > MOST_TAPS or met > 2 * MOST_TAPS:
         return f"{taps} taps, {met} with the channel multiplier, more than {MOST_TAPS} and {2 * MOST_TAPS}"
-    if not candidates(problem, pass_, target):
-        return "its sums do not fit the registers"
     return None
 
 
@@ -105,42 +105,32 @@ def _elements(problem: ConvProblem, config: dict, target: Target) -> tuple[int, 
     return elements, math.gcd(vector, elements, problem.c_in, config["BLOCK_C"])
 
 
-def _registers(problem: ConvProblem, pass_: str, config: dict, target: Target) -> int:
-    """An estimate of what ptxas takes for sm_90, within about 15: all loads of a step are in flight at once."""
-    march, (elements, vector) = _march(problem, pass_), _elements(problem, config, target)
+def held(problem: ConvProblem, pass_: str, tile: dict, target: Target) -> Held:
+    """All loads of a step are in flight at once."""
+    march, (elements, vector) = _march(problem, pass_), _elements(problem, tile, target)
+    threads = target.warp_size * tile["num_warps"]
     if problem.layout == "nhwc":
-        each = march.held + march.sums + march.loads * problem.element_bytes / 4 + 1
-        return math.ceil(march.taps * vector + each * elements + 16)
-    # Each element has its own address and load, and the taps of the one channel lie in uniform registers.
-    each = march.held + march.sums + march.loads + 5
-    return math.ceil(max(0, march.taps - 60) + each * elements + 8)
+        taps, words = march.taps * vector, march.loads * problem.element_bytes / 4
+    else:
+        taps, words = max(0, march.taps - UNIFORM_REGISTERS), march.loads
+    return Held(
+        tile["num_warps"],
+        0,
+        sums=threads * elements * (march.held + march.sums),
+        words=threads * (taps + words * elements),
+        accesses=threads * elements * (march.loads + march.stores) / vector,
+    )
 
 
-@functools.lru_cache(256)  # `supports` and the plan both ask
-def candidates(problem: ConvProblem, pass_: str, target: Target) -> list[dict]:
+def tiles(problem: ConvProblem, pass_: str, target: Target) -> Iterator[list[dict]]:
     march = _march(problem, pass_)
     fitting = triton.next_power_of_2(march.channels)
     widths = [c for c in (8, 16, 32, 64, 128) if c <= max(8, fitting)] if problem.layout == "nhwc" else [1]
-    # ptxas spills 16 bytes of the 7x7 layers' fused backward for sm_100 above this.
-    tight = target.matrix_unit == "tcgen05" and pass_ == "backward" and problem.layout == "nchw"
-    most = 150 if tight else MOST_REGISTERS
-    found = []
-    for block_c in widths:
-        for elements in (1, 2, 4, 8, 16):
-            block_p = elements * 4 * target.warp_size // block_c
-            config = {"BLOCK_P": block_p, "BLOCK_C": block_c, "num_warps": 4, "num_stages": 1}
-            if block_p < 1 or _registers(problem, pass_, config, target) > most:
-                continue
-            # Programs along the columns and the batch cannot share their sums of dw.
-            if not march.sums or math.ceil(march.columns / block_p) <= largest_splits(problem, pass_):
-                found.append(config)
-    # Loads as wide as the channels allow, if any tile that fits has them.
-    widest = max((_elements(problem, config, target)[1] for config in found), default=1)
-    return [config for config in found if _elements(problem, config, target)[1] == widest]
-
-
-def _resident(problem: ConvProblem, pass_: str, config: dict, target: Target) -> int:
-    return resident(_registers(problem, pass_, config, target), 0, config["num_warps"], target)
+    for block_c, elements in itertools.product(widths, (1, 2, 4, 8, 16)):
+        block_p = elements * 4 * target.warp_size // block_c
+        # Programs along the columns and the batch cannot share their sums of dw.
+        if block_p and (not march.sums or math.ceil(march.columns / block_p) <= largest_splits(problem, pass_)):
+            yield [{"BLOCK_P": block_p, "BLOCK_C": block_c, "num_warps": 4, "num_stages": 1}]
 
 
 def _tiles(march: _March, config: dict) -> tuple[int, int]:
@@ -164,10 +154,10 @@ def _grid(problem: ConvProblem, pass_: str, config: dict) -> tuple[int, int, int
     return math.prod(_tiles(march, config)), *shares(march.rows, segments)
 
 
-def divisions(problem: ConvProblem, pass_: str, config: dict, target: Target) -> list[dict[str, int]]:
+def divisions(problem: ConvProblem, pass_: str, config: dict, target: Target, fit: int) -> list[dict[str, int]]:
     march = _march(problem, pass_)
     tiles = math.prod(_tiles(march, config))
-    busy = min(BUSY, _resident(problem, pass_, config, target))
+    busy = min(BUSY, fit)
 
     def end(segments):
         programs = max(busy, math.ceil(tiles * segments / target.multiprocessors))
@@ -179,7 +169,7 @@ def divisions(problem: ConvProblem, pass_: str, config: dict, target: Target) ->
     return [{"SEGMENTS": segments} for segments in tried]
 
 
-def tiling(problem: ConvProblem, pass_: str, config: dict, target: Target) -> Tiling:
+def tiling(problem: ConvProblem, pass_: str, config: dict, target: Target, fit: int) -> Tiling:
     march, (elements, vector) = _march(problem, pass_), _elements(problem, config, target)
     tiles, segments, steps = _grid(problem, pass_, config)
     programs, size = tiles * segments, problem.element_bytes
@@ -204,7 +194,7 @@ def tiling(problem: ConvProblem, pass_: str, config: dict, target: Target) -> Ti
         l2_bytes=problem.min_bytes(pass_) * again * halo * sector + partials,
         instructions=walked * threads * elements * instructions + programs * threads * once,
         dram_bytes=problem.min_bytes(pass_) + partials,
-        resident=_resident(problem, pass_, config, target),
+        resident=fit,
         launches=1 + (splits > 1),
         shared_bytes=walked * threads * elements * march.loads * max(size * lines, 4 / vector),
     )

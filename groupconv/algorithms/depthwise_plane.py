@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
+import itertools
 import math
+from collections.abc import Iterator
 
 import triton
 
@@ -12,7 +13,7 @@ from .. import launcher
 from ..cost import Tiling
 from ..devices import Target
 from ..kernels import depthwise_plane as kernels
-from ..occupancy import largest_splits, most_splits, partial_bytes, resident, shares
+from ..occupancy import Held, largest_splits, most_splits, partial_bytes, shares
 from ..problem import ConvProblem
 from .calls import (
     FilterGradient,
@@ -37,7 +38,6 @@ TAPS = 64  # summed at once
 # vector of them), of an entry of a matrix or of a gathered accumulator, and of a thread besides.
 AN_ELEMENT, A_VECTOR, AN_ENTRY, A_THREAD = 2, 8.5, 8, 300
 A_PRODUCT = 3 / 64  # of a multiply-add on mma.sync, with its operands; warp-group products take next to none
-MOST_REGISTERS = {"fprop": 150, "dgrad": 150, "wgrad": 116, "backward": 90}  # as estimated: more spill
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,63 +108,44 @@ def supports(problem: ConvProblem, pass_: str, target: Target) -> str | None:
         return f"maps of {pixels} pixels, more than {MOST_PIXELS}"
     if pass_ == "backward" and problem.cout_g > 1:
         return f"both gradients of {problem.cout_g} output channels a group"
-    if not candidates(problem, pass_, target):
-        return f"no tile of {problem.layout} maps fits the memory and registers of {target.arch_name}"
     return None
 
 
-@functools.lru_cache(256)  # `supports` and the plan both ask
-def candidates(problem: ConvProblem, pass_: str, target: Target) -> list[dict]:
-    found = []
+def tiles(problem: ConvProblem, pass_: str, target: Target) -> Iterator[list[dict]]:
     nhwc = problem.layout == "nhwc"
-    rows = {_even(problem.h_out, most) for most in range(1, problem.h_out + 1)}
-    tiles = set()
-    for rows_out in rows:
+    maps = set()
+    for rows_out in {_even(problem.h_out, most) for most in range(1, problem.h_out + 1)}:
         rows_in = min(problem.h_in, rows_out * problem.stride[0]) if rows_out < problem.h_out else problem.h_in
-        tiles.add((_tile(rows_in * problem.w_in), _tile(rows_out * problem.w_out)))
-    for block_in, block_out in sorted(tiles):
+        maps.add((_tile(rows_in * problem.w_in), _tile(rows_out * problem.w_out)))
+    for block_in, block_out in sorted(maps):
         for block_n in (32, 16) if nhwc else (128, 64, 32, 16):
-            if block_n > _tile(problem.batch):
+            if block_n > _tile(problem.batch) or max(block_in, block_out) > BLOCKS["BLOCK_IN"][1]:
                 continue
-            for block_c in (8, 16) if nhwc else (1,):
-                for warps in (4, 8):
-                    config = {
-                        "BLOCK_N": block_n, "BLOCK_C": block_c, "BLOCK_IN": block_in, "BLOCK_OUT": block_out,
-                        "num_warps": warps, "num_stages": 1,
-                    }  # fmt: skip
-                    if _fits(problem, pass_, config, target):
-                        found.append(config)
-    return found
+            for block_c, warps in itertools.product((8, 16) if nhwc else (1,), (4, 8)):
+                tile = {
+                    "BLOCK_N": block_n, "BLOCK_C": block_c, "BLOCK_IN": block_in, "BLOCK_OUT": block_out,
+                    "num_warps": warps, "num_stages": 1,
+                }  # fmt: skip
+                if _possible(problem, pass_, tile, target):
+                    yield [tile]
 
 
 def _tile(pixels: int) -> int:
     return max(16, triton.next_power_of_2(pixels))
 
 
-def _fits(problem: ConvProblem, pass_: str, config: dict, target: Target) -> bool:
-    chunks = cut(problem, config)
-    warps, rows = config["num_warps"], [m for m, _ in _products(pass_, config)]
-    alike = target.backend == "hip" or (target.has_warpgroups and any(64 <= m < 128 for m in rows))
-    if config["BLOCK_C"] == 1 and warps == 8 and alike:
+def _possible(problem: ConvProblem, pass_: str, tile: dict, target: Target) -> bool:
+    """Whether every warp has products of its own, and a step has not too many."""
+    warps, shapes = tile["num_warps"], _products(pass_, tile)
+    alike = target.backend == "hip" or (target.has_warpgroups and any(64 <= m < 128 for m, _ in shapes))
+    if tile["BLOCK_C"] == 1 and warps == 8 and alike:
         return False  # warps would do the same rows,
-    if any(config["BLOCK_C"] * m * n < 128 * warps for m, n in _products(pass_, config)):
+    if any(tile["BLOCK_C"] * m * n < 128 * warps for m, n in shapes):
         return False  # or these the same tiles
-    products = chunks.pairs * (problem.cout_g if pass_ == "dgrad" else 1)
-    if (
-        target.matrix_unit == "tcgen05" and config["BLOCK_C"] == 1
-    ):  # each product takes columns of tensor memory, of which 512 are
-        columns = products * sum(n for m, n in _products(pass_, config) if m >= 64)
-        if columns > 512:
-            return False
-    most = MOST_REGISTERS[pass_]
-    if pass_ in ("wgrad", "backward") and config["BLOCK_C"] == 1 and _slow(pass_, config, target):
-        most -= 10
-    return (
-        max(config["BLOCK_IN"], config["BLOCK_OUT"]) <= BLOCKS["BLOCK_IN"][1]
-        and products * len(rows) <= MOST_PRODUCTS[pass_]
-        and _registers(problem, pass_, config, chunks, target) <= most
-        and shared_bytes(problem, pass_, config, chunks) <= target.shared_bytes
-    )
+    products = cut(problem, tile).pairs * (problem.cout_g if pass_ == "dgrad" else 1)
+    # Each product takes columns of tensor memory, of which there are 512.
+    columns = products * sum(n for m, n in shapes if m >= 64 and tile["BLOCK_C"] == 1)
+    return products * len(shapes) <= MOST_PRODUCTS[pass_] and (target.matrix_unit != "tcgen05" or columns <= 512)
 
 
 def _products(pass_: str, config: dict) -> list[tuple[int, int]]:
@@ -204,25 +185,22 @@ def _result(pass_: str, config: dict) -> int:
     return config["BLOCK_N"] * config["BLOCK_C"] * pixels
 
 
-def _registers(problem: ConvProblem, pass_: str, config: dict, chunks: Chunks, target: Target) -> float:
-    """An estimate of what a thread holds in the loop. Elements loaded singly, or by two, need addresses; operands of
-    mma.sync are in registers, those of 2-D products in more than one warp's."""
-    held, entries, sums = _tiles(problem, pass_, config, chunks)
-    words = problem.element_bytes / 4
-    loaded = held * (words if _vector(problem, config, chunks) > 2 else 2)
-    registers = (loaded + sums + _result(pass_, config)) / (32 * config["num_warps"])
-    if config["BLOCK_C"] > 1:
-        registers += (held if sums else entries / 2) * words / (32 * config["num_warps"])
-    elif _slow(pass_, config, target):
-        registers += held * words / 64
-    return registers
-
-
-def shared_bytes(problem: ConvProblem, pass_: str, config: dict, chunks: Chunks) -> int:
-    """Matrices, the operands of products, and a result on its way to memory; or one accumulator to be gathered."""
-    held, entries, sums = _tiles(problem, pass_, config, chunks)
-    loop = (held + entries + _result(pass_, config)) * problem.element_bytes
-    return max(loop, 4 * sums // max(1, chunks.distances))
+def held(problem: ConvProblem, pass_: str, tile: dict, target: Target) -> Held:
+    """Maps in registers; in shared memory matrices, the operands of products, and a result on its way to memory, or
+    one accumulator to be gathered.
+    """
+    tile = _whole(problem, tile)
+    chunks, size = cut(problem, tile), problem.element_bytes
+    maps, entries, sums = _tiles(problem, pass_, tile, chunks)
+    words = maps * size / 4
+    if tile["BLOCK_C"] > 1:  # operands of mma.sync are in registers,
+        words += (maps if sums else entries / 2) * size / 4
+    elif _slow(pass_, tile, target):  # those of 2-D products in more than one warp's
+        words += maps * size / 8 * tile["num_warps"]
+    result = _result(pass_, tile)
+    shared = max((maps + entries + result) * size, 4 * sums // max(1, chunks.distances))
+    vector = _vector(problem, tile, chunks)
+    return Held(tile["num_warps"], shared, sums=sums + result, words=words, accesses=maps / vector)
 
 
 def _vector(problem: ConvProblem, config: dict, chunks: Chunks) -> int:
@@ -241,21 +219,20 @@ def _split(problem: ConvProblem, pass_: str, config: dict) -> tuple[int, int]:
     return shares(math.ceil(problem.batch / config["BLOCK_N"]), most)
 
 
-def divisions(problem: ConvProblem, pass_: str, config: dict, target: Target) -> list[dict[str, int]]:
-    whole = _whole(problem, config)
+def divisions(problem: ConvProblem, pass_: str, config: dict, target: Target, fit: int) -> list[dict[str, int]]:
     blocks = max(1, math.ceil(problem.batch / config["BLOCK_N"]))
     most = min(blocks, MOST_SPLITS)
     if pass_ in ("wgrad", "backward"):
         most = min(most, most_splits(problem, pass_))
     channels = math.ceil((problem.c_out if pass_ in ("fprop", "wgrad") else problem.c_in) / config["BLOCK_C"])
-    places = target.multiprocessors * _resident(problem, pass_, whole, cut(problem, whole), target)
+    places = target.multiprocessors * fit
     # Building the matrices takes about as long as a block of images.
     found = {shares(blocks, splits)[0] for splits in range(1, most + 1)}
     shortest = sorted(sorted(found), key=lambda n: math.ceil(channels * n / places) * (math.ceil(blocks / n) + 1))
     return [{"SPLITS": splits} for splits in shortest]
 
 
-def tiling(problem: ConvProblem, pass_: str, config: dict, target: Target) -> Tiling:
+def tiling(problem: ConvProblem, pass_: str, config: dict, target: Target, fit: int) -> Tiling:
     config = _whole(problem, config)
     splits, each = _split(problem, pass_, config)
     chunks = cut(problem, config)
@@ -293,15 +270,9 @@ def tiling(problem: ConvProblem, pass_: str, config: dict, target: Target) -> Ti
         instructions=steps * (moved * an_element + products / 2 * A_PRODUCT * slow) + programs * prologue,
         shared_bytes=steps * size * (2.0 * moved + pairs * operands[pass_]) + programs * 8.0 * (gathered + sums),
         dram_bytes=problem.min_bytes(pass_) + partials,
-        resident=_resident(problem, pass_, config, chunks, target),
+        resident=fit,
         launches=2 if partials else 1,
     )  # fmt: skip
-
-
-def _resident(problem: ConvProblem, pass_: str, config: dict, chunks: Chunks, target: Target) -> int:
-    """Programs that share a multiprocessor."""
-    registers = _registers(problem, pass_, config, chunks, target) + 56
-    return resident(registers, shared_bytes(problem, pass_, config, chunks), config["num_warps"], target)
 
 
 def _tap_tile(problem: ConvProblem) -> tuple[int, int]:

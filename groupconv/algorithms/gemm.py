@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import itertools
 import math
+from collections.abc import Iterable
 
 from ..devices import Target
 from ..kernels.tiles import part_sizes
@@ -42,6 +43,16 @@ def column_tiles(n: int, problem: ConvProblem, target: Target) -> list[int]:
 def starved(columns: int, k: int, warps: int, element_bytes: int, target: Target) -> bool:
     """Whether the narrowest part of so many columns gives a thread less than 4 bytes, which no pipeline loads."""
     return parts(columns)[-1] * k * element_bytes < 4 * target.warp_size * warps
+
+
+def pipelined_bytes(operands: Iterable[tuple[int, int]], tile: dict, size: int, target: Target) -> int:
+    """Shared memory of a pipeline, for operands of (elements of a step, elements of an access), of `size` bytes each.
+
+    Matrix units that read operands from it, and later, hold one stage more. What is loaded by less than 4 bytes passes
+    through registers, once for all stages.
+    """
+    stages = max(1, tile["num_stages"] - (not target.has_warpgroups))
+    return sum(elements * size * (stages if run * size >= 4 else 1) for elements, run in operands)
 
 
 def registers_for_all(options: dict, target: Target) -> dict:
@@ -98,7 +109,7 @@ def splits_to_try(problem: ConvProblem, steps: int, tiles: int, fit: int, target
     places = target.multiprocessors * fit
     most = max(1, min(most_splits(problem, "wgrad"), steps // LEAST_STEPS, MOST_SPLITS))
     wanted = {1, most} | {waves * places // tiles for waves in range(1, 5)} | {2**i for i in range(9)}
-    found = {split(problem, steps, splits) for splits in wanted if 1 <= splits <= most}
+    found = {shares(steps, splits) for splits in wanted if 1 <= splits <= most}  # fewer than `largest_splits`
 
     def end(choice):  # of the multiprocessor with most programs, in steps
         splits, each = choice

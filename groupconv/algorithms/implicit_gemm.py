@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 import math
+from collections.abc import Iterator
 
 import triton
 
@@ -12,8 +13,8 @@ from .. import launcher
 from ..cost import Tiling
 from ..devices import Target
 from ..kernels import implicit_gemm as kernels
-from ..occupancy import partial_bytes, resident
-from ..problem import ELEMENT_BYTES, ConvProblem
+from ..occupancy import Held, partial_bytes
+from ..problem import ConvProblem
 from .calls import (
     FilterGradient,
     Single,
@@ -27,14 +28,13 @@ from .calls import (
     precision,
     split_config,
 )
-from .gemm import MOST_SPLITS, column_tiles, parts, product, split, splits_to_try, starved, waits
+from .gemm import MOST_SPLITS, column_tiles, parts, pipelined_bytes, product, split, splits_to_try, starved, waits
 
 NAME = "implicit_gemm"
 BLOCKS = {"BLOCK_M": (16, 512), "BLOCK_N": (8, 512, 8), "BLOCK_K": (16, 512)}
 DIVISION = {"SPLITS": (1, MOST_SPLITS, 1)}  # of wgrad's pixels
 INSTRUCTIONS_A_LOAD = 8  # a masked load, its address and predicates
 INSTRUCTIONS_A_STEP = 60  # of each thread, to wait and to go on
-MOST_REGISTERS = 224
 
 
 def supports(problem: ConvProblem, pass_: str, target: Target) -> str | None:
@@ -47,36 +47,30 @@ def supports(problem: ConvProblem, pass_: str, target: Target) -> str | None:
     return None
 
 
-def fits(config: dict, dtype: str, target: Target) -> str | None:
-    """Why a configuration cannot run on a target, or None. Shared memory counted as the pipeline's tiles."""
-    shared = shared_bytes(config, ELEMENT_BYTES[dtype], target)
-    if shared > target.shared_bytes:
-        return f"{shared} bytes of shared memory; {target.arch_name} has {target.shared_bytes}"
-    return None
-
-
-def shared_bytes(config: dict, element_bytes: int, target: Target) -> int:
-    """The pipeline's tiles. Matrix units that read operands from shared memory, and later, hold one stage more."""
-    tile = (config["BLOCK_M"] + config["BLOCK_N"]) * config["BLOCK_K"] * element_bytes
-    return tile * max(1, config["num_stages"] - (not target.has_warpgroups))
-
-
-@functools.lru_cache(256)
-def candidates(problem: ConvProblem, pass_: str, target: Target) -> list[dict]:
+def tiles(problem: ConvProblem, pass_: str, target: Target) -> Iterator[list[dict]]:
     m, n, k = problem.gemm(pass_)
     narrow = min(_runs(problem, pass_)[:2]) < 4
-    found: list[dict] = []
     for block_m, block_n in itertools.product(_row_tiles(m), column_tiles(n, problem, target)):
         for block_k, warps, stages in itertools.product(_deep_tiles(k, narrow), (4, 8), (3, 4, 2)):
-            config = {
-                "BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_K": block_k, "num_warps": warps, "num_stages": stages,
-            }  # fmt: skip
+            if warps == 8 and block_m < 128:  # fewer than 16 rows a warp
+                continue
             # No more stages than a loop has steps; two serve them all.
-            if fits(config, problem.dtype, target) is None and stages <= max(2, math.ceil(k / block_k)):
-                found.append(config)
-    sound = [config for config in found if not _unfit(problem, pass_, config, target)]
-    # Some configuration must serve every problem.
-    return sound or [min(found, key=lambda config: registers(problem, pass_, config, target))]
+            if stages > max(2, math.ceil(k / block_k)) or _crowded(block_n, block_k, warps, problem, target):
+                continue
+            yield [
+                {"BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_K": block_k, "num_warps": warps, "num_stages": stages}
+            ]
+
+
+def _crowded(block_n: int, block_k: int, warps: int, problem: ConvProblem, target: Target) -> bool:
+    """Whether columns in several parts are too many for one step, or the narrowest part is too few."""
+    *_, last = parts(block_n)
+    if last == block_n:
+        return False
+    # Without warp groups the operands of all the products are in registers.
+    return (block_k > 32 and not target.has_warpgroups) or starved(
+        block_n, block_k, warps, problem.element_bytes, target
+    )
 
 
 def _row_tiles(m: int) -> list[int]:
@@ -90,15 +84,6 @@ def _deep_tiles(k: int, narrow: bool) -> list[int]:
     return sorted({max(16, fitting // each) for each in ((1, 2, 4) if narrow else (1, 2))})
 
 
-def registers(problem: ConvProblem, pass_: str, config: dict, target: Target) -> int:
-    """An estimate of what a thread takes: its sums, and the addresses of what it loads, or in the end of its stores."""
-    threads = target.warp_size * config["num_warps"]
-    sums = config["BLOCK_M"] * config["BLOCK_N"] / threads
-    gathered, other, stored = _runs(problem, pass_)
-    loads = (config["BLOCK_M"] / gathered + config["BLOCK_N"] / other) * config["BLOCK_K"] / threads
-    return math.ceil(40 + max(sums + 4 * loads, sums * (1 + 2 / stored)))
-
-
 @functools.lru_cache(4096)
 def _runs(problem: ConvProblem, pass_: str) -> tuple[int, int, int]:
     """Elements of one access: of the gathered operand, of the other, and of the result."""
@@ -110,33 +95,26 @@ def _runs(problem: ConvProblem, pass_: str) -> tuple[int, int, int]:
     return {"fprop": (1, dense, 1), "dgrad": (1, 1, 1), "wgrad": (1, 1, dense)}[pass_]
 
 
-def _unfit(problem: ConvProblem, pass_: str, config: dict, target: Target) -> bool:
-    """Whether the compiler spills, or nearly, or makes little of a configuration."""
-    warps = config["num_warps"]
-    if warps == 8 and config["BLOCK_M"] < 128:
-        return True  # fewer than 16 rows a warp
-    *_, last = parts(config["BLOCK_N"])
-    if last < config["BLOCK_N"] and config["BLOCK_K"] > 32 and not target.has_warpgroups:
-        return True  # operands of several products in registers
-    if last < config["BLOCK_N"] and starved(last, config["BLOCK_K"], warps, problem.element_bytes, target):
-        return True
-    # mma.sync has its operands in registers, and short loops of known length are unrolled.
-    short = pass_ == "fprop" and problem.gemm(pass_)[2] <= 8 * config["BLOCK_K"]
-    most = MOST_REGISTERS - 40 * (target.matrix_unit == "mma.sync") - 80 * short
-    return registers(problem, pass_, config, target) > most
+def held(problem: ConvProblem, pass_: str, tile: dict, target: Target) -> Held:
+    block_m, block_n, block_k = tile["BLOCK_M"], tile["BLOCK_N"], tile["BLOCK_K"]
+    gathered, other, stored = _runs(problem, pass_)
+    sums, loaded = block_m * block_n, (block_m + block_n) * block_k
+    operands = ((block_m * block_k, gathered), (block_n * block_k, other))
+    return Held(
+        tile["num_warps"],
+        pipelined_bytes(operands, tile, problem.element_bytes, target),
+        sums=sums,
+        words=loaded * problem.element_bytes / 4,
+        # Of a step, or of the stores in the end.
+        accesses=max((block_m / gathered + block_n / other) * block_k, sums / stored),
+    )
 
 
-def _resident(problem: ConvProblem, pass_: str, config: dict, target: Target) -> int:
-    shared = shared_bytes(config, problem.element_bytes, target)
-    return resident(registers(problem, pass_, config, target), shared, config["num_warps"], target)
-
-
-def divisions(problem: ConvProblem, pass_: str, config: dict, target: Target) -> list[dict[str, int]]:
+def divisions(problem: ConvProblem, pass_: str, config: dict, target: Target, fit: int) -> list[dict[str, int]]:
     if pass_ != "wgrad":
         return [{"SPLITS": 1}]
     m, n, k = problem.gemm("wgrad")
     tiles = math.ceil(m / config["BLOCK_M"]) * math.ceil(n / config["BLOCK_N"]) * problem.groups
-    fit = _resident(problem, "wgrad", config, target)
     tried = splits_to_try(problem, math.ceil(k / config["BLOCK_K"]), tiles, fit, target)
     return [{"SPLITS": splits} for splits in tried]
 
@@ -149,7 +127,7 @@ def _split(problem: ConvProblem, pass_: str, config: dict) -> tuple[int, int]:
     return splits, steps * config["BLOCK_K"]
 
 
-def tiling(problem: ConvProblem, pass_: str, config: dict, target: Target) -> Tiling:
+def tiling(problem: ConvProblem, pass_: str, config: dict, target: Target, fit: int) -> Tiling:
     splits, _ = _split(problem, pass_, config)
     m, n, k = problem.gemm(pass_)
     bm, bn, bk = config["BLOCK_M"], config["BLOCK_N"], config["BLOCK_K"]
@@ -173,7 +151,6 @@ def tiling(problem: ConvProblem, pass_: str, config: dict, target: Target) -> Ti
     each = product(bm, bn, bk, config["num_warps"], size, target)
     threads = target.warp_size * config["num_warps"]
     stepping = tiles * (steps * (threads * INSTRUCTIONS_A_STEP + each.instructions) + splits * bm * bn * 4)
-    fit = _resident(problem, pass_, config, target)
     return Tiling(
         programs=tiles * splits,
         matrix_flops=tiles * steps * each.flops,

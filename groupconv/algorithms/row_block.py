@@ -12,7 +12,7 @@ from .. import launcher
 from ..cost import Tiling
 from ..devices import Target
 from ..kernels import row_block as kernels
-from ..occupancy import partial_bytes, resident
+from ..occupancy import Held, partial_bytes
 from ..problem import ConvProblem
 from .calls import (
     FilterGradient,
@@ -26,7 +26,17 @@ from .calls import (
     pixels_last,
     split_config,
 )
-from .gemm import MOST_SPLITS, column_tiles, product, registers_for_all, split, splits_to_try, starved, waits
+from .gemm import (
+    MOST_SPLITS,
+    column_tiles,
+    pipelined_bytes,
+    product,
+    registers_for_all,
+    split,
+    splits_to_try,
+    starved,
+    waits,
+)
 
 NAME = "row_block"
 BLOCKS = {"BLOCK_R": (1, 16, 1), "BLOCK_M": (16, 512), "BLOCK_N": (8, 512, 8), "BLOCK_K": (16, 512)}
@@ -53,8 +63,6 @@ def supports(problem: ConvProblem, pass_: str, target: Target) -> str | None:
         return "IEEE products of fp32 are multiply-adds, whose operands do not fit the registers"
     if problem.kh > MOST_TAPS:
         return f"{problem.kh} kernel rows, more than {MOST_TAPS}"
-    if next(_candidates(problem, pass_, target), None) is None:
-        return "its sums do not fit the registers"
     return None
 
 
@@ -118,31 +126,37 @@ class _Step:
 
 
 def _step(problem: ConvProblem, pass_: str, config: dict) -> _Step:
-    block_r, bm, bn, bk = (config[name] for name in BLOCKS)
+    return _step_of(problem, pass_, config["BLOCK_R"], config["BLOCK_M"], config["BLOCK_N"], config["BLOCK_K"])
+
+
+@functools.lru_cache(4096)
+def _step_of(problem: ConvProblem, pass_: str, block_r: int, bm: int, bn: int, bk: int) -> _Step:
     products, taps, rows = met_counts(problem, pass_, block_r)
     if pass_ == "wgrad":
         return _Step(rows * bm * bk, block_r * bk * bn, products, problem.kh * bm * bn)
     return _Step(rows * bm * bk, taps * bk * bn, products, block_r * bm * bn)
 
 
-@functools.lru_cache(256)
-def candidates(problem: ConvProblem, pass_: str, target: Target) -> list[dict]:
-    return list(_candidates(problem, pass_, target))
-
-
-def _candidates(problem: ConvProblem, pass_: str, target: Target) -> Iterator[dict]:
+def tiles(problem: ConvProblem, pass_: str, target: Target) -> Iterator[list[dict]]:
     work = work_of(problem, pass_)
     for block_r, bm, bn in itertools.product(
         heights(problem, pass_, work), (64, 128), column_tiles(work.n, problem, target)
     ):
+        # A product takes columns of tensor memory, about 1.5 for each of N, and there are 512.
+        if target.matrix_unit == "tcgen05" and met_counts(problem, pass_, block_r)[0] * bn * 3 // 2 > 512:
+            continue
+        # What passes through registers: elements that are loaded one by one, and the operands of all products but those
+        # of warp groups, which have 16 columns at least.
+        through = min(_runs(problem, pass_)) < 4 or not target.has_warpgroups or bn % 16
         for bk, warps in itertools.product((32, 64, 16), (4, 8)):
-            config = {"BLOCK_R": block_r, "BLOCK_M": bm, "BLOCK_N": bn, "BLOCK_K": bk, "num_warps": warps}
-            if bk > 16 and work.k <= bk // 2:
+            if (bk > 16 and work.k <= bk // 2) or bk > (32 if through else 64) or bm < 16 * warps:
                 continue
-            # As many stages as there is room for.
-            for stages in (3, 2):
-                if _fits(problem, pass_, config | {"num_stages": stages}, target):
-                    yield config | {"num_stages": stages}
+            if starved(bn, bk, warps, problem.element_bytes, target):
+                continue
+            tile = {"BLOCK_R": block_r, "BLOCK_M": bm, "BLOCK_N": bn, "BLOCK_K": bk, "num_warps": warps}
+            for stages in (3, 2):  # as many as there is room for
+                if _shared_bytes(problem, pass_, tile | {"num_stages": stages}, target) <= target.shared_bytes:
+                    yield [tile | {"num_stages": stages}]
                     break
 
 
@@ -152,23 +166,6 @@ def heights(problem: ConvProblem, pass_: str, work: Work) -> list[int]:
     least = row_blocks(work, step) * step
     most = max(MOST_ROWS, step)
     return [r for r in range(step, most + 1, step) if row_blocks(work, r) * r <= MOST_PADDING * least or r == step]
-
-
-def registers(problem: ConvProblem, pass_: str, config: dict, target: Target) -> int:
-    """An estimate of what a thread takes, fitted to what compilers took for some 400 configurations of suite layers.
-
-    Its sums, the addresses of what it loads, and, without warp groups, the operands of its products.
-    """
-    step, threads = _step(problem, pass_, config), target.warp_size * config["num_warps"]
-    sums, source, other = step.sums / threads, step.source / threads, step.other / threads
-    extra = 10 * (config["BLOCK_N"].bit_count() - 1)
-    if target.has_warpgroups:
-        stored = _stored_run(problem, pass_)
-        addresses = sums / stored if stored < 4 else 0.0  # of the result, in the end
-        return math.ceil(40 + extra + sums + max(addresses, 0.05 * (source + other)))
-    if target.backend == "hip":
-        return math.ceil(47 + extra + 1.1 * sums + 1.1 * source + 0.8 * other)
-    return math.ceil(46 + extra + (1.6 if pass_ == "wgrad" else 1.0) * sums + 0.4 * source + 0.8 * other)
 
 
 def _stored_run(problem: ConvProblem, pass_: str) -> int:
@@ -189,61 +186,28 @@ def _runs(problem: ConvProblem, pass_: str) -> tuple[int, int]:
     return 1, 1
 
 
-def shared_bytes(problem: ConvProblem, pass_: str, config: dict, target: Target) -> int:
-    """The pipeline's tiles. Matrix units that read operands from shared memory hold one stage more."""
-    step = _step(problem, pass_, config)
-    stages = max(1, config["num_stages"] - (not target.has_warpgroups))
-    held = (step.source + step.other) * problem.element_bytes * stages
+def _shared_bytes(problem: ConvProblem, pass_: str, tile: dict, target: Target) -> int:
+    step, (source, other) = _step(problem, pass_, tile), _runs(problem, pass_)
+    operands = ((step.source, source), (step.other, other))
+    pipeline = pipelined_bytes(operands, tile, problem.element_bytes, target)
     if target.matrix_unit == "tcgen05":  # and copies of operands
-        return held * (3 if problem.element_bytes == 2 else 4) // 2
-    return held
+        return pipeline * (3 if problem.element_bytes == 2 else 4) // 2
+    return pipeline
 
 
-def _fits(problem: ConvProblem, pass_: str, config: dict, target: Target) -> bool:
-    bm, bn, bk = config["BLOCK_M"], config["BLOCK_N"], config["BLOCK_K"]
-    if bm < 16 * config["num_warps"] or starved(bn, bk, config["num_warps"], problem.element_bytes, target):
-        return False
-    if shared_bytes(problem, pass_, config, target) > target.shared_bytes:
-        return False
-    # A product takes columns of tensor memory, about 1.5 for each of N, and there are 512.
-    products, _, _ = met_counts(problem, pass_, config["BLOCK_R"])
-    if target.matrix_unit == "tcgen05" and products * bn * 3 // 2 > 512:
-        return False
-    # What passes through registers: elements that are loaded one by one, and the operands of all products but those of
-    # warp groups, which have 16 columns at least.
-    through = min(_runs(problem, pass_)) < 4 or not target.has_warpgroups or bn % 16
-    if bk > (32 if through else 64):
-        return False
-    return registers(problem, pass_, config, target) <= _most_registers(problem, pass_, config, target)
+def held(problem: ConvProblem, pass_: str, tile: dict, target: Target) -> Held:
+    step, (source, other) = _step(problem, pass_, tile), _runs(problem, pass_)
+    words = (step.source + step.other) * problem.element_bytes / 4
+    shared = _shared_bytes(problem, pass_, tile, target)
+    accesses = max(step.source / source + step.other / other, step.sums / _stored_run(problem, pass_))
+    return Held(tile["num_warps"], shared, sums=step.sums, words=words, accesses=accesses)
 
 
-def _most_registers(problem: ConvProblem, pass_: str, config: dict, target: Target) -> int:
-    """The most that `registers` may estimate: found by compiling the suite's layers, which spill from there on."""
-    most = {"wgmma": 240, "tcgen05": 200, "mma.sync": 180, "mfma": 210, "wmma": 100}[target.matrix_unit]
-    if target.backend == "hip" and config["num_warps"] == 8:  # half as many for each
-        most //= 2
-    if min(_runs(problem, pass_)) < 4:  # as many addresses as elements
-        most -= 105
-    if config["BLOCK_N"] % 16:
-        most -= 60
-    if target.matrix_unit == "mma.sync" and pass_ == "fprop" and problem.kw * problem.cin_g <= 8 * config["BLOCK_K"]:
-        most -= 40  # a short loop is unrolled
-    if problem.element_bytes == 4 and target.matrix_unit != "wgmma":  # the estimate was made for 2-byte types
-        most -= 50
-    return most
-
-
-def _resident(problem: ConvProblem, pass_: str, config: dict, target: Target) -> int:
-    shared = shared_bytes(problem, pass_, config, target)
-    return resident(registers(problem, pass_, config, target), shared, config["num_warps"], target)
-
-
-def divisions(problem: ConvProblem, pass_: str, config: dict, target: Target) -> list[dict[str, int]]:
+def divisions(problem: ConvProblem, pass_: str, config: dict, target: Target, fit: int) -> list[dict[str, int]]:
     if pass_ != "wgrad":
         return [{"SPLITS": 1}]
     work = work_of(problem, "wgrad")
     tiles = math.ceil(work.m / config["BLOCK_M"]) * math.ceil(work.n / config["BLOCK_N"]) * problem.groups
-    fit = _resident(problem, "wgrad", config, target)
     tried = splits_to_try(problem, _blocks(problem, config), tiles, fit, target)
     return [{"SPLITS": splits} for splits in tried]
 
@@ -259,7 +223,7 @@ def _split(problem: ConvProblem, pass_: str, config: dict) -> tuple[int, int]:
     return split(problem, _blocks(problem, config), config["SPLITS"]) if pass_ == "wgrad" else (1, 0)
 
 
-def tiling(problem: ConvProblem, pass_: str, config: dict, target: Target) -> Tiling:
+def tiling(problem: ConvProblem, pass_: str, config: dict, target: Target, fit: int) -> Tiling:
     splits, _ = _split(problem, pass_, config)
     work, step = work_of(problem, pass_), _step(problem, pass_, config)
     block_r, bm, bn, bk = (config[name] for name in BLOCKS)
@@ -277,7 +241,6 @@ def tiling(problem: ConvProblem, pass_: str, config: dict, target: Target) -> Ti
 
     each = product(bm, bn, bk, config["num_warps"], size, target)
     source, other = _runs(problem, pass_)
-    fit = _resident(problem, pass_, config, target)
     # Products that add to one sum in a step wait for each other.
     chained = steps * max(0, step.products - (problem.kh if pass_ == "wgrad" else block_r))
     stored = programs * step.sums

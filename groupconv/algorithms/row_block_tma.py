@@ -14,7 +14,7 @@ from .. import launcher
 from ..cost import Tiling
 from ..devices import Target
 from ..kernels import row_block_tma as kernels
-from ..occupancy import partial_bytes, resident
+from ..occupancy import Held, partial_bytes
 from ..problem import ConvProblem, dense_strides
 from .calls import (
     FilterGradient,
@@ -38,11 +38,11 @@ BLOCKS = {
 # SPLITS: of wgrad's blocks. RESIDENT: programs of a multiprocessor, in the other passes, which are persistent.
 DIVISION = {"SPLITS": (1, MOST_SPLITS, 1), "RESIDENT": (1, 32, 1)}
 MOST_TAPS = 7  # kernel rows
-MOST_REGISTERS = {"wgmma": 235, "tcgen05": 235, "mma.sync": 110}  # as estimated
 TENSOR_MEMORY = 512  # columns of tcgen05's, half of them for the tile that comes next
 INSTRUCTIONS_A_LOAD = 40  # of the one warp that asks for a tile
 INSTRUCTIONS_A_STEP = 120  # of each thread, to wait and to go on
 MOST_PADDING = 1.25  # of lanes
+FEW_BLOCKS = 3  # of rows in a map
 
 
 def supports(problem: ConvProblem, pass_: str, target: Target) -> str | None:
@@ -64,8 +64,6 @@ def supports(problem: ConvProblem, pass_: str, target: Target) -> str | None:
         for size, stride, dilation in zip((problem.kh, problem.kw), problem.stride, problem.dilation, strict=True):
             if size < stride or (stride > 1 and dilation > 1):
                 return "some phase of the stride meets no tap"
-    if next(_candidates(problem, pass_, target), None) is None:
-        return "no tile fits"
     return None
 
 
@@ -117,7 +115,11 @@ class _Step:
 
 
 def _step(problem: ConvProblem, pass_: str, config: dict) -> _Step:
-    block_r, taps, bm, _, bn, bk = (config[name] for name in BLOCKS)
+    return _step_of(problem, pass_, *(config[f"BLOCK_{axis}"] for axis in "RTMNK"))
+
+
+@functools.lru_cache(4096)
+def _step_of(problem: ConvProblem, pass_: str, block_r: int, taps: int, bm: int, bn: int, bk: int) -> _Step:
     parts = bn // _part(bn)
     products, _, rows = met_counts(problem, pass_, block_r)
     if taps == 1 and problem.kh > 1:  # one kernel row in a step
@@ -137,25 +139,41 @@ def _steps(problem: ConvProblem, pass_: str, config: dict) -> float:
     return math.ceil(chunked / config["BLOCK_K"]) * taps * (problem.kh // config["BLOCK_T"])
 
 
-@functools.lru_cache(256)
-def candidates(problem: ConvProblem, pass_: str, target: Target) -> list[dict]:
-    return list(_candidates(problem, pass_, target))
-
-
-def _candidates(problem: ConvProblem, pass_: str, target: Target) -> Iterator[dict]:
+def tiles(problem: ConvProblem, pass_: str, target: Target) -> Iterator[list[dict]]:
     work = work_of(problem, pass_)
     kernel_rows = {problem.kh} if pass_ == "wgrad" or (pass_ == "dgrad" and problem.stride[0] > 1) else {problem.kh, 1}
-    for block_r, taps, bn in itertools.product(heights(problem, pass_, work), sorted(kernel_rows), _columns(work.n)):
-        for bm, bk in itertools.product((128, 64), (64, 32)):
+    depths = (32,) if target.matrix_unit == "mma.sync" else (64, 32)  # mma.sync has its operands in registers
+    for block_r, taps, bn in itertools.product(_heights(problem, pass_), sorted(kernel_rows), _columns(work.n)):
+        for bm, bk in itertools.product((128, 64), depths):
             for images in _images(problem, pass_, bk if pass_ == "wgrad" else bm):
-                config = {
+                tile = {
                     "BLOCK_R": block_r, "BLOCK_T": taps, "BLOCK_M": bm, "BLOCK_I": images, "BLOCK_N": bn, "BLOCK_K": bk,
                     "num_warps": 4 if target.matrix_unit == "tcgen05" else bm // 16,
                 }  # fmt: skip
-                for stages in (4, 3, 2):
-                    if _fits(problem, pass_, config | {"num_stages": stages}, target):
-                        yield config | {"num_stages": stages}
-                        break
+                if target.matrix_unit == "tcgen05" and not _in_tensor_memory(problem, pass_, tile):
+                    continue
+                a_stage = _shared_bytes(problem, pass_, tile | {"num_stages": 1}, target)
+                once = _shared_bytes(problem, pass_, tile | {"num_stages": 0}, target)
+                stages = min(4, (target.shared_bytes - once) // (a_stage - once))  # as many as there is room for
+                if stages >= 2:
+                    yield [tile | {"num_stages": stages}]
+
+
+def _heights(problem: ConvProblem, pass_: str) -> list[int]:
+    """Rows of a block: powers of two, what divides a map evenly, and what divides it into few blocks."""
+    work = work_of(problem, pass_)
+
+    def good(rows):
+        blocks = row_blocks(work, rows)
+        return rows.bit_count() == 1 or blocks * rows == work.rows or blocks <= FEW_BLOCKS
+
+    return [rows for rows in heights(problem, pass_, work) if good(rows)]
+
+
+def _in_tensor_memory(problem: ConvProblem, pass_: str, tile: dict) -> bool:
+    """Whether the sums of two tiles fit; and a product takes about 1.5 columns of tensor memory for each of N."""
+    step = _step(problem, pass_, tile)
+    return max(2 * step.sums // tile["BLOCK_M"], step.products * tile["BLOCK_N"] * 3 // 2) <= TENSOR_MEMORY
 
 
 def _columns(n: int) -> list[int]:
@@ -169,40 +187,23 @@ def _columns(n: int) -> list[int]:
     return sorted(found)
 
 
-def registers(problem: ConvProblem, pass_: str, config: dict, target: Target) -> int:
-    """An estimate of what a thread takes: its sums, and where lanes have two axes the rows that a product reads."""
-    step, threads = _step(problem, pass_, config), target.warp_size * config["num_warps"]
-    parts = config["BLOCK_N"] // _part(config["BLOCK_N"])
-    two_axes = _two_axes(pass_, config)
-    deep = 30 * (two_axes and parts > 2 and config["BLOCK_K"] > 32)  # found by compiling: two or less, or 32, take less
-    return math.ceil(38 + 5 * parts + deep + (step.sums + two_axes * 0.5 * step.source) / threads)
-
-
-def shared_bytes(problem: ConvProblem, pass_: str, config: dict, target: Target) -> int:
+def _shared_bytes(problem: ConvProblem, pass_: str, tile: dict, target: Target) -> int:
     """The pipeline's tiles, and in the passes that store while they load, a tile of the result."""
-    step = _step(problem, pass_, config)
-    stored = 0 if pass_ == "wgrad" else config["BLOCK_M"] * _part(config["BLOCK_N"])
-    held = ((step.source + step.other) * config["num_stages"] + stored) * problem.element_bytes
-    return 1024 + (held * 3 // 2 if target.matrix_unit == "tcgen05" else held)
+    step = _step(problem, pass_, tile)
+    stored = 0 if pass_ == "wgrad" else tile["BLOCK_M"] * _part(tile["BLOCK_N"])
+    shared = ((step.source + step.other) * tile["num_stages"] + stored) * problem.element_bytes
+    return 1024 + (shared * 3 // 2 if target.matrix_unit == "tcgen05" else shared)
 
 
-def _fits(problem: ConvProblem, pass_: str, config: dict, target: Target) -> bool:
-    if shared_bytes(problem, pass_, config, target) > target.shared_bytes:
-        return False
-    bn = config["BLOCK_N"]
-    if target.matrix_unit == "tcgen05":
-        # The sums of two tiles; and a product takes about 1.5 columns of tensor memory for each of N.
-        step = _step(problem, pass_, config)
-        if max(2 * step.sums // config["BLOCK_M"], step.products * bn * 3 // 2) > TENSOR_MEMORY:
-            return False
-    if target.matrix_unit == "mma.sync" and config["BLOCK_K"] > 32:  # operands are in registers
-        return False
-    return registers(problem, pass_, config, target) <= MOST_REGISTERS[target.matrix_unit]
-
-
-def _resident(problem: ConvProblem, pass_: str, config: dict, target: Target) -> int:
-    shared = shared_bytes(problem, pass_, config, target)
-    return resident(registers(problem, pass_, config, target), shared, config["num_warps"], target)
+def held(problem: ConvProblem, pass_: str, tile: dict, target: Target) -> Held:
+    step, part = _step(problem, pass_, tile), _part(tile["BLOCK_N"])
+    return Held(
+        tile["num_warps"],
+        _shared_bytes(problem, pass_, tile, target),
+        sums=step.sums,
+        words=step.source * problem.element_bytes / 4 * _two_axes(pass_, tile),  # rows of products are in registers
+        accesses=target.warp_size * tile["num_warps"] * (tile["BLOCK_N"] // part),  # an address for each part
+    )
 
 
 def _tiles(problem: ConvProblem, pass_: str, config: dict) -> int:
@@ -220,8 +221,7 @@ def _blocks(problem: ConvProblem, config: dict) -> int:
     return row_blocks(work_of(problem, "wgrad"), config["BLOCK_R"]) * lanes.column_tiles * lanes.image_tiles
 
 
-def divisions(problem: ConvProblem, pass_: str, config: dict, target: Target) -> list[dict[str, int]]:
-    fit = _resident(problem, pass_, config, target)
+def divisions(problem: ConvProblem, pass_: str, config: dict, target: Target, fit: int) -> list[dict[str, int]]:
     if pass_ != "wgrad":
         return [{"SPLITS": 1, "RESIDENT": fit}]
     tiles = _tiles(problem, "wgrad", config)
@@ -234,14 +234,14 @@ def _split(problem: ConvProblem, pass_: str, config: dict) -> tuple[int, int]:
     return split(problem, _blocks(problem, config), config["SPLITS"]) if pass_ == "wgrad" else (1, 0)
 
 
-def tiling(problem: ConvProblem, pass_: str, config: dict, target: Target) -> Tiling:
+def tiling(problem: ConvProblem, pass_: str, config: dict, target: Target, fit: int) -> Tiling:
     splits, _ = _split(problem, pass_, config)
     step, tiles = _step(problem, pass_, config), _tiles(problem, pass_, config)
     size, threads = problem.element_bytes, target.warp_size * config["num_warps"]
     steps = tiles * (_blocks(problem, config) if pass_ == "wgrad" else _steps(problem, pass_, config))
     partials = partial_bytes(problem, splits)
     each = product(config["BLOCK_M"], _part(config["BLOCK_N"]), config["BLOCK_K"], config["num_warps"], size, target)
-    parts, fit = config["BLOCK_N"] // _part(config["BLOCK_N"]), _resident(problem, pass_, config, target)
+    parts = config["BLOCK_N"] // _part(config["BLOCK_N"])
     chained = steps * parts * max(0, step.products - (problem.kh if pass_ == "wgrad" else config["BLOCK_R"]))
     starts = tiles * splits if pass_ == "wgrad" else 0  # the other kernels are persistent
     return Tiling(

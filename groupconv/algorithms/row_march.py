@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import itertools
 import math
+from collections.abc import Iterator
 
 import triton
 
@@ -13,7 +14,7 @@ from .. import launcher
 from ..cost import Tiling
 from ..devices import Target
 from ..kernels import row_march as kernels
-from ..occupancy import largest_splits, partial_bytes, resident
+from ..occupancy import Held, largest_splits, partial_bytes
 from ..problem import ConvProblem
 from .calls import (
     FilterGradient,
@@ -35,7 +36,6 @@ MOST_SEGMENTS = 16
 DIVISION = {"SEGMENTS": (1, MOST_SEGMENTS, 1), "LANE_BLOCKS": (1, 2**20)}
 MOST_WIDTH = 64  # of a group; wider ones fill a matrix instruction alone
 MOST_TAPS = 49
-MOST_REGISTERS = 195  # as estimated: some compile to more, and 255 are there
 MOST_COLUMNS = 256  # of a product of a warp group
 ENOUGH = 8  # programs for each multiprocessor: no more are made by cutting the rows
 
@@ -55,8 +55,6 @@ def supports(problem: ConvProblem, pass_: str, target: Target) -> str | None:
         return f"{problem.kh * problem.kw} taps, more than {MOST_TAPS}"
     if pass_ != "fprop" and any(s > 1 and d > 1 for s, d in zip(problem.stride, problem.dilation, strict=True)):
         return "stride and dilation along one axis"
-    if not candidates(problem, pass_, target):
-        return "its sums do not fit the registers"
     return None
 
 
@@ -181,29 +179,31 @@ def _size_of(problem: ConvProblem, pass_: str, block_p: int, block_c: int, block
     )  # fmt: skip
 
 
-def _registers(problem: ConvProblem, pass_: str, config: dict, target: Target) -> int:
-    """An estimate of what a thread of the kernel takes, fitted to what ptxas took for sm_90 in some 200 of them."""
-    march, size = _march(problem, pass_), _size(problem, pass_, config)
-    bytes_, threads = problem.element_bytes, target.warp_size * config["num_warps"]
-    taken = (1.75 * march.sums - 0.55 * march.stored + 0.75 * march.held * bytes_) * size.result
-    if config["BLOCK_R"] > 1:  # sums that lie side by side, and weights, before backward's loop, which takes more
-        taken += 0.5 * config["BLOCK_R"] * (size.result + size.weight * (march.held == 0))
-    taken += (1.25 * size.products * (march.held > 0) + 0.5 * (march.sums > 0)) * size.weight
-    taken += (3.5 * bytes_ / 16 if problem.layout == "nhwc" else 1.6) * size.loaded
-    if target.backend == "hip":  # each wave holds all weights
-        taken += size.columns * size.wide * bytes_ / 4 * config["num_warps"] * (march.sums > 0)
-    return math.ceil(taken / threads + 20)
+def held(problem: ConvProblem, pass_: str, tile: dict, target: Target) -> Held:
+    """Rolling sums, those that a product makes side by side, and wgrad's; what is loaded, carried, and the weights.
 
-
-def _shared(problem: ConvProblem, pass_: str, config: dict, target: Target) -> int:
-    """An estimate of a program's shared memory: weight tiles, and what the pipeline holds of the source."""
-    march, size, stages = _march(problem, pass_), _size(problem, pass_, config), config["num_stages"]
-    if target.backend == "hip":
-        return size.loaded * problem.element_bytes * max(1, stages - 1)
+    In shared memory the weights, and what the pipeline holds of the source.
+    """
+    march, size, stages = _march(problem, pass_), _size(problem, pass_, tile), tile["num_stages"]
+    bytes_, beside = problem.element_bytes, tile["BLOCK_R"] if tile["BLOCK_R"] > 1 else 0
     weights = size.columns * size.wide if march.sums else 0
-    held = weights + size.loaded * stages + (march.held - march.fresh) * size.result
-    held += size.result * (march.held == 0)  # on its way from registers to memory
-    return math.ceil(held * problem.element_bytes * (1.5 if target.matrix_unit == "tcgen05" else 1))
+    vector = math.gcd(_cut(problem, pass_, tile["BLOCK_C"]).step, 16 // bytes_) if problem.layout == "nhwc" else 1
+    if target.backend == "hip":  # each wave holds all weights
+        shared, in_registers = size.loaded * max(1, stages - 1), weights * tile["num_warps"]
+    else:
+        shared = weights + size.loaded * stages + (march.held - march.fresh) * size.result
+        shared += size.result * (march.held == 0)  # on its way from registers to memory
+        in_registers = size.weight if march.sums else 0
+    if target.matrix_unit == "tcgen05":
+        shared = math.ceil(shared * 1.5)
+    return Held(
+        tile["num_warps"],
+        shared * bytes_,
+        sums=(march.sums + beside) * size.result + (march.held > 0) * size.products * size.weight,
+        words=(size.loaded + march.held * size.result + in_registers) * bytes_ / 4,
+        accesses=(size.loaded + march.stored * size.result) / (16 // bytes_ if problem.layout == "nhwc" else 1),
+        vector=vector,
+    )
 
 
 def _by_multiply_adds(problem: ConvProblem, target: Target) -> bool:
@@ -211,43 +211,17 @@ def _by_multiply_adds(problem: ConvProblem, target: Target) -> bool:
     return problem.element_bytes == 4 and target.backend == "cuda" and target.precision(problem.dtype) == "ieee"
 
 
-def _fits(problem: ConvProblem, pass_: str, config: dict, target: Target) -> bool:
-    march, size, warps = _march(problem, pass_), _size(problem, pass_, config), config["num_warps"]
+def _possible(problem: ConvProblem, pass_: str, tile: dict, target: Target) -> bool:
+    """Whether products of a tile have enough rows for the warps, and their sums a place."""
+    march, size, warps = _march(problem, pass_), _size(problem, pass_, tile), tile["num_warps"]
     if _by_multiply_adds(problem, target):  # which have whole operands in registers
-        smallest = (config["BLOCK_P"], config["BLOCK_C"], config["BLOCK_S"], warps) == (32, 16, 1, 4)
-        return smallest and pass_ != "backward" and _registers(problem, pass_, config, target) <= MOST_REGISTERS // 2
+        smallest = (tile["BLOCK_P"], tile["BLOCK_C"], tile["BLOCK_S"], warps) == (32, 16, 1, 4)
+        return smallest and pass_ != "backward"
     # The rows of a product, 16 to a warp.
-    rows = [config["BLOCK_P"]] * (march.sums > 0) + [size.wide] * (march.held > 0)
-    if min(rows) < 16 * warps or _shared(problem, pass_, config, target) > target.shared_bytes:
-        return False
+    rows = [tile["BLOCK_P"]] * (march.sums > 0) + [size.wide] * (march.held > 0)
     # Products take columns of tensor memory, about 1.5 for each of N, and there are 512.
-    if target.matrix_unit == "tcgen05" and size.products * config["BLOCK_C"] * 3 // 2 > 512:
-        return False
-    mma_sync = target.matrix_unit == "mma.sync"  # which has its operands in registers
-    long = problem.element_bytes == 4 and pass_ != "wgrad"  # the estimate was made for 2-byte types,
-    if long and size.wide > 32:  # and these weights pass through many registers
-        return False
-    most = MOST_REGISTERS - 30 * mma_sync - 25 * long
-    if config["BLOCK_R"] > 1:  # the estimate is high for products of several tiles
-        loose = 110 if problem.layout == "nhwc" else 75  # of backward: NCHW's spill 24 bytes at 293
-        most += loose if pass_ == "backward" and config["BLOCK_R"] <= 4 else 45
-    if target.matrix_unit == "wmma" and pass_ == "backward":  # it takes over twice the estimate there
-        most = 100
-    return _registers(problem, pass_, config, target) <= most and not _spills(problem, pass_, config, target)
-
-
-def _spills(problem: ConvProblem, pass_: str, config: dict, target: Target) -> bool:
-    """Whether the compiler spills, or nearly, what the estimate lets pass: found by compiling the suite's layers."""
-    if target.backend == "hip":
-        return config["num_warps"] > 4 or (pass_ in ("fprop", "dgrad") and config["BLOCK_S"] > 1)
-    if target.matrix_unit == "tcgen05":
-        deep = pass_ == "backward" and config["num_stages"] > 2
-        return deep or (problem.layout == "nchw" and config["BLOCK_P"] * config["BLOCK_C"] > 1024)
-    if target.matrix_unit == "wgmma" and pass_ == "backward":
-        return _size(problem, pass_, config).wide > 128
-    if target.matrix_unit == "mma.sync" and pass_ in ("wgrad", "backward"):
-        return config["BLOCK_P"] != 64 or (problem.element_bytes == 4 and config["num_stages"] > 2)
-    return False
+    overflowing = target.matrix_unit == "tcgen05" and size.products * tile["BLOCK_C"] * 3 // 2 > 512
+    return min(rows) >= 16 * warps and not overflowing
 
 
 def _beside(problem: ConvProblem, pass_: str, block_c: int, warps: int, target: Target) -> int:
@@ -261,28 +235,24 @@ def _beside(problem: ConvProblem, pass_: str, block_c: int, warps: int, target: 
     return min(triton.next_power_of_2(_march(problem, pass_).sums), BLOCKS["BLOCK_R"][1], MOST_COLUMNS // block_c)
 
 
-@functools.lru_cache(256)  # `supports` and the plan both ask
-def candidates(problem: ConvProblem, pass_: str, target: Target) -> list[dict]:
+def tiles(problem: ConvProblem, pass_: str, target: Target) -> Iterator[list[dict]]:
     widest = triton.next_power_of_2(_march(problem, pass_).shifts)
-    found: dict[int, list[dict]] = {}
     for block_c, block_p in itertools.product((16, 32, 64, 128), (32, 64, 128)):
         made = _cut(problem, pass_, block_c)
         if made.block_c != block_c:  # a narrower tile holds as much
             continue
-        wide = math.gcd(made.step, 16 // problem.element_bytes) if problem.layout == "nhwc" else 1
         spans = [1] if target.matrix_unit == "wgmma" else sorted({1, widest})  # no others won on an H200, 2026-11-26
         if pass_ in ("wgrad", "backward") and not _by_multiply_adds(problem, target):
             spans = [max(widest, 64 // made.block_k)]  # 64 rows for four warps
         for span, warps, stages in itertools.product(spans, (4, 8, 2), (3, 2)):  # the first of equals is taken
             if warps == 2 and not (target.matrix_unit == "wgmma" and pass_ in ("fprop", "dgrad")):
                 continue
-            config = {
+            tile = {
                 "BLOCK_P": block_p, "BLOCK_C": block_c, "BLOCK_S": span,
                 "BLOCK_R": _beside(problem, pass_, block_c, warps, target), "num_warps": warps, "num_stages": stages,
             }  # fmt: skip
-            if _fits(problem, pass_, config, target):
-                found.setdefault(wide, []).append(config)
-    return found[max(found)] if found else []  # those whose accesses of the result's channels are widest
+            if _possible(problem, pass_, tile, target):
+                yield [tile]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -308,11 +278,11 @@ def _grid(problem: ConvProblem, pass_: str, config: dict) -> _Grid:
     return _Grid(math.ceil(blocks / each), each, math.ceil(march.rows / steps), steps)
 
 
-def divisions(problem: ConvProblem, pass_: str, config: dict, target: Target) -> list[dict[str, int]]:
+def divisions(problem: ConvProblem, pass_: str, config: dict, target: Target, fit: int) -> list[dict[str, int]]:
     march = _march(problem, pass_)
     blocks = math.ceil(march.lanes / config["BLOCK_P"])
     tiles = _cut(problem, pass_, config["BLOCK_C"]).tiles
-    places = target.multiprocessors * _resident(problem, pass_, config, target)
+    places = target.multiprocessors * fit
     affordable = largest_splits(problem, pass_) if march.held else math.inf
     # Segments where there are few programs, and blocks of lanes where there are many.
     programs = max(1, blocks * tiles)
@@ -330,7 +300,7 @@ def divisions(problem: ConvProblem, pass_: str, config: dict, target: Target) ->
     return [{"SEGMENTS": segments, "LANE_BLOCKS": each} for segments, each in distinct]
 
 
-def tiling(problem: ConvProblem, pass_: str, config: dict, target: Target) -> Tiling:
+def tiling(problem: ConvProblem, pass_: str, config: dict, target: Target, fit: int) -> Tiling:
     grid = _grid(problem, pass_, config)
     march, made = _march(problem, pass_), _cut(problem, pass_, config["BLOCK_C"])
     size, bytes_, nhwc = _size(problem, pass_, config), problem.element_bytes, problem.layout == "nhwc"
@@ -376,15 +346,10 @@ def tiling(problem: ConvProblem, pass_: str, config: dict, target: Target) -> Ti
         l2_bytes=walked * block_p * read + partials,
         instructions=walked * instructions + programs * once,
         dram_bytes=problem.min_bytes(pass_) + partials,
-        resident=_resident(problem, pass_, config, target),
+        resident=fit,
         launches=1 + (splits > 1),
         shared_bytes=walked * shared * bytes_,
     )
-
-
-def _resident(problem: ConvProblem, pass_: str, config: dict, target: Target) -> int:
-    shared = _shared(problem, pass_, config, target)
-    return resident(_registers(problem, pass_, config, target), shared, config["num_warps"], target)
 
 
 def prepare(problem: ConvProblem, pass_: str, config: dict, target: Target, strides: dict):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import datetime
 import io
@@ -10,7 +11,7 @@ import os
 import pathlib
 import shutil
 import subprocess
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import IO
 
 import torch
@@ -111,11 +112,18 @@ def read(path: pathlib.Path, fields: Sequence[str]) -> list[Row]:
         return [row for row in reader if None not in row.values()]
 
 
+@contextlib.contextmanager
+def whole(path: pathlib.Path) -> Iterator[pathlib.Path]:
+    """Where to write a file that takes its place at once, when it is written."""
+    partial = path.with_name(f".{path.name}.partial")
+    yield partial
+    os.replace(partial, path)
+
+
 def write_atomically(path: pathlib.Path, text: str) -> None:
     """Write a file that is whole at every moment."""
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)
+    with whole(path) as partial:
+        partial.write_text(text, encoding="utf-8")
 
 
 def put_aside(path: pathlib.Path) -> None:

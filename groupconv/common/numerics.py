@@ -7,7 +7,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -19,7 +19,8 @@ TORCH_DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16} | dict.fromkeys(
     ("fp32", "tf32", "bf16x3"), torch.float32
 )
 OPERANDS = {"fprop": ("x", "w", None), "dgrad": ("dy", "w"), "wgrad": ("dy", "x"), "backward": ("dy", "x", "w")}
-CHUNK = 8  # images in float64 at a time
+IMAGES_AT_A_TIME = 8  # in float64
+PassResult: TypeAlias = "Tensor | tuple[Tensor, Tensor]"  # y, dx or dw; of "backward" (dx, dw)
 
 
 def dense_operand_strides(problem: ConvProblem) -> dict[str, tuple[int, ...]]:
@@ -58,12 +59,16 @@ def operands(problem: ConvProblem, device: str = "cpu", seed: int = 0) -> Operan
     return Operands(normal(problem.x_shape, "x"), normal(problem.w_shape, "w"), normal(problem.y_shape, "dy"))
 
 
-def reference(problem: ConvProblem, given: Operands, pass_: str, images: Sequence[int] | None = None) -> Any:
+def reference(problem: ConvProblem, operands: Operands, pass_: str, images: Sequence[int] | None = None) -> PassResult:
     """A pass in float64 by F.conv2d; (dx, dw) of "backward". y and dx: of `images` only; dw: of the whole batch."""
     if pass_ == "backward":
-        return tuple(reference(problem, given, part, images) for part in ("dgrad", "wgrad"))
+        return _reference(problem, operands, "dgrad", images), _reference(problem, operands, "wgrad", images)
+    return _reference(problem, operands, pass_, images)
+
+
+def _reference(problem: ConvProblem, operands: Operands, pass_: str, images: Sequence[int] | None) -> Tensor:
     top, bottom, left, right = problem.pad
-    w = given.w.double()
+    w = operands.w.double()
 
     def chunk(x: Tensor, dy: Tensor) -> Tensor:
         x = F.pad(x.double(), (left, right, top, bottom))
@@ -76,26 +81,25 @@ def reference(problem: ConvProblem, given: Operands, pass_: str, images: Sequenc
         )
         return dw if dx is None else dx[:, :, top : top + problem.h_in, left : left + problem.w_in]
 
-    wanted = list(range(problem.batch) if images is None or pass_ == "wgrad" else images)
-    parts = (
-        chunk(given.x[wanted[i : i + CHUNK]], given.dy[wanted[i : i + CHUNK]]) for i in range(0, len(wanted), CHUNK)
-    )
-    if pass_ == "wgrad":
-        return functools.reduce(torch.add, parts)
-    return torch.cat(list(parts))
+    wanted = torch.arange(problem.batch) if images is None or pass_ == "wgrad" else torch.tensor(images)
+    parts = (chunk(operands.x[some], operands.dy[some]) for some in wanted.split(IMAGES_AT_A_TIME))
+    return functools.reduce(torch.add, parts) if pass_ == "wgrad" else torch.cat(list(parts))
 
 
-def worst_error(problem: ConvProblem, pass_: str, found: Any, expected: Any) -> tuple[float, float]:
+def worst_error(problem: ConvProblem, pass_: str, result: PassResult, expected: PassResult) -> tuple[float, float]:
     """(relative error, its bound) of a pass; in "backward" of (dx, dw), the one that is nearer its bound or past it."""
-    if pass_ != "backward":
-        return relative_error(found, expected), error_bound(problem, pass_)
-    both = [worst_error(problem, *one) for one in zip(("dgrad", "wgrad"), found, expected, strict=True)]
-    return max(both, key=lambda each: math.inf if math.isnan(each[0]) else each[0] / each[1])
+    passes = ("dgrad", "wgrad") if pass_ == "backward" else (pass_,)
+    results, references = (tensors if isinstance(tensors, tuple) else (tensors,) for tensors in (result, expected))
+    checked = [
+        (relative_error(tensor, reference), error_bound(problem, part))
+        for part, tensor, reference in zip(passes, results, references, strict=True)
+    ]
+    return max(checked, key=lambda error: math.inf if math.isnan(error[0]) else error[0] / error[1])
 
 
-def relative_error(found: Tensor, expected: Tensor) -> float:
-    """||found - expected|| / ||expected||; NaN where anything was left unwritten."""
-    return ((found.double() - expected).norm() / expected.norm().clamp(min=1e-30)).item()
+def relative_error(result: Tensor, expected: Tensor) -> float:
+    """||result - expected|| / ||expected||; NaN where anything was left unwritten."""
+    return ((result.double() - expected).norm() / expected.norm().clamp(min=1e-30)).item()
 
 
 def error_bound(problem: ConvProblem, pass_: str) -> float:

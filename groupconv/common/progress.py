@@ -1,4 +1,4 @@
-"""How far a command is: its time budget; and a bar on a terminal, elsewhere a line now and then."""
+"""How far a command is: its time budget; a bar on a terminal, elsewhere a line now and then; and where tables go."""
 
 from __future__ import annotations
 
@@ -7,8 +7,13 @@ import math
 import sys
 import time
 from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
 
-SECONDS = 10.0  # at least, from a line to the next
+if TYPE_CHECKING:
+    from rich.console import Console
+
+SECONDS_BETWEEN_LINES = 10.0
+COLUMNS = 200  # of a table that is written to no terminal
 
 
 class Deadline:
@@ -28,6 +33,13 @@ class Deadline:
     def left(self) -> float | None:
         """Seconds, not below 0; None of a budget that never ends."""
         return None if self._end is None else max(0.0, self._end - self._clock())
+
+
+def console() -> Console:
+    """Where tables are printed: as wide as the terminal, elsewhere COLUMNS."""
+    from rich.console import Console
+
+    return Console(width=None if sys.stdout.isatty() else COLUMNS)
 
 
 @contextlib.contextmanager
@@ -58,7 +70,7 @@ def _lines(command: str, unit: str, total: int | None, clock: Callable[[], float
     def step(what: str) -> None:
         nonlocal done, told
         done += 1
-        if clock() - told >= SECONDS:
+        if clock() - told >= SECONDS_BETWEEN_LINES:
             told = clock()
             of = "" if total is None else f" of {total}"
             print(f"{command}: {done}{of} {unit}, {told - began:.0f} s", file=sys.stderr, flush=True)

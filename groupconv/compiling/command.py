@@ -5,22 +5,21 @@ from __future__ import annotations
 import argparse
 import collections
 import dataclasses
+import itertools
 import os
-import sys
 from collections.abc import Callable
 
-from rich.console import Console
 from rich.table import Table
 
-from .. import configs, devices, dispatch
-from ..algorithms import REGISTRY, able, divided
+from .. import devices, dispatch
+from ..algorithms import GENERAL, REGISTRY, able, lack, tiling
 from ..common import Layer, progress
-from ..problem import LAYOUTS, PLANNED, ConvProblem
+from ..problem import ELEMENT_BYTES, LAYOUTS, PASSES, PLANNED, ConvProblem
 from . import workers
 from .compiler import Compiled, Compiler, Job, compiled
 from .resources import Resources
 
-GENERAL = "implicit_gemm"  # which serves every problem that any algorithm does
+WIDTHS = (8, 16, 32, 64, 128)  # of groups
 TITLE = "Configurations, counted in the code as it is compiled: nothing ran"
 
 
@@ -35,7 +34,7 @@ class Outcome:
 
 
 def run(args: argparse.Namespace, layers: list[Layer]) -> int:
-    """Compile what is shipped, and planned for layers, and judge it; ValueError for arguments that ask for nothing."""
+    """Compile what is planned for all widths of groups, and for layers; ValueError for bad arguments."""
     if args.algorithm not in (None, *REGISTRY):
         raise ValueError(f"--algorithm: {args.algorithm!r} is not one of {', '.join(REGISTRY)}")
     if args.jobs is not None and args.jobs < 1:
@@ -46,12 +45,12 @@ def run(args: argparse.Namespace, layers: list[Layer]) -> int:
         return status
 
     problems = [layer.problem for layer in layers if args.dtype in (None, layer.problem.dtype)]
-    jobs = shipped(targets, args.pass_, args.dtype) + planned(targets, problems, args.pass_)
+    jobs = general(targets, args.pass_, args.dtype) + planned(targets, problems, args.pass_)
     jobs = [job for job in jobs if args.algorithm in (None, job.algorithm)]
     with progress.shown("compile", "configurations", len(jobs)) as step:
         outcomes = run_parallel(jobs, lambda outcome: step(f"compiling {outcome.job.target}"), args.jobs)
 
-    console = Console(width=None if sys.stdout.isatty() else 160)
+    console = progress.console()
     table = Table(title=TITLE)
     for name in ("target", "configuration", "dtype", "layout"):
         table.add_column(name, no_wrap=True)
@@ -79,85 +78,71 @@ def run(args: argparse.Namespace, layers: list[Layer]) -> int:
     return 1 if failed else 0
 
 
-def shipped(targets: list[str], only_pass: str | None = None, only_dtype: str | None = None) -> list[Job]:
-    """Every shipped configuration on every target that may take it: both layouts, every dtype of its element size."""
+def general(targets: list[str], only_pass: str | None = None, only_dtype: str | None = None) -> list[Job]:
+    """What the general algorithm takes for groups of every class of widths, in every dtype and both layouts."""
     jobs = []
-    for target in targets:
-        arch = devices.named(target).arch_name
-        for default in configs.modelled_defaults():
-            if only_pass not in (None, default.pass_):
-                continue
-            for dtype in ("fp16", "bf16") if default.element_bytes == 2 else ("fp32", "tf32", "bf16x3"):
-                if only_dtype not in (None, dtype):
-                    continue
-                for layout in LAYOUTS:
-                    problem = _problem(default, dtype, layout)
-                    if configs.modelled(default.algorithm, problem, default.pass_, arch) == default:
-                        name, pass_ = default.algorithm, default.pass_
-                        config = divided(name, problem, pass_, default.config, devices.named(target))[0]
-                        jobs.append(Job(name, pass_, config, problem, target))
+    for name, width, dtype, layout in itertools.product(targets, WIDTHS, ELEMENT_BYTES, LAYOUTS):
+        problem = ConvProblem(
+            32, 4 * width, 28, 28, 4 * width, 3, 3, (1, 1), (1,) * 4, (1, 1), 4, dtype, layout, layout
+        )
+        for pass_ in PASSES if only_dtype in (None, dtype) else ():
+            if only_pass in (None, pass_):
+                serves = lack(GENERAL, problem, pass_, devices.named(name)) is None  # if not, run() says why
+                config = dispatch.modelled(problem, pass_, devices.named(name), GENERAL)[1] if serves else {}
+                jobs.append(Job(GENERAL, pass_, config, problem, name))
     return jobs
 
 
 def planned(targets: list[str], problems: list[ConvProblem], only_pass: str | None = None) -> list[Job]:
-    """What the plans of problems take of ours, where no configuration is shipped and the model chooses."""
+    """What the model takes of ours for problems."""
     jobs = []
-    for target in targets:
-        on = devices.named(target)
-        for problem in problems:
-            for pass_ in PLANNED if only_pass is None else (only_pass,):
-                names = able(problem, pass_, on)
-                if not names and pass_ != "backward":  # run() says why
-                    jobs.append(Job(GENERAL, pass_, {}, problem, target))
-                elif names:
-                    name, config, _ = dispatch.best(problem, pass_, on, names)
-                    if configs.modelled(name, problem, pass_, on.arch_name) is None:
-                        jobs.append(Job(name, pass_, config, problem, target))
+    for target_name, problem in itertools.product(targets, problems):
+        target = devices.named(target_name)
+        for pass_ in PLANNED if only_pass is None else (only_pass,):
+            names = able(problem, pass_, target)
+            if names:
+                name, config, _ = dispatch.best(problem, pass_, target, names)
+                jobs.append(Job(name, pass_, config, problem, target_name))
+            elif pass_ != "backward":  # run() says why
+                jobs.append(Job(GENERAL, pass_, {}, problem, target_name))
     return jobs
 
 
-def _problem(default: configs.ModelledDefault, dtype: str, layout: str) -> ConvProblem:
-    """A 3x3 layer whose GEMM N is the largest that the default is for."""
-    width = max(1, default.most_n // 8 * 8 if default.most_n >= 8 else default.most_n)
-    pad = (1, 1, 1, 1)
-    return ConvProblem(
-        32, 4 * width, 28, 28, 4 * width, 3, 3, (1, 1), pad, (1, 1), 4, dtype, layout, layout, bias=False
-    )
-
-
 def run_parallel(jobs: list[Job], on_done: Callable[[Outcome], None], processes: int | None = None) -> list[Outcome]:
-    """`judged` jobs, compiled in other processes, calling `on_done(outcome)` after each; outcomes in their order."""
+    """What comes of jobs that other processes compile, in their order; `on_done(outcome)` is called after each."""
     outcomes = []
-    lacks = {repr(job): _lack(job) for job in jobs}
     with Compiler(processes or os.cpu_count() or 1) as compiler:
         for job in jobs:
-            if lacks[repr(job)] is None:
+            if _lack(job) is None:
                 compiler.submit(job)
         for job in jobs:
-            lack = lacks[repr(job)]
-            outcome = judged(job, compiler.answer(job)) if lack is None else Outcome(job, excluded=lack)
-            outcomes.append(outcome)
-            on_done(outcome)
+            outcomes.append(_outcome(job, compiler.answer))
+            on_done(outcomes[-1])
     return outcomes
 
 
 def run_here(job: Job) -> Outcome:
     """`run_parallel` of one job, compiled in this process."""
+    return _outcome(job, compiled)
+
+
+def _outcome(job: Job, compile: Callable[[Job], Compiled]) -> Outcome:
     lack = _lack(job)
-    return judged(job, compiled(job)) if lack is None else Outcome(job, excluded=lack)
-
-
-def judged(job: Job, found: Compiled) -> Outcome:
-    """What compiled code takes and what is wrong with it; also that it lacks the matrix instructions that it is for."""
-    target, faults = devices.named(job.target), found.faults(devices.named(job.target))
-    if not found.kernels:
-        return Outcome(job, faults=faults)
-    used = found.kernels[0]
-    by_matrix = REGISTRY[job.algorithm].tiling(job.problem, job.pass_, job.config, target).matrix_flops > 0
-    if job.problem.dtype in ("fp16", "bf16") and by_matrix and not used.matrix_count:
-        faults += ("no matrix instructions",)
-    return Outcome(job, used, faults)
+    return judged(job, compile(job)) if lack is None else Outcome(job, excluded=lack)
 
 
 def _lack(job: Job) -> str | None:
-    return REGISTRY[job.algorithm].supports(job.problem, job.pass_, devices.named(job.target))
+    return lack(job.algorithm, job.problem, job.pass_, devices.named(job.target))
+
+
+def judged(job: Job, compiled: Compiled) -> Outcome:
+    """What compiled code takes and what is wrong with it; also that it lacks the matrix instructions that it is for."""
+    target = devices.named(job.target)
+    faults = compiled.faults(target)
+    if not compiled.kernels:
+        return Outcome(job, faults=faults)
+    main = compiled.kernels[0]
+    for_matrix_unit = tiling(job.algorithm, job.problem, job.pass_, job.config, target).matrix_flops > 0
+    if job.problem.dtype in ("fp16", "bf16") and for_matrix_unit and not main.matrix_count:
+        faults += ("no matrix instructions",)
+    return Outcome(job, main, faults)

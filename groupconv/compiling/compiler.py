@@ -109,7 +109,8 @@ class Compiler:
             answer = self._pending[repr(job)].result(seconds)
         except concurrent.futures.TimeoutError:  # another class than TimeoutError before Python 3.11
             raise TimeoutError from None
-        return Compiled(tuple(resources.Resources(**each) for each in answer.get("kernels", ())), answer["failed"])
+        kernels = tuple(resources.Resources(**fields) for fields in answer.get("kernels", ()))
+        return Compiled(kernels, answer["failed"])
 
     def __enter__(self) -> Compiler:
         self._workers.__enter__()

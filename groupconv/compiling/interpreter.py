@@ -8,12 +8,14 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+from collections.abc import Sequence
 
 import torch
 
 from .. import devices
-from ..algorithms import REGISTRY, divided
-from ..common.numerics import Operands, dense_operand_strides, operands, poisoned, reference, worst_error
+from ..algorithms import REGISTRY, candidates, divided
+from ..common import numerics
+from ..common.numerics import dense_operand_strides, poisoned, reference, worst_error
 from ..problem import ConvProblem
 from . import workers
 
@@ -49,26 +51,26 @@ def _narrowed(width: int) -> int:
     return width if width <= NARROW_WIDTH else NARROW_WIDTH // 2 + width % (NARROW_WIDTH // 2)
 
 
-def largest_tiles(candidates: list[dict[str, int]]) -> dict[str, int]:
+def largest_tiles(tiles: Sequence[dict[str, int]]) -> dict[str, int]:
     """The tile of the fewest programs: they are what the interpreter's time goes to."""
-    return max(candidates, key=lambda config: math.prod(v for k, v in config.items() if k.startswith("BLOCK")))
+    return max(tiles, key=lambda config: math.prod(v for k, v in config.items() if k.startswith("BLOCK")))
 
 
 @functools.lru_cache(maxsize=1)
-def _operands(problem: ConvProblem) -> Operands:
-    return operands(problem)
+def _operands(problem: ConvProblem) -> numerics.Operands:
+    return numerics.operands(problem)
 
 
 def _answer(job: workers.Fields) -> workers.Fields:
     problem, pass_, algorithm = workers.problem_of(job["problem"]), job["pass_"], REGISTRY[job["algorithm"]]
     # Where nothing is worth measuring for so small a problem, the configuration of the one that it stands for.
-    tile = largest_tiles(algorithm.candidates(problem, pass_, devices.DEFAULT) or [job["config"]])
+    tile = largest_tiles(candidates(algorithm.NAME, problem, pass_, devices.DEFAULT) or [job["config"]])
     config = divided(algorithm.NAME, problem, pass_, tile, devices.DEFAULT)[0]
-    given = _operands(problem)
+    operands = _operands(problem)
     call = algorithm.prepare(problem, pass_, config, devices.DEFAULT, dense_operand_strides(problem))
     with poisoned():
-        found = call(*given.of(pass_))
-    error, bound = worst_error(problem, pass_, found, reference(problem, given, pass_))
+        result = call(*operands.of(pass_))
+    error, bound = worst_error(problem, pass_, result, reference(problem, operands, pass_))
     return {"error": error, "bound": bound}
 
 

@@ -8,9 +8,12 @@ import os
 import re
 import subprocess
 import tempfile
-from typing import Any
+from typing import TYPE_CHECKING
 
 import triton
+
+if TYPE_CHECKING:
+    from triton.compiler import CompiledKernel
 
 _BIN = os.path.join(os.path.dirname(triton.__file__), "backends", "nvidia", "bin")
 _SASS_OPCODE = re.compile(r"^\s+/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+ )?([A-Z][A-Z0-9_.x]*)", re.M)
@@ -45,7 +48,7 @@ class Resources:
         }  # fmt: skip
 
 
-def of(compiled: Any) -> Resources:
+def of(compiled: CompiledKernel) -> Resources:
     """The resources of a triton CompiledKernel, for an NVIDIA or AMD target.
 
     FileNotFoundError where Triton came without NVIDIA's disassembler, as some distributions have it.

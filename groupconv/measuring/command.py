@@ -3,23 +3,21 @@
 from __future__ import annotations
 
 import argparse
-import collections
 import contextlib
 import dataclasses
-import sys
 
 import torch
 import triton
 
 from .. import configs, devices
-from ..common import Layer, files, progress
+from ..common import Layer, files, grouped, progress
 from ..common.progress import Deadline
 from ..compiling import workers
 from ..compiling.compiler import Compiler, processes
 from . import contenders, results, share, stub
 from .journal import Journal
 from .lab import DeviceLost, Lab, this_gpu
-from .search import Result, Search, Task, job, tasks
+from .search import Result, Search, Task, tasks
 from .summary import print_summary
 
 
@@ -78,12 +76,12 @@ def _tune(layers: list[Layer], lab: Lab, mine: share.Share, deadline: Deadline, 
         names = {name for name, *_ in gathered}
         if len(names) > 1:
             raise ValueError(f"the processes of a job must tune one kind of GPU, not {', '.join(sorted(names))}")
-        found = [result for _, part, _, _ in gathered for result in part]
+        finished = [result for _, part, _, _ in gathered for result in part]
         missing = {task: why for _, _, part, _ in gathered for task, why in part.items()}
         path = folder / f"{slug}.json"
-        if found:
-            results.write(path, lab.name, lab.kind, tuned_with(), found, lab.target)
-        print_summary(found, missing, path if found else None, [why for *_, why in gathered if why])
+        if finished:
+            results.write(path, lab.name, lab.kind, tuned_with(), finished, lab.target)
+        print_summary(finished, missing, path if finished else None, [why for *_, why in gathered if why])
     if ended == "interrupted":
         raise KeyboardInterrupt
     return 1 if ended else 0
@@ -91,11 +89,9 @@ def _tune(layers: list[Layer], lab: Lab, mine: share.Share, deadline: Deadline, 
 
 def _part(todo: list[Task], mine: share.Share) -> list[Task]:
     """This process's tasks. Those of one layer stay together, whatever their dtype: one learns from the other."""
-    groups: dict[str, list[Task]] = collections.defaultdict(list)
-    for task in todo:
-        groups[str(dataclasses.replace(task.problem, dtype="bf16"))].append(task)
-    kept = {str(task) for group in mine.of(list(groups.values())) for task in group}
-    return [task for task in todo if str(task) in kept]
+    by_layer = grouped(todo, lambda task: dataclasses.replace(task.problem, dtype="bf16"))
+    kept = {task for group in mine.of(list(by_layer.values())) for task in group}
+    return [task for task in todo if task in kept]
 
 
 def measured_with(lab: Lab) -> dict[str, object]:
@@ -115,20 +111,23 @@ def tuned_with() -> dict[str, str]:
 
 def _compile_only(todo: list[Task], target: devices.Target, deadline: Deadline, jobs: int | None) -> int:
     """A table of what compiles, and why the rest would not be timed."""
-    from rich.console import Console
     from rich.table import Table
 
     table = Table(title=f"Worth timing on {target.slug} ({target.arch_name}), as modelled and compiled")
     for name in ("layer", "pass", "contender", "modelled us", "registers", "shared", "left out because"):
         table.add_column(name, no_wrap=name != "left out because")
     kept = left = 0
-    every = [(task, one) for task in todo for one in contenders.ours(task.problem, task.pass_, target)]
+    every = [
+        (task, contender, contender.job(task.problem, task.pass_, target))
+        for task in todo
+        for contender in contenders.ours(task.problem, task.pass_, target)
+    ]
     with Compiler(processes(jobs)) as compiler, progress.shown("tune", "configurations", len(every)) as step:
-        for task, contender in every:
-            compiler.submit(job(task, contender, target))
-        for task, contender in every:
+        for _, _, job in every:
+            compiler.submit(job)
+        for task, contender, job in every:
             try:
-                compiled = compiler.answer(job(task, contender, target), deadline.left)
+                compiled = compiler.answer(job, deadline.left)
             except TimeoutError:
                 break
             step(task.layer)
@@ -138,7 +137,7 @@ def _compile_only(todo: list[Task], target: devices.Target, deadline: Deadline, 
             counted = (str(used.get(name, "-")) for name in ("registers", "shared_bytes"))
             line = task.layer, task.pass_, contender.name, f"{contender.modelled_us:.1f}"
             table.add_row(*line, *counted, "; ".join(faults))
-    console = Console(width=None if sys.stdout.isatty() else 180)
+    console = progress.console()
     console.print(table)
     console.print(f"{kept} configurations of {len(todo)} passes are worth timing, {left} are left out")
     if kept + left < len(every):

@@ -6,13 +6,14 @@ import dataclasses
 
 from .. import cost, dispatch
 from ..algorithms import REGISTRY, able
+from ..compiling.compiler import Job
 from ..devices import Target
 from ..problem import ConvProblem
 
 MOST_EACH = 6  # configurations of one algorithm that are compiled and timed
 MOST_ALIKE = 2  # of them of the same tile: the model knows little of warps, stages and splits
-SLOWER = 2.0  # than the algorithm's best, as modelled: left out
-FAR = 4.0  # from the best of all, as modelled: only an algorithm's best is tried, in case the model is wrong
+SLOWER_THAN_OWN_BEST = 2.0  # times, as modelled: left out
+SLOWER_THAN_BEST_OF_ALL = 4.0  # times: only an algorithm's best is tried, in case the model is wrong
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,6 +36,11 @@ class Contender:
         """`row_march 64 32 1 4 3`: the provider and its configuration's values."""
         return " ".join([self.provider, *(str(value) for value in (self.config or {}).values())])
 
+    def job(self, problem: ConvProblem, pass_: str, target: Target) -> Job:
+        """What compiles one of ours."""
+        assert self.config is not None
+        return Job(self.provider, pass_, self.config, problem, target.arch_name)
+
 
 def same_layout(problem: ConvProblem) -> Contender:
     """F.conv2d on tensors as they lie: what "auto" takes where it does not take ours."""
@@ -55,27 +61,27 @@ def peers(problem: ConvProblem) -> list[Contender]:
 def ours(problem: ConvProblem, pass_: str, target: Target) -> list[Contender]:
     """The configurations of our algorithms that are worth compiling, the modelled best of each algorithm first."""
     ranked = {name: dispatch.ranked(problem, pass_, target, name) for name in able(problem, pass_, target)}
-    best = min((found[0][0].time_us for found in ranked.values()), default=0.0)
+    best_us = min((configurations[0][0].time_us for configurations in ranked.values()), default=0.0)
     return [
         Contender(name, config, estimate.time_us)
-        for name, found in ranked.items()
-        for estimate, config in _tried(found, best)
+        for name, configurations in ranked.items()
+        for estimate, config in worth_compiling(configurations, best_us)
     ]
 
 
-def _tried(found: list[tuple[cost.Estimate, dict]], best: float) -> list[tuple[cost.Estimate, dict]]:
-    """Of an algorithm's configurations, the modelled best first, those worth compiling: that one in any case. best: the
-    modelled time of the best of all algorithms.
+def worth_compiling(ranked: list[tuple[cost.Estimate, dict]], best_us: float) -> list[tuple[cost.Estimate, dict]]:
+    """Of an algorithm's configurations, the modelled best first, those worth compiling: that one in any case. best_us:
+    the modelled time of the best of all algorithms.
     """
-    fastest = found[0][0].time_us
-    slowest = SLOWER * fastest if fastest <= FAR * best else 0.0
-    kept = found[:1]
-    for estimate, config in found[1:]:
+    fastest_us = ranked[0][0].time_us
+    slowest_us = SLOWER_THAN_OWN_BEST * fastest_us if fastest_us <= SLOWER_THAN_BEST_OF_ALL * best_us else 0.0
+    kept = ranked[:1]
+    for estimate, config in ranked[1:]:
         alike = sum(_tile(config) == _tile(other) for _, other in kept)
-        if estimate.time_us <= slowest and alike < MOST_ALIKE and len(kept) < MOST_EACH:
+        if estimate.time_us <= slowest_us and alike < MOST_ALIKE and len(kept) < MOST_EACH:
             kept.append((estimate, config))
     return kept
 
 
-def _tile(config: dict) -> dict:
+def _tile(config: dict[str, int]) -> dict[str, int]:
     return {name: size for name, size in config.items() if name.startswith("BLOCK_")}

@@ -44,7 +44,7 @@ class Journal:
         self._file = path.open("a", encoding="utf-8")
         self._append({"measured_with": self._measured_with}, before="" if whole else "\n")
 
-    def found(self, task: str, contender: str, finding: Finding) -> None:
+    def examined(self, task: str, contender: str, finding: Finding) -> None:
         """Keep what became of a contender."""
         self._append({"task": task, "contender": contender, **dataclasses.asdict(finding)})
         self.findings[task, contender] = finding
@@ -59,14 +59,11 @@ class Journal:
         times = self.races.get((task, rounds))
         return times if times is not None and sorted(times) == sorted(contenders) else None
 
-    def close(self) -> None:
-        self._file.close()
-
     def __enter__(self) -> Journal:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self.close()
+        self._file.close()
 
     def _append(self, record: dict[str, object], before: str = "") -> None:
         self._file.write(before + json.dumps(record) + "\n")

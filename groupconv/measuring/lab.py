@@ -6,17 +6,19 @@ import contextlib
 import dataclasses
 import functools
 import gc
+import statistics
 from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
 import torch
 import triton
 
-from .. import cost, devices, prepared
+from .. import devices, prepared
 from ..algorithms import REGISTRY
 from ..common.numerics import (
     TORCH_DTYPES,
     Operands,
+    PassResult,
     dense_operand_strides,
     operands,
     poisoned,
@@ -28,7 +30,7 @@ from ..problem import ConvProblem
 from . import peers
 from .contenders import Contender
 
-Run = Callable[[], Any]
+Run = Callable[[], PassResult]
 Race = Callable[[dict[str, Run], int], dict[str, list[float]]]
 COPY_BYTES = 2**30
 MATRIX_SIZE = 8192
@@ -41,34 +43,39 @@ class DeviceLost(RuntimeError):
 
 @dataclasses.dataclass(frozen=True)
 class Checked:
-    """A call's relative error against float64, and its bound: None for PyTorch's, which must only be finite."""
+    """A call's relative error against float64, and its bound: None for PyTorch's, which must only be finite; or why it
+    failed.
+    """
 
-    error: float | None
-    bound: float | None
+    error: float | None = None
+    bound: float | None = None
+    failed: str = ""
 
     @property
-    def wrong(self) -> str | None:
-        """What is wrong with the numbers, or None."""
+    def fault(self) -> str:
+        """Why it is not to be timed: it failed, or its numbers are wrong; "" if it may be."""
         if self.error is None:
-            return None
+            return self.failed
         if self.bound is None:
-            return None if self.error < float("inf") else "wrong: the result is not finite"
+            return "" if self.error < float("inf") else "wrong: the result is not finite"
         if self.error <= self.bound:
-            return None
+            return ""
         return f"wrong: error {self.error:.2g} above the bound {self.bound:.2g}"
 
 
 @dataclasses.dataclass(frozen=True)
 class Limits:
-    """What a device reaches: a large copy, in GB/s read and written, and a large matrix product, in TFLOP/s."""
+    """What a device reaches: a large copy, in GB/s read and written, and a large matrix product, in TFLOP/s; of bf16x3,
+    which makes three products of one, a third of bf16's.
+    """
 
     copy_gbps: float
     matrix_tflops: float
 
-    def floor_us(self, problem: ConvProblem, pass_: str, target: devices.Target) -> float:
-        """The floor of a pass by these limits rather than by the target's."""
-        rates = ((problem.dtype, self.matrix_tflops),)
-        return cost.floor_us(problem, pass_, dataclasses.replace(target, copy_gbps=self.copy_gbps, matrix_tflops=rates))
+    def of(self, target: devices.Target, dtype: str) -> devices.Target:
+        """The target with these limits of a dtype in place of its own, for the floors of passes."""
+        rate = ("bf16", 3 * self.matrix_tflops) if dtype == "bf16x3" else (dtype, self.matrix_tflops)
+        return dataclasses.replace(target, copy_gbps=self.copy_gbps, matrix_tflops=(rate,))
 
 
 def race_on_gpu(runs: dict[str, Run], rounds: int) -> dict[str, list[float]]:
@@ -149,20 +156,16 @@ class GpuLab:
             source = torch.randint(256, (copy_bytes,), dtype=torch.uint8, device=self.device)
             target = torch.empty_like(source)
             a, b = (torch.randn(matrix_size, matrix_size, device=self.device) for _ in range(2))
-            a, b = (matrix.to(TORCH_DTYPES[dtype]) for matrix in (a, b))
+            a, b = (matrix.to(torch.bfloat16 if dtype == "bf16x3" else TORCH_DTYPES[dtype]) for matrix in (a, b))
             times = self.race({"copy": lambda: target.copy_(source), "matrix": lambda: a @ b}, LIMIT_ROUNDS)
-        copy, matrix = (median(times[name]) for name in ("copy", "matrix"))
-        return Limits(2 * copy_bytes / copy / 1e3, 2 * matrix_size**3 / matrix / 1e6)
+        copy_us, product_us = (statistics.median_high(times[name]) for name in ("copy", "matrix"))
+        tflops = 2 * matrix_size**3 / product_us / 1e6
+        return Limits(2 * copy_bytes / copy_us / 1e3, tflops / 3 if dtype == "bf16x3" else tflops)
 
 
 def this_gpu() -> GpuLab:
     """The current CUDA or ROCm device."""
     return GpuLab(devices.of_device(torch.cuda.current_device()), torch.cuda.get_device_name())
-
-
-def median(times: list[float]) -> float:
-    """The median; of an even number the upper of the two in the middle."""
-    return sorted(times)[len(times) // 2]
 
 
 @contextlib.contextmanager
@@ -191,7 +194,7 @@ class GpuSubject:
         self.problem, self.lab = problem, lab
         # The first images and the last: an index that overflows does so at the end.
         self.images = sorted({0, min(1, problem.batch - 1), problem.batch - 1})
-        self._expected: tuple[str, Any] | None = None
+        self._expected: tuple[str, PassResult] | None = None
         self._runs: dict[tuple[str, str], Run] = {}
 
     @functools.cached_property
@@ -209,8 +212,8 @@ class GpuSubject:
             if not contender.ours:
                 return Checked(self._error(pass_, run())[0], None)
             with poisoned():
-                found = run()
-            return Checked(*self._error(pass_, found))
+                result = run()
+            return Checked(*self._error(pass_, result))
         except Exception as failure:
             self._alive(failure)
             raise
@@ -227,7 +230,7 @@ class GpuSubject:
 
     def race(self, pass_: str, contenders: list[Contender], rounds: int) -> dict[str, list[float]]:
         try:
-            return self.lab.race({each.name: self._run(pass_, each) for each in contenders}, rounds)
+            return self.lab.race({contender.name: self._run(pass_, contender) for contender in contenders}, rounds)
         except Exception as failure:
             self._alive(failure)
             raise
@@ -249,14 +252,14 @@ class GpuSubject:
             self._runs[pass_, contender.name] = run
         return run
 
-    def _error(self, pass_: str, found: Any) -> tuple[float, float]:
+    def _error(self, pass_: str, result: PassResult) -> tuple[float, float]:
         if self._expected is None or self._expected[0] != pass_:
             self._expected = pass_, reference(self.problem, self.given, pass_, self.images)
-        if pass_ == "backward":
-            found = found[0][self.images], found[1]
+        if isinstance(result, tuple):
+            result = result[0][self.images], result[1]
         elif pass_ != "wgrad":
-            found = found[self.images]
-        return worst_error(self.problem, pass_, found, self._expected[1])
+            result = result[self.images]
+        return worst_error(self.problem, pass_, result, self._expected[1])
 
     def _alive(self, failure: Exception) -> None:
         if self.lab.device == "cuda":
@@ -264,6 +267,16 @@ class GpuSubject:
                 torch.cuda.synchronize()
             except RuntimeError:
                 raise DeviceLost(str(failure)) from failure
+
+
+def tried(subject: Subject, pass_: str, contender: Contender) -> Checked:
+    """What a check comes to. What it raises, but for DeviceLost, is the contender's own fault: others may do better."""
+    try:
+        return subject.check(pass_, contender)
+    except DeviceLost:
+        raise
+    except Exception as error:
+        return Checked(failed=failure(error))
 
 
 def failure(error: Exception) -> str:

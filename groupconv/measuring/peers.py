@@ -11,17 +11,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..common.numerics import Operands
+from ..common.numerics import Operands, PassResult
 from ..problem import ConvProblem
 from .contenders import same_layout
 
 FORMATS = {"torch_contiguous": torch.contiguous_format, "torch_channels_last": torch.channels_last}
 
 
-def call(problem: ConvProblem, pass_: str, provider: str, given: Operands) -> Callable[[], Any]:
+def call(problem: ConvProblem, pass_: str, provider: str, operands: Operands) -> Callable[[], PassResult]:
     """What runs a pass by a provider that is not ours. Padding that is not symmetric is put there first, not timed."""
     like = FORMATS[same_layout(problem).provider]
-    x, w, dy = (t.contiguous(memory_format=FORMATS.get(provider, like)) for t in (given.x, given.w, given.dy))
+    x, w, dy = (t.contiguous(memory_format=FORMATS.get(provider, like)) for t in (operands.x, operands.w, operands.dy))
     top, bottom, left, right = problem.pad
     padding = (top, left) if (top, left) == (bottom, right) else (0, 0)
     if (top, left) != (bottom, right):
@@ -68,14 +68,14 @@ def _without_cudnn(call: Callable[..., Any]) -> Callable[..., Any]:
 def _flag_gems(
     problem: ConvProblem, pass_: str, x: Tensor, w: Tensor, dy: Tensor, args: tuple[Any, ...],
     trimmed: Callable[[Tensor], Tensor],
-) -> Callable[[], Any]:  # fmt: skip
+) -> Callable[[], PassResult]:  # fmt: skip
     conv2d = importlib.import_module("flag_gems").conv2d
     if pass_ == "fprop":
         return lambda: conv2d(x, w, None, *args, problem.groups)
     x, w = x.detach().requires_grad_(pass_ != "wgrad"), w.detach().requires_grad_(pass_ != "dgrad")
     y = conv2d(x, w, None, *args, problem.groups)
 
-    def backward() -> Any:
+    def backward() -> PassResult:
         gradients = torch.autograd.grad(y, [t for t in (x, w) if t.requires_grad], dy, retain_graph=True)
         if pass_ == "wgrad":
             return gradients[0]

@@ -17,34 +17,31 @@ from .search import Result
 LEAST_MEASURED = 3  # results of a class, for a calibration of it
 
 
-def entry(result: Result) -> dict | None:
+def entry(result: Result) -> configs.Entry | None:
     """The file's entry of a result; None where nothing that a plan could take was timed."""
     torch_us, best = result.torch_us, result.best
-    if best is None and torch_us is None:
+    if best is not None:
+        algorithm, config, time_us = best.provider, best.config or {}, result.medians_us[best.name]
+    elif torch_us is not None:
+        algorithm, config, time_us = "torch", {}, torch_us
+    else:
         return None
-    return {
-        "key": result.task.problem.config_key(result.task.pass_),
-        "algorithm": "torch" if best is None else best.provider,
-        "config": {} if best is None else best.config,
-        "time_us": _rounded(torch_us if best is None else result.time_us),
-        "torch_time_us": _rounded(torch_us),
-    }
+    key = result.task.problem.config_key(result.task.pass_)
+    return configs.Entry(key, algorithm, config, round(time_us, 3), None if torch_us is None else round(torch_us, 3))
 
 
-def entries(results: Iterable[Result]) -> list[dict]:
-    """An entry a class, sorted by key. Of several layers in a class the one that takes longest speaks for it."""
-    found: dict[str, dict] = {}
-    for result in results:
-        made = entry(result)
-        if made is not None:
-            key = json.dumps(made["key"], sort_keys=True)
-            if key not in found or made["time_us"] > found[key]["time_us"]:
-                found[key] = made
-    return [found[key] for key in sorted(found)]
+def entries(results: Iterable[Result]) -> dict[str, configs.Entry]:
+    """The entry of each class. Of several layers in a class the one that takes longest speaks for it."""
+    by_class: dict[str, configs.Entry] = {}
+    for measured in filter(None, map(entry, results)):
+        earlier = by_class.get(_class(measured))
+        if earlier is None or measured.time_us > earlier.time_us:
+            by_class[_class(measured)] = measured
+    return by_class
 
 
-def _rounded(time_us: float | None) -> float | None:
-    return None if time_us is None else round(time_us, 3)
+def _class(measured: configs.Entry) -> str:
+    return json.dumps(measured.key, sort_keys=True)
 
 
 def calibration(results: list[Result], target: Target) -> configs.Calibration:
@@ -54,23 +51,19 @@ def calibration(results: list[Result], target: Target) -> configs.Calibration:
     for result in results:
         problem, pass_ = result.task.problem, result.task.pass_
         # Of each algorithm the configuration that a modelled plan would take: the model's first.
-        chosen = {each.provider: each for each in reversed(result.raced) if each.ours}
-        for each in chosen.values():
-            if each.modelled_us:
-                ratio = result.first_us[each.name] / each.modelled_us
-                ours.setdefault(f"{each.provider} {pass_}", []).append(ratio)
+        chosen = {contender.provider: contender for contender in reversed(result.raced) if contender.ours}
+        for name, contender in chosen.items():
+            if contender.modelled_us:
+                ours.setdefault(f"{name} {pass_}", []).append(result.first_us[contender.name] / contender.modelled_us)
         if result.torch_us is not None and pass_ != "backward":
             over = result.torch_us / cost.torch_floor_us(problem, pass_, target)
             torch.setdefault(f"{cost.width_class(problem)} {pass_}", []).append(over)
     return configs.Calibration(_medians(ours), _medians(torch))
 
 
-def _medians(found: dict[str, list[float]]) -> dict[str, float]:
-    return {
-        name: round(statistics.median(ratios), 4)
-        for name, ratios in sorted(found.items())
-        if len(ratios) >= LEAST_MEASURED
-    }
+def _medians(by_name: dict[str, list[float]]) -> dict[str, float]:
+    enough = {name: ratios for name, ratios in sorted(by_name.items()) if len(ratios) >= LEAST_MEASURED}
+    return {name: round(statistics.median(ratios), 4) for name, ratios in enough.items()}
 
 
 def rank_correlation(pairs: list[tuple[float, float]]) -> float | None:
@@ -97,15 +90,15 @@ def model_correlations(results: list[Result]) -> dict[str, tuple[float | None, f
     within: dict[str, list[float]] = {}
     for result in results:
         by_algorithm: dict[str, list[tuple[float, float]]] = {}
-        for each in result.raced:
-            if each.modelled_us is not None:
-                pair = each.modelled_us, result.first_us[each.name]
-                by_algorithm.setdefault(each.provider, []).append(pair)
+        for contender in result.raced:
+            if contender.modelled_us is not None:
+                pair = contender.modelled_us, result.first_us[contender.name]
+                by_algorithm.setdefault(contender.provider, []).append(pair)
         for algorithm, pairs in by_algorithm.items():
             across.setdefault(algorithm, []).append(min(pairs, key=lambda pair: pair[1]))
-            found = rank_correlation(pairs)
-            if found is not None:
-                within.setdefault(algorithm, []).append(found)
+            correlation = rank_correlation(pairs)
+            if correlation is not None:
+                within.setdefault(algorithm, []).append(correlation)
     return {
         name: (rank_correlation(pairs), statistics.fmean(within[name]) if name in within else None)
         for name, pairs in sorted(across.items())
@@ -118,26 +111,19 @@ def write(path: pathlib.Path, device: str, kind: str, tuned_with: dict, results:
     Entries of an earlier file that still hold and that nothing new takes the place of stay. An earlier file that has
     more than that, or is none of ours, is kept beside it under another name.
     """
-    fresh = entries(results)
-    keys = {json.dumps(each["key"], sort_keys=True) for each in fresh}
-    kept, factors = [], calibration(results, target)
-    if path.exists():
-        before = _earlier(path, device, kind)
-        if before is None or before.stale:
-            files.put_aside(path)
-        if before is not None:
-            kept = [
-                dataclasses.asdict(each) for each in before.entries if json.dumps(each.key, sort_keys=True) not in keys
-            ]
-            factors = configs.Calibration(
-                {**before.calibration.ours, **factors.ours}, {**before.calibration.torch, **factors.torch}
-            )
-    made = sorted([*fresh, *kept], key=lambda each: json.dumps(each["key"], sort_keys=True))
+    earlier = _earlier(path, device, kind) if path.exists() else None
+    if path.exists() and (earlier is None or earlier.stale):
+        files.put_aside(path)
+    by_class, factors = entries(results), calibration(results, target)
+    if earlier is not None:
+        by_class = {_class(measured): measured for measured in earlier.entries} | by_class
+        before = earlier.calibration
+        factors = configs.Calibration({**before.ours, **factors.ours}, {**before.torch, **factors.torch})
     head = {
         "schema": configs.SCHEMA, "device": device, "kind": kind, "kernels_sha256": configs.kernels_sha256(),
         "tuned_with": tuned_with, "calibration": dataclasses.asdict(factors),
     }  # fmt: skip
-    lines = ",\n".join(f"  {json.dumps(each)}" for each in made)
+    lines = ",\n".join(f"  {json.dumps(dataclasses.asdict(by_class[name]))}" for name in sorted(by_class))
     text = f'{json.dumps(head)[:-1]},\n "entries": [\n{lines}\n ]}}\n'
     configs.parse_device(text, str(path))
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -147,8 +133,8 @@ def write(path: pathlib.Path, device: str, kind: str, tuned_with: dict, results:
 def _earlier(path: pathlib.Path, device: str, kind: str) -> configs.DeviceFile | None:
     """The file as it is; None if it is damaged, or of another device or clock."""
     try:
-        found = configs.parse_device(path.read_text(encoding="utf-8"), str(path))
+        file = configs.parse_device(path.read_text(encoding="utf-8"), str(path))
     except (configs.DamagedFile, OSError, UnicodeDecodeError) as error:
         warnings.warn(f"groupconv: not continuing a configuration file: {error}", stacklevel=3)
         return None
-    return found if (found.device, found.kind) == (device, kind) else None
+    return file if (file.device, file.kind) == (device, kind) else None

@@ -8,24 +8,26 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import itertools
 import math
+import statistics
 from collections.abc import Callable, Iterable, Iterator
 
 from ..algorithms import able
-from ..common import Layer
+from ..common import Layer, grouped
 from ..common.progress import Deadline
-from ..compiling.compiler import Compiler, Job
+from ..compiling.compiler import Compiler
 from ..devices import Target
 from ..problem import PLANNED, ConvProblem
 from . import contenders as contenders_
 from .contenders import Contender
 from .journal import Finding, Journal
-from .lab import DeviceLost, Lab, Subject, failure, median
+from .lab import DeviceLost, Lab, Subject, failure, tried
 
 FIRST_ROUNDS, LAST_ROUNDS = 4, 32
 FINALISTS = 2  # of ours
-COMPILED_AHEAD = 32  # tasks
+TASKS_COMPILED_AHEAD = 32
 SEEDED_BY = {"fp16": "bf16"}  # kernels of the two are alike: of fp16 only bf16's finalists are tried, once known
 OUT_OF_TIME = "out of time"
 
@@ -58,8 +60,8 @@ class Result:
     @property
     def best(self) -> Contender | None:
         """The fastest of ours, None if none gave right numbers."""
-        own = [each for each in self.finalists if each.ours]
-        return min(own, key=lambda each: self.medians_us[each.name], default=None)
+        own = (contender for contender in self.finalists if contender.ours)
+        return min(own, key=lambda contender: self.medians_us[contender.name], default=None)
 
     @property
     def time_us(self) -> float | None:
@@ -74,24 +76,19 @@ class Result:
     @property
     def best_torch_us(self) -> float | None:
         """The best time of PyTorch in any memory format and by any of its kernels."""
-        return min((self.medians_us[each.name] for each in self.finalists if not each.ours), default=None)
+        peers = (contender.name for contender in self.finalists if not contender.ours)
+        return min((self.medians_us[name] for name in peers), default=None)
 
 
 def tasks(layers: Iterable[Layer], target: Target) -> list[Task]:
     """Each pass of each layer; "backward", both gradients by one kernel, where one can. None twice."""
-    found: dict[str, Task] = {}
+    by_name: dict[str, Task] = {}
     for layer in layers:
         for pass_ in PLANNED:
             if able(layer.problem, pass_, target):
                 task = Task(layer.name, layer.problem, pass_)
-                found.setdefault(str(task), task)
-    return list(found.values())
-
-
-def job(task: Task, contender: Contender, target: Target) -> Job:
-    """What compiles one of ours."""
-    assert contender.config is not None
-    return Job(contender.provider, task.pass_, contender.config, task.problem, target.arch_name)
+                by_name.setdefault(str(task), task)
+    return list(by_name.values())
 
 
 class Search:
@@ -106,15 +103,17 @@ class Search:
         self._lab, self._journal, self._compiler = lab, journal, compiler
         self._deadline, self._on_result = deadline, on_result
         self.results: list[Result] = []
-        self._promising: dict[str, list[Contender]] = {}
+        # Each is asked for several times, and plans it anew.
+        self._ours = functools.cache(lambda task: contenders_.ours(task.problem, task.pass_, lab.target))
 
     def run(self, todo: list[Task]) -> None:
         """Race the tasks in their order: all, or as many as the time is enough for. DeviceLost ends it early."""
         seeded = {_of_dtype(task, SEEDED_BY.get(task.problem.dtype)): task for task in todo}
         waiting = {str(seeded[str(task)]) for task in todo if str(task) in seeded and not self._finalists(str(task))}
-        ahead = (task for group in _by_problem(todo) for task in group if str(task) not in waiting)
-        self._compile_next(ahead, COMPILED_AHEAD)
-        for group in _by_problem(todo):
+        by_problem = grouped(todo, lambda task: task.problem)  # which share operands
+        ahead = (task for group in by_problem.values() for task in group if str(task) not in waiting)
+        self._compile_next(ahead, TASKS_COMPILED_AHEAD)
+        for group in by_problem.values():
             with contextlib.ExitStack() as stack:
                 subject: Subject | None = None
                 for task in group:
@@ -137,11 +136,9 @@ class Search:
 
     def _own(self, task: Task) -> list[Contender]:
         """Ours that are tried."""
-        found = self._promising.get(str(task))
-        if found is None:
-            found = self._promising[str(task)] = contenders_.ours(task.problem, task.pass_, self._lab.target)
+        own = self._ours(task)
         seeds = self._finalists(_of_dtype(task, SEEDED_BY.get(task.problem.dtype)))
-        return [each for each in found if each.name in seeds] or found
+        return [contender for contender in own if contender.name in seeds] or own
 
     def _compile_next(self, ahead: Iterator[Task], count: int) -> None:
         for task in itertools.islice(ahead, count if self._compiler is not None else 0):
@@ -152,7 +149,7 @@ class Search:
             return
         for contender in self._own(task):
             if (str(task), contender.name) not in self._journal.findings:
-                self._compiler.submit(job(task, contender, self._lab.target))
+                self._compiler.submit(contender.job(task.problem, task.pass_, self._lab.target))
 
     def _guarded(self, task: Task, subject: Subject) -> tuple[Result | None, str]:
         try:
@@ -181,43 +178,42 @@ class Search:
         while rounds < LAST_ROUNDS:
             most = FINALISTS if 2 * rounds >= LAST_ROUNDS else None
             finalists = survivors(task.problem, finalists, medians, most)
-            last = sum(each.ours for each in finalists) <= FINALISTS
+            last = sum(contender.ours for contender in finalists) <= FINALISTS
             rounds = LAST_ROUNDS if last else 2 * rounds
             medians = self._race(task, finalists, rounds, subject)
         return Result(task, tuple(finalists), medians, tuple(admitted), first, tuple(dropped))
 
     def _race(self, task: Task, admitted: list[Contender], rounds: int, subject: Subject) -> dict[str, float]:
         """Medians by contender."""
-        times = self._journal.race(str(task), rounds, [each.name for each in admitted])
+        times = self._journal.race(str(task), rounds, [contender.name for contender in admitted])
         if times is None:
             self._stop_when_passed()
             times = subject.race(task.pass_, admitted, rounds)
             self._journal.raced(str(task), rounds, times)
-        return {name: median(taken) for name, taken in times.items()}
+        return {name: statistics.median_high(taken) for name, taken in times.items()}
 
     def _finding(self, task: Task, contender: Contender, subject: Subject) -> Finding:
         finding = self._journal.findings.get((str(task), contender.name))
         if finding is None:
             self._stop_when_passed()
             finding = self._examined(task, contender, subject)
-            self._journal.found(str(task), contender.name, finding)
+            self._journal.examined(str(task), contender.name, finding)
         return finding
 
     def _examined(self, task: Task, contender: Contender, subject: Subject) -> Finding:
         resources: dict[str, int | str] = {}
         if contender.ours and self._compiler is not None:
-            compiled = self._compiler.answer(job(task, contender, self._lab.target), self._deadline.left)
+            job = contender.job(task.problem, task.pass_, self._lab.target)
+            compiled = self._compiler.answer(job, self._deadline.left)
             resources = compiled.kernels[0].fields() if compiled.kernels else {}
             if faults := compiled.faults(self._lab.target):
                 return Finding(None, None, resources, "; ".join(faults))
         try:
-            checked = subject.check(task.pass_, contender)
+            checked = tried(subject, task.pass_, contender)
         except DeviceLost as error:
-            self._journal.found(str(task), contender.name, Finding(None, None, {}, f"lost the device: {error}"))
+            self._journal.examined(str(task), contender.name, Finding(None, None, {}, f"lost the device: {error}"))
             raise
-        except Exception as error:  # the finding of this contender; the others may do better
-            return Finding(None, None, {}, failure(error))
-        return Finding(checked.error, checked.bound, resources, checked.wrong or "")
+        return Finding(checked.error, checked.bound, {} if checked.failed else resources, checked.fault)
 
     def _stop_when_passed(self) -> None:
         if self._deadline.passed:
@@ -228,23 +224,14 @@ def survivors(
     problem: ConvProblem, admitted: list[Contender], medians: dict[str, float], most: int | None = None
 ) -> list[Contender]:
     """The faster half of ours, `most` at most; the fastest of PyTorch's, and the one that "auto" would fall back on."""
-    ranked = sorted(admitted, key=lambda each: medians[each.name])
-    own = [each for each in ranked if each.ours]
-    torchs = [each for each in ranked if not each.ours]
+    ranked = sorted(admitted, key=lambda contender: medians[contender.name])
+    own = [contender.name for contender in ranked if contender.ours]
+    peers = [contender.name for contender in ranked if not contender.ours]
     half = math.ceil(len(own) / 2)
-    kept = {each.name for each in (*own[: half if most is None else min(half, most)], *torchs[:1])}
-    kept.add(contenders_.same_layout(problem).name)
-    return [each for each in admitted if each.name in kept]
+    kept = {*own[: half if most is None else min(half, most)], *peers[:1], contenders_.same_layout(problem).name}
+    return [contender for contender in admitted if contender.name in kept]
 
 
 def _of_dtype(task: Task, dtype: str | None) -> str:
     """The name of the task that differs in its dtype only; of none without a dtype."""
     return "" if dtype is None else str(Task("", dataclasses.replace(task.problem, dtype=dtype), task.pass_))
-
-
-def _by_problem(todo: list[Task]) -> Iterable[list[Task]]:
-    """The tasks of each problem together, in order: they share operands."""
-    found: dict[ConvProblem, list[Task]] = {}
-    for task in todo:
-        found.setdefault(task.problem, []).append(task)
-    return found.values()

@@ -5,10 +5,12 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Iterator
-from typing import Any
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
+
+T = TypeVar("T")
 
 
 class Share:
@@ -17,17 +19,17 @@ class Share:
     def __init__(self, rank: int = 0, count: int = 1):
         self.rank, self.count = rank, count
 
-    def of(self, items: list) -> list:
+    def of(self, items: list[T]) -> list[T]:
         """This process's part: every `count`-th."""
         return items[self.rank :: self.count]
 
-    def gathered(self, mine: Any) -> list | None:
+    def gathered(self, mine: T) -> list[T] | None:
         """What every process has, in the order of the ranks, for the first of them; None for the others."""
         if self.count == 1:
             return [mine]
-        found: list | None = [None] * self.count if self.rank == 0 else None
-        dist.gather_object(mine, found)
-        return found
+        of_each = [mine] * self.count if self.rank == 0 else None
+        dist.gather_object(mine, of_each)
+        return of_each
 
 
 @contextlib.contextmanager

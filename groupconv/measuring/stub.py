@@ -49,7 +49,7 @@ class StubSubject:
 
     def check(self, pass_: str, contender: Contender) -> Checked:
         time.sleep(CHECK_SECONDS)
-        return Checked(None, None)
+        return Checked()
 
     def used(self, pass_: str, contender: Contender) -> dict[str, int | str]:
         return {}

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import collections
 import pathlib
 import statistics
-import sys
 
-from rich.console import Console
 from rich.table import Table
 
 from .. import cost
+from ..common import grouped, progress
 from .results import model_correlations
 from .search import OUT_OF_TIME, Result
 from .stub import NAME as STUB
@@ -18,14 +16,14 @@ from .stub import NAME as STUB
 MOST_LISTED = 40
 
 
-def print_summary(found: list[Result], missing: dict[str, str], path: pathlib.Path | None, ended: list[str]) -> None:
+def print_summary(results: list[Result], missing: dict[str, str], path: pathlib.Path | None, ended: list[str]) -> None:
     """Print it. path: the file that was written. ended: why processes ended early."""
-    console = Console(width=None if sys.stdout.isatty() else 160)
+    console = progress.console()
     pretended = path is not None and path.stem == STUB
-    if found:
-        console.print(speedups(found, pretended))
-        console.print(correlations(found, pretended))
-    for line in faults(found, missing):
+    if results:
+        console.print(speedups(results, pretended))
+        console.print(correlations(results, pretended))
+    for line in faults(results, missing):
         console.print(line, style="red", markup=False, highlight=False)
     late = sum(why == OUT_OF_TIME for why in missing.values())
     if late:
@@ -33,10 +31,10 @@ def print_summary(found: list[Result], missing: dict[str, str], path: pathlib.Pa
     for why in ended:
         console.print(why, style="red", markup=False)
     if path is not None:
-        console.print(f"{len(found)} passes tuned; {path}", markup=False, highlight=False, soft_wrap=True)
+        console.print(f"{len(results)} passes tuned; {path}", markup=False, highlight=False, soft_wrap=True)
 
 
-def speedups(found: list[Result], pretended: bool) -> Table:
+def speedups(results: list[Result], pretended: bool) -> Table:
     """Geometric means of F.conv2d's time over ours, by width class, pass, dtype and layout."""
     title = "Stub clock: not measurements" if pretended else "Time of PyTorch over ours, geometric means"
     table = Table(title=title)
@@ -44,14 +42,15 @@ def speedups(found: list[Result], pretended: bool) -> Table:
         table.add_column(name)
     for name in ("passes", "over F.conv2d", "over the best of PyTorch", "ours is faster"):
         table.add_column(name, justify="right")
-    classes: dict[tuple[str, ...], list[Result]] = collections.defaultdict(list)
-    for result in found:
+
+    def class_of(result: Result) -> tuple[str, str, str, str]:
         problem = result.task.problem
-        classes[cost.width_class(problem), result.task.pass_, problem.dtype, problem.layout].append(result)
-    for names, results in classes.items():
-        same = [r.torch_us / r.time_us for r in results if r.torch_us is not None and r.time_us is not None]
-        best = [r.best_torch_us / r.time_us for r in results if r.best_torch_us is not None and r.time_us is not None]
-        table.add_row(*names, str(len(results)), _mean(same), _mean(best), str(sum(ratio > 1 for ratio in same)))
+        return cost.width_class(problem), result.task.pass_, problem.dtype, problem.layout
+
+    for names, of_class in grouped(results, class_of).items():
+        same = [r.torch_us / r.time_us for r in of_class if r.torch_us is not None and r.time_us is not None]
+        best = [r.best_torch_us / r.time_us for r in of_class if r.best_torch_us is not None and r.time_us is not None]
+        table.add_row(*names, str(len(of_class)), _mean(same), _mean(best), str(sum(ratio > 1 for ratio in same)))
     return table
 
 
@@ -59,22 +58,22 @@ def _mean(ratios: list[float]) -> str:
     return f"{statistics.geometric_mean(ratios):.2f}" if ratios else "-"
 
 
-def correlations(found: list[Result], pretended: bool) -> Table:
+def correlations(results: list[Result], pretended: bool) -> Table:
     """How the model's order of times agrees with the measured one."""
     title = f"Rank correlation of modelled and {'pretended' if pretended else 'measured'} times"
     table = Table(title=title)
     table.add_column("algorithm")
     for name in ("across problems", "within a problem, mean"):
         table.add_column(name, justify="right")
-    for algorithm, figures in model_correlations(found).items():
+    for algorithm, figures in model_correlations(results).items():
         table.add_row(algorithm, *("-" if figure is None else f"{figure:.2f}" for figure in figures))
     return table
 
 
-def faults(found: list[Result], missing: dict[str, str]) -> list[str]:
+def faults(results: list[Result], missing: dict[str, str]) -> list[str]:
     """A line for every configuration that failed or computed wrong numbers, and for every pass without a result."""
     lines = [f"{task}: {why}" for task, why in missing.items() if why != OUT_OF_TIME]
-    for result in found:
+    for result in results:
         for name, why in result.dropped:
             if why.startswith(("wrong:", "failed:", "lost", "not compiled:")):
                 lines.append(f"{result.task.layer} {result.task.pass_}, {name}: {why}")

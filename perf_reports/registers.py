@@ -1,0 +1,262 @@
+"""What tiles take of a multiprocessor's registers: compiled, written down, and fitted.
+
+    python -m groupconv.perf_reports.registers --seconds 3600    # compile more tiles, then fit; goes on where it was
+    python -m groupconv.perf_reports.registers                   # fit what there is
+
+autotune_configs/registers.csv has a row a compiled tile, of layers of the suite; registers.json what `occupancy` reads:
+by GPU kind, algorithm and pass, how registers go by what a tile holds, where they end, and which tiles spill
+nevertheless.
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import csv
+import dataclasses
+import itertools
+import json
+import math
+import pathlib
+import random
+import time
+from collections.abc import Iterable, Iterator, Sequence
+
+import numpy as np
+import triton
+
+from groupconv import devices, dispatch, occupancy
+from groupconv.algorithms import REGISTRY, STRETCHED, able, divided
+from groupconv.common import Layer, files
+from groupconv.compiling.compiler import Compiler, Job, processes
+from groupconv.problem import LAYOUTS, PLANNED
+
+from . import layers
+
+FOLDER = pathlib.Path(__file__).parents[1] / "autotune_configs"
+TARGETS = ("sm_90", "sm_80", "gfx942", "sm_100", "gfx1100")  # one a kind of matrix unit
+DTYPES = ("bf16", "tf32", "fp32")
+LARGEST = 1.6  # times the registers that there are: of tiles that hold more nobody needs to know
+ENOUGH = 8  # tiles without spills, to fit by
+SPILL_COSTS = 20  # tiles that do not spill: what one that does may cost where the limit is drawn
+PENDING = 8
+Suites = dict[tuple[str, str], list[Layer]]  # by dtype and layout
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """A tile that was compiled. registers: of a thread. failed: what the compiler raised."""
+
+    target: str
+    triton: str
+    algorithm: str
+    pass_: str
+    dtype: str
+    layout: str
+    layer: str
+    tile: str
+    registers: int
+    spill_bytes: int
+    shared_bytes: int
+    failed: str = ""
+
+    @property
+    def key(self) -> tuple[str, ...]:
+        return self.target, self.algorithm, self.pass_, self.dtype, self.layout, self.layer, self.tile
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        fields = (*REGISTRY[self.algorithm].BLOCKS, "num_warps", "num_stages")
+        return dict(zip(fields, map(int, self.tile.split()), strict=True))
+
+
+Tile = tuple[str, str, str, Layer, dict[str, int]]  # target, algorithm, pass, layer, tile
+
+
+def collect(rows: list[Row], tiles: Iterable[Tile], seconds: float, count: int) -> Iterator[Row]:
+    """Compile tiles that no row has, until time is up."""
+    known, end = {row.key for row in rows}, time.monotonic() + seconds
+    pending: collections.deque[tuple[Row, Job]] = collections.deque()
+    with Compiler(count) as compiler:
+        for target, name, pass_, layer, tile in tiles:
+            if time.monotonic() > end:
+                break
+            problem, values = layer.problem, " ".join(map(str, tile.values()))
+            row = Row(
+                target, triton.__version__, name, pass_, problem.dtype, problem.layout, layer.name, values, 0, 0, 0
+            )
+            if row.key in known:
+                continue
+            known.add(row.key)
+            job = Job(name, pass_, divided(name, problem, pass_, tile, devices.named(target))[0], problem, target)
+            compiler.submit(job)
+            pending.append((row, job))
+            if len(pending) > PENDING:
+                yield _answered(compiler, *pending.popleft())
+        while pending:
+            yield _answered(compiler, *pending.popleft())
+
+
+def planned(suites: Suites, targets: Sequence[str]) -> Iterator[Tile]:
+    """What the plans of all layers take."""
+    for (_, _), suite in suites.items():
+        for target, layer, pass_ in itertools.product(targets, suite, PLANNED):
+            on, problem = devices.named(target), layer.problem
+            if names := able(problem, pass_, on):
+                name, config, _ = dispatch.best(problem, pass_, on, names)
+                yield target, name, pass_, layer, {k: v for k, v in config.items() if k not in REGISTRY[name].DIVISION}
+
+
+def drawn(draw: random.Random, suites: Suites, targets: Sequence[str]) -> Iterator[Tile]:
+    """Tiles at random, as many of each kind, without an end."""
+    while True:
+        for suite, target, name, pass_ in itertools.product(suites.values(), targets, REGISTRY, PLANNED):
+            if found := _drawn(draw, target, name, pass_, suite):
+                yield target, name, pass_, *found
+
+
+def _drawn(draw: random.Random, target: str, name: str, pass_: str, layers: list[Layer]) -> tuple[Layer, dict] | None:
+    """A layer and a tile of it that may fit; None if there is none."""
+    on, module = devices.named(target), REGISTRY[name]
+    room = occupancy.room(name, pass_, on)
+    serving = [layer for layer in layers if module.supports(layer.problem, pass_, on) is None]
+    draw.shuffle(serving)
+    for layer in serving:
+        tiles = [tile for alternatives in module.tiles(layer.problem, pass_, on) for tile in alternatives]
+        draw.shuffle(tiles)
+        for tile in tiles:
+            held = module.held(layer.problem, pass_, tile, on)
+            if held.shared_bytes <= on.shared_bytes and room.share(held) <= LARGEST:
+                return layer, tile
+    return None
+
+
+def _answered(compiler: Compiler, row: Row, job: Job) -> Row:
+    found = compiler.answer(job)
+    if not found.kernels:
+        return dataclasses.replace(row, failed=found.failed)
+    used = found.kernels[0]
+    return dataclasses.replace(
+        row, registers=used.registers, spill_bytes=used.spill_bytes, shared_bytes=used.shared_bytes
+    )
+
+
+# --- Fitting ---------------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Sample:
+    """A compiled tile as the fit sees it. parts: what a thread holds; available: the registers that it can have."""
+
+    parts: tuple[float, float, float, float]
+    registers: int
+    available: int
+    spills: bool
+    name: str  # in registers.json
+
+    def share(self, fit: occupancy.Registers) -> float:
+        """Of the registers that a thread can have, as estimated."""
+        weights = (fit.constant, fit.a_sum, fit.a_word, fit.an_access)
+        return sum(weight * part for weight, part in zip(weights, self.parts, strict=True)) / self.available
+
+
+def samples(rows: Iterable[Row], suites: Suites) -> dict[str, list[Sample]]:
+    """Rows by `occupancy.kind`."""
+    problems = {key: {layer.name: layer.problem for layer in layers} for key, layers in suites.items()}
+    by_kind = collections.defaultdict(list)
+    for row in rows:
+        on, problem = devices.named(row.target), problems[row.dtype, row.layout][row.layer]
+        held = REGISTRY[row.algorithm].held(problem, row.pass_, row.sizes, on)
+        threads, room = on.warp_size * held.warps, occupancy.room(row.algorithm, row.pass_, on)
+        parts = (1.0, held.sums / threads, held.words / threads, held.accesses / threads)
+        spills, name = bool(row.spill_bytes or row.failed), occupancy.spilling(room.kind, problem, row.sizes)
+        by_kind[room.kind].append(Sample(parts, row.registers, room.most_registers(held.warps), spills, name))
+    return by_kind
+
+
+def fitted(chosen: list[Sample]) -> occupancy.Registers:
+    """Weights of least squares over what did not spill, none of them negative; and a limit that keeps out what did."""
+    sound = [sample for sample in chosen if not sample.spills]
+    fit = occupancy.UNKNOWN
+    if len(sound) >= ENOUGH:
+        parts = np.array([sample.parts for sample in sound])
+        weights = _least_squares(parts, np.array([float(sample.registers) for sample in sound]))
+        constant, sums, words, accesses = (float(f"{weight:.3g}") for weight in weights)
+        fit = occupancy.Registers(constant, sums, words, accesses, 0.0)
+    most, gain, highest = 0.0, 0, 0
+    for share, spills in sorted((sample.share(fit), sample.spills) for sample in chosen):
+        gain += -SPILL_COSTS if spills else 1
+        if gain > highest:
+            highest, most = gain, share
+    return fit._replace(most=math.ceil(100 * most) / 100)
+
+
+def _least_squares(parts: np.ndarray, taken: np.ndarray) -> np.ndarray:
+    """Weights, none of them negative. The best are plain least squares of some of the parts: all subsets are tried."""
+    count, least, best = parts.shape[1], np.inf, np.zeros(parts.shape[1])
+    for subset in range(1, 2**count):
+        kept = [part for part in range(count) if subset >> part & 1]
+        weights = np.linalg.lstsq(parts[:, kept], taken, rcond=None)[0]
+        error = float(np.square(parts[:, kept] @ weights - taken).sum())
+        if weights.min() >= 0 and error < least:
+            least, best = error, np.zeros(count)
+            best[kept] = weights
+    return best
+
+
+def fit(rows: list[Row], suites: Suites) -> dict:
+    """What registers.json holds."""
+    kinds, spilling = {}, set()
+    for kind, chosen in sorted(samples(rows, suites).items()):
+        kinds[kind] = found = fitted(chosen)
+        spilling |= {sample.name for sample in chosen if sample.spills and sample.share(found) <= STRETCHED}
+    return {"registers": {kind: fit._asdict() for kind, fit in kinds.items()}, "spilling": sorted(spilling)}
+
+
+def text_of(found: dict) -> str:
+    """registers.json, a line an entry."""
+    kinds = ",\n  ".join(f"{json.dumps(kind)}: {json.dumps(fit)}" for kind, fit in found["registers"].items())
+    spilling = ",\n  ".join(map(json.dumps, found["spilling"]))
+    return f'{{"registers": {{\n  {kinds}}},\n "spilling": [\n  {spilling}]}}\n'
+
+
+def read(path: pathlib.Path) -> list[Row]:
+    if not path.exists():
+        return []
+    with path.open(encoding="utf-8", newline="") as file:
+        return [
+            Row(
+                row["target"], row["triton"], row["algorithm"], row["pass_"], row["dtype"], row["layout"], row["layer"],
+                row["tile"], int(row["registers"]), int(row["spill_bytes"]), int(row["shared_bytes"]), row["failed"],
+            )
+            for row in csv.DictReader(file)
+        ]  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seconds", type=float, default=0.0, help="to compile for, before the fit")
+    parser.add_argument("--jobs", type=int, default=processes(), help="processes that compile (%(default)s)")
+    parser.add_argument("--targets", nargs="+", choices=TARGETS, default=TARGETS)
+    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=DTYPES)
+    parser.add_argument("--planned", action="store_true", help="compile what is planned, not tiles at random")
+    args = parser.parse_args()
+    suites = {(dtype, layout): layers.suite(dtype, layout) for dtype in DTYPES for layout in LAYOUTS}
+    chosen = {key: suite for key, suite in suites.items() if key[0] in args.dtypes}
+    path = FOLDER / "registers.csv"
+    rows = read(path)
+    fields = [field.name for field in dataclasses.fields(Row)]
+    with path.open("a", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, fields, lineterminator="\n")
+        if not rows:
+            writer.writeheader()
+        tiles = planned(chosen, args.targets) if args.planned else drawn(random.Random(len(rows)), chosen, args.targets)
+        for row in collect(rows, tiles, args.seconds, args.jobs) if args.seconds else ():
+            rows.append(row)
+            writer.writerow(dataclasses.asdict(row))
+            file.flush()
+    files.write_atomically(FOLDER / "registers.json", text_of(fit(rows, suites)))
+
+
+if __name__ == "__main__":
+    main()
