@@ -88,8 +88,9 @@ class Room:
     """What a multiprocessor has for programs of an algorithm's pass."""
 
     def __init__(self, algorithm: str, pass_: str, target: Target):
-        fitted, self._spilling = _fitted()
+        fitted, all_spilling = _fitted()
         self.kind = kind(algorithm, pass_, target)
+        self._spilling = {name for name in all_spilling if name.startswith(f"{self.kind} ")}
         self._fit = fitted.get(self.kind, UNKNOWN)
         self._file, self._threads, self._programs, self._together = limits(target)
         self._warp = target.warp_size

@@ -6,6 +6,7 @@ python -m groupconv.perf_reports.planning --targets h100 a100
 from __future__ import annotations
 
 import argparse
+import gc
 import itertools
 import statistics
 import time
@@ -32,6 +33,8 @@ def planned(target: devices.Target, dtype: str) -> list[tuple[float, int, str]]:
         next(estimates)
         return estimate(*args)
 
+    gc.collect()
+    gc.disable()  # as timeit does: the heap that it walks through is PyTorch's
     with mock.patch.object(cost, "estimate", counting):
         for layout in LAYOUTS:
             for layer in layers.suite(dtype, layout):
@@ -40,6 +43,7 @@ def planned(target: devices.Target, dtype: str) -> list[tuple[float, int, str]]:
                 _ = plan.fprop, plan.backward, plan.dgrad, plan.wgrad
                 taken = (time.process_time() - began) * 1e3
                 rows.append((taken, next(estimates) - before - 1, f"{layer.name} {layout}"))
+    gc.enable()
     return sorted(rows, reverse=True)
 
 
