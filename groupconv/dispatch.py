@@ -7,7 +7,7 @@ import functools
 from collections.abc import Mapping
 
 from . import configs, cost
-from .algorithms import NAMES, REGISTRY, candidates, divided, lack, newer_triton, possible, resident, tiling
+from .algorithms import NAMES, REGISTRY, divided, fitting, lack, newer_triton, possible, tiling
 from .devices import Target
 from .problem import PASSES, ConvProblem
 
@@ -196,8 +196,7 @@ def ranked(problem: ConvProblem, pass_: str, target: Target, name: str) -> list[
         return cost.estimate(problem, tiling(name, problem, pass_, config, target, fit), target), config
 
     choices = []
-    for tile in candidates(name, problem, pass_, target):
-        fit = resident(name, problem, pass_, tile, target)
+    for tile, fit in fitting(name, problem, pass_, target):
         first, *others = divided(name, problem, pass_, tile, target, fit)
         choices.append((estimated(first, fit), fit, others))
     choices.sort(key=lambda choice: choice[0][0].score)

@@ -99,7 +99,7 @@ def collect(rows: list[Row], tiles: Iterable[Tile], seconds: float, count: int) 
 
 def planned(suites: Suites, targets: Sequence[str]) -> Iterator[Tile]:
     """What the plans of all layers take."""
-    for (_, _), suite in suites.items():
+    for suite in suites.values():
         for target, layer, pass_ in itertools.product(targets, suite, PLANNED):
             on, problem = devices.named(target), layer.problem
             if names := able(problem, pass_, on):
@@ -204,20 +204,15 @@ def _least_squares(parts: np.ndarray, taken: np.ndarray) -> np.ndarray:
     return best
 
 
-def fit(rows: list[Row], suites: Suites) -> dict:
-    """What registers.json holds."""
-    kinds, spilling = {}, set()
+def registers_json(rows: list[Row], suites: Suites) -> str:
+    """The text of registers.json, a line an entry."""
+    kinds, spilling = [], set()
     for kind, chosen in sorted(samples(rows, suites).items()):
-        kinds[kind] = found = fitted(chosen)
-        spilling |= {sample.name for sample in chosen if sample.spills and sample.share(found) <= STRETCHED}
-    return {"registers": {kind: fit._asdict() for kind, fit in kinds.items()}, "spilling": sorted(spilling)}
-
-
-def text_of(found: dict) -> str:
-    """registers.json, a line an entry."""
-    kinds = ",\n  ".join(f"{json.dumps(kind)}: {json.dumps(fit)}" for kind, fit in found["registers"].items())
-    spilling = ",\n  ".join(map(json.dumps, found["spilling"]))
-    return f'{{"registers": {{\n  {kinds}}},\n "spilling": [\n  {spilling}]}}\n'
+        fit = fitted(chosen)
+        kinds.append(f"{json.dumps(kind)}: {json.dumps(fit._asdict())}")
+        spilling |= {sample.name for sample in chosen if sample.spills and sample.share(fit) <= STRETCHED}
+    names = ",\n  ".join(map(json.dumps, sorted(spilling)))
+    return '{"registers": {\n  ' + ",\n  ".join(kinds) + '},\n "spilling": [\n  ' + names + "]}\n"
 
 
 def read(path: pathlib.Path) -> list[Row]:
@@ -255,7 +250,7 @@ def main() -> None:
             rows.append(row)
             writer.writerow(dataclasses.asdict(row))
             file.flush()
-    files.write_atomically(FOLDER / "registers.json", text_of(fit(rows, suites)))
+    files.write_atomically(FOLDER / "registers.json", registers_json(rows, suites))
 
 
 if __name__ == "__main__":

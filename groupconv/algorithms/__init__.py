@@ -21,7 +21,7 @@ its `launches` are the `launcher.Launch` objects that it makes. It knows nothing
 (dy, x, w) and returns (dx, dw).
 
 A configuration has the BLOCKS of its algorithm, its DIVISION, num_warps and num_stages, and says all of a launch.
-Whether a tile fits is asked in one place (`candidates` below, by `occupancy`), of registers as compiled kernels were
+Whether a tile fits is asked in one place (`fitting` below, by `occupancy`), of registers as compiled kernels were
 found to take them; `groupconv compile` holds the suite's plans to that. Any division is legal: work is divided in no
 more parts than there are, nor in so many that partial sums take more memory than the operands.
 """
@@ -30,7 +30,6 @@ from __future__ import annotations
 
 import functools
 import importlib
-import math
 from types import ModuleType
 
 from .. import launcher, occupancy
@@ -84,8 +83,6 @@ def _numbers(version: str) -> tuple[int, ...]:
 
 
 LARGEST = 2**14  # pixels: beyond, the taps of a phase are too many to count while a caller waits
-
-
 STRETCHED = 1.25  # of the registers that there are: what kernels are estimated to take that do with them all
 GENERAL = "implicit_gemm"  # which serves every problem that any algorithm does
 
@@ -95,7 +92,7 @@ def lack(name: str, problem: ConvProblem, pass_: str, target: Target) -> str | N
     if max(*problem.stride, *problem.dilation, *problem.pad) > LARGEST:
         return f"strides, dilations and padding above {LARGEST} are F.conv2d's"
     unsupported = REGISTRY[name].supports(problem, pass_, target)
-    if unsupported is None and not candidates(name, problem, pass_, target):
+    if unsupported is None and not fitting(name, problem, pass_, target):
         return f"no tile fits the registers and the shared memory of {target.arch_name}"
     return unsupported
 
@@ -106,28 +103,35 @@ def able(problem: ConvProblem, pass_: str, target: Target) -> list[str]:
 
 
 @functools.lru_cache(1024)  # `lack` and the plan both ask
-def candidates(name: str, problem: ConvProblem, pass_: str, target: Target) -> tuple[dict, ...]:
-    """The tiles of an algorithm that fit, and of those only the ones with the widest accesses of the result.
+def fitting(name: str, problem: ConvProblem, pass_: str, target: Target) -> tuple[tuple[dict, int], ...]:
+    """The tiles of an algorithm that fit, each with how many programs of it share a multiprocessor; and of those only
+    the ones with the widest accesses of the result.
 
     Where none does, the one that takes the fewest registers, if there are nearly so many: limits are on the safe side.
     The general algorithm has a tile for everything.
     """
     module, room = REGISTRY[name], occupancy.room(name, pass_, target)
-    fitting, others = [], []
+    good, others = [], []
     for alternatives in module.tiles(problem, pass_, target):
         for tile in alternatives:
             held = module.held(problem, pass_, tile, target)
             if room.fits(held) and not room.spills(problem, tile):
-                fitting.append((held.vector, tile))
+                good.append((tile, held))
                 break
-            others.append((held, tile))
-    if not fitting:
-        others = [(room.share(held), tile) for held, tile in others if held.shared_bytes <= target.shared_bytes]
-        others = [choice for choice in others if not room.spills(problem, choice[1])] or others * (name == GENERAL)
-        share, tile = min(others, key=lambda choice: choice[0], default=(math.inf, {}))
-        return (tile,) if share <= STRETCHED or (name == GENERAL and others) else ()
-    widest = max(vector for vector, _ in fitting)
-    return tuple(tile for vector, tile in fitting if vector == widest)
+            if held.shared_bytes <= target.shared_bytes:
+                others.append((tile, held))
+    if not good and others:
+        sound = [choice for choice in others if not room.spills(problem, choice[0])]
+        tile, held = min(sound or others, key=lambda choice: room.share(choice[1]))
+        if name == GENERAL or (sound and room.share(held) <= STRETCHED):
+            good.append((tile, held))
+    widest = max((held.vector for _, held in good), default=0)
+    return tuple((tile, room.resident(held)) for tile, held in good if held.vector == widest)
+
+
+def candidates(name: str, problem: ConvProblem, pass_: str, target: Target) -> tuple[dict, ...]:
+    """The tiles of `fitting`."""
+    return tuple(tile for tile, _ in fitting(name, problem, pass_, target))
 
 
 def possible(name: str, problem: ConvProblem, pass_: str, tile: dict, target: Target) -> bool:
