@@ -67,30 +67,19 @@ UNKNOWN = Registers(40.0, 1.0, 1.0, 2.0, 0.7)  # of what nobody compiled; a gues
 
 
 @functools.cache
-def _fitted() -> tuple[dict[str, Registers], frozenset[str]]:
-    """What registers.json has: `Registers` by `kind`, and the tiles that spill although their kind's would not."""
+def _fitted() -> tuple[dict[str, Registers], dict[str, list[list[int]]]]:
+    """What registers.json has: `Registers` by kind, and by `Room.layer` tiles that spill nevertheless."""
     file = importlib.resources.files("groupconv.autotune_configs").joinpath("registers.json")
     data = json.loads(file.read_text(encoding="utf-8"))
-    return {kind: Registers(**fit) for kind, fit in data["registers"].items()}, frozenset(data["spilling"])
-
-
-def kind(algorithm: str, pass_: str, target: Target) -> str:
-    """By what registers are fitted: `wgmma row_march wgrad`."""
-    return f"{target.matrix_unit} {algorithm} {pass_}"
-
-
-def spilling(kind: str, problem: ConvProblem, tile: dict[str, int]) -> str:
-    """How registers.json calls a tile that spills."""
-    return f"{kind} {problem.layout} {8 * problem.element_bytes}-bit {' '.join(map(str, tile.values()))}"
+    return {kind: Registers(**fit) for kind, fit in data["registers"].items()}, data["spilling"]
 
 
 class Room:
     """What a multiprocessor has for programs of an algorithm's pass."""
 
     def __init__(self, algorithm: str, pass_: str, target: Target):
-        fitted, all_spilling = _fitted()
-        self.kind = kind(algorithm, pass_, target)
-        self._spilling = {name for name in all_spilling if name.startswith(f"{self.kind} ")}
+        fitted, self._spilling = _fitted()
+        self.kind = f"{target.matrix_unit} {algorithm} {pass_}"  # by what registers are fitted
         self._fit = fitted.get(self.kind, UNKNOWN)
         self._file, self._threads, self._programs, self._together = limits(target)
         self._warp = target.warp_size
@@ -115,9 +104,15 @@ class Room:
         """Of the registers that a thread can have, as estimated."""
         return self.registers(held) / self.most_registers(held.warps)
 
-    def spills(self, problem: ConvProblem, tile: dict[str, int]) -> bool:
-        """Whether a tile is known to spill, although it looks as if it fitted."""
-        return bool(self._spilling) and spilling(self.kind, problem, tile) in self._spilling
+    def layer(self, problem: ConvProblem) -> str:
+        """What its kernels' registers go by: `wgmma row_march wgrad nhwc 16-bit 3x3 s1x1 d1x1 4->4`."""
+        p, strides, dilations = problem, "x".join(map(str, problem.stride)), "x".join(map(str, problem.dilation))
+        taps = f"{p.kh}x{p.kw} s{strides} d{dilations}"
+        return f"{self.kind} {p.layout} {8 * p.element_bytes}-bit {taps} {p.cin_g}->{p.cout_g}"
+
+    def spilling(self, problem: ConvProblem) -> list[list[int]]:
+        """Sizes of the tiles that are known to spill, although they look as if they fitted."""
+        return self._spilling.get(self.layer(problem), [])
 
     def resident(self, held: Held) -> int:
         """The programs that share a multiprocessor: at least 1, whatever they take."""

@@ -27,7 +27,7 @@ import triton
 
 from groupconv import devices, dispatch, occupancy
 from groupconv.algorithms import REGISTRY, STRETCHED, able, divided
-from groupconv.common import Layer, files
+from groupconv.common import Layer, files, grouped
 from groupconv.compiling.compiler import Compiler, Job, processes
 from groupconv.problem import LAYOUTS, PLANNED
 
@@ -148,11 +148,14 @@ def _answered(compiler: Compiler, row: Row, job: Job) -> Row:
 class Sample:
     """A compiled tile as the fit sees it. parts: what a thread holds; available: the registers that it can have."""
 
+    row: Row
+    layer: str  # as registers.json calls it
     parts: tuple[float, float, float, float]
-    registers: int
     available: int
-    spills: bool
-    name: str  # in registers.json
+
+    @property
+    def spills(self) -> bool:
+        return bool(self.row.spill_bytes or self.row.failed)
 
     def share(self, fit: occupancy.Registers) -> float:
         """Of the registers that a thread can have, as estimated."""
@@ -161,7 +164,7 @@ class Sample:
 
 
 def samples(rows: Iterable[Row], suites: Suites) -> dict[str, list[Sample]]:
-    """Rows by `occupancy.kind`."""
+    """Rows by `occupancy.Room.kind`."""
     problems = {key: {layer.name: layer.problem for layer in layers} for key, layers in suites.items()}
     by_kind = collections.defaultdict(list)
     for row in rows:
@@ -169,8 +172,8 @@ def samples(rows: Iterable[Row], suites: Suites) -> dict[str, list[Sample]]:
         held = REGISTRY[row.algorithm].held(problem, row.pass_, row.sizes, on)
         threads, room = on.warp_size * held.warps, occupancy.room(row.algorithm, row.pass_, on)
         parts = (1.0, held.sums / threads, held.words / threads, held.accesses / threads)
-        spills, name = bool(row.spill_bytes or row.failed), occupancy.spilling(room.kind, problem, row.sizes)
-        by_kind[room.kind].append(Sample(parts, row.registers, room.most_registers(held.warps), spills, name))
+        available = room.most_registers(held.warps)
+        by_kind[room.kind].append(Sample(row, room.layer(problem), parts, available))
     return by_kind
 
 
@@ -180,7 +183,7 @@ def fitted(chosen: list[Sample]) -> occupancy.Registers:
     fit = occupancy.UNKNOWN
     if len(sound) >= ENOUGH:
         parts = np.array([sample.parts for sample in sound])
-        weights = _least_squares(parts, np.array([float(sample.registers) for sample in sound]))
+        weights = _least_squares(parts, np.array([float(sample.row.registers) for sample in sound]))
         constant, sums, words, accesses = (float(f"{weight:.3g}") for weight in weights)
         fit = occupancy.Registers(constant, sums, words, accesses, 0.0)
     most, gain, highest = 0.0, 0, 0
@@ -206,13 +209,18 @@ def _least_squares(parts: np.ndarray, taken: np.ndarray) -> np.ndarray:
 
 def registers_json(rows: list[Row], suites: Suites) -> str:
     """The text of registers.json, a line an entry."""
-    kinds, spilling = [], set()
+    kinds, spilling = {}, {}
     for kind, chosen in sorted(samples(rows, suites).items()):
-        fit = fitted(chosen)
-        kinds.append(f"{json.dumps(kind)}: {json.dumps(fit._asdict())}")
-        spilling |= {sample.name for sample in chosen if sample.spills and sample.share(fit) <= STRETCHED}
-    names = ",\n  ".join(map(json.dumps, sorted(spilling)))
-    return '{"registers": {\n  ' + ",\n  ".join(kinds) + '},\n "spilling": [\n  ' + names + "]}\n"
+        kinds[kind] = fit = fitted(chosen)
+        denied = [sample for sample in chosen if sample.spills and sample.share(fit) <= STRETCHED]
+        for layer, those in grouped(denied, lambda sample: sample.layer).items():
+            spilling[layer] = sorted({tuple(sample.row.sizes.values()) for sample in those})
+
+    def lines(entries: dict) -> str:
+        return ",\n  ".join(f"{json.dumps(name)}: {json.dumps(entry)}" for name, entry in entries.items())
+
+    fits = {kind: fit._asdict() for kind, fit in kinds.items()}
+    return f'{{"registers": {{\n  {lines(fits)}}},\n "spilling": {{\n  {lines(dict(sorted(spilling.items())))}}}}}\n'
 
 
 def read(path: pathlib.Path) -> list[Row]:

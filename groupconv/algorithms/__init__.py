@@ -111,17 +111,17 @@ def fitting(name: str, problem: ConvProblem, pass_: str, target: Target) -> tupl
     The general algorithm has a tile for everything.
     """
     module, room = REGISTRY[name], occupancy.room(name, pass_, target)
-    good, others = [], []
+    good, others, spilling = [], [], room.spilling(problem)
     for alternatives in module.tiles(problem, pass_, target):
         for tile in alternatives:
             held = module.held(problem, pass_, tile, target)
-            if room.fits(held) and not room.spills(problem, tile):
+            if room.fits(held) and list(tile.values()) not in spilling:
                 good.append((tile, held))
                 break
             if held.shared_bytes <= target.shared_bytes:
                 others.append((tile, held))
     if not good and others:
-        sound = [choice for choice in others if not room.spills(problem, choice[0])]
+        sound = [choice for choice in others if list(choice[0].values()) not in spilling]
         tile, held = min(sound or others, key=lambda choice: room.share(choice[1]))
         if name == GENERAL or (sound and room.share(held) <= STRETCHED):
             good.append((tile, held))
