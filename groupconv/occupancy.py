@@ -81,12 +81,22 @@ def tables() -> tuple[dict[str, Registers], dict[str, list[list[int]]]]:
     return {kind: Registers(**fit) for kind, fit in data["registers"].items()}, data["compiled"]
 
 
+def arithmetic(target: Target, dtype: str) -> str:
+    """What multiplies: a matrix unit, by itself or in bf16x3, or plain instructions (`wgmma`, `wgmma/bf16x3`,
+    `wgmma/fp32`, for want of another name of the GPU's kind).
+    """
+    if dtype == "bf16x3":
+        return f"{target.matrix_unit}/bf16x3"
+    plain = not target.matrix_rate(dtype) or (dtype in ("fp32", "tf32") and target.precision(dtype) == "ieee")
+    return f"{target.matrix_unit}/fp32" if plain else target.matrix_unit
+
+
 class Room:
     """What a multiprocessor has for programs of an algorithm's pass."""
 
-    def __init__(self, algorithm: str, pass_: str, target: Target):
+    def __init__(self, algorithm: str, pass_: str, target: Target, dtype: str):
         fitted, self._compiled = tables()
-        self.kind = f"{target.matrix_unit} {algorithm} {pass_}"  # by what registers are fitted
+        self.kind = f"{arithmetic(target, dtype)} {algorithm} {pass_}"  # by what registers are fitted
         self._fit = fitted.get(self.kind, UNKNOWN)
         self._file, self._threads, self._programs, self._together = limits(target)
         self._warp = target.warp_size
@@ -147,9 +157,9 @@ class Room:
 
 
 @functools.lru_cache(1024)
-def room(algorithm: str, pass_: str, target: Target) -> Room:
+def room(algorithm: str, pass_: str, target: Target, dtype: str) -> Room:
     """The room for an algorithm's pass on a GPU."""
-    return Room(algorithm, pass_, target)
+    return Room(algorithm, pass_, target, dtype)
 
 
 def shares(parts: int, wanted: int) -> tuple[int, int]:

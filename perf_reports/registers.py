@@ -36,7 +36,7 @@ from . import layers
 
 FOLDER = pathlib.Path(__file__).parents[1] / "autotune_configs"
 TARGETS = ("sm_90", "sm_80", "gfx942", "sm_100", "gfx1100")  # one a kind of matrix unit
-DTYPES = ("bf16", "tf32", "fp32")
+DTYPES = ("bf16", "tf32", "fp32", "bf16x3")
 LARGEST = 1.6  # times the registers that there are: of tiles that hold more nobody needs to know
 ENOUGH = 8  # tiles without spills, to fit by
 SPILL_COSTS = 20  # tiles that do not spill: what one that does may cost where the limit is drawn
@@ -132,7 +132,7 @@ def drawn(draw: random.Random, suites: Suites, targets: Sequence[str]) -> Iterat
 def _drawn(draw: random.Random, target: str, name: str, pass_: str, layers: list[Layer]) -> tuple[Layer, dict] | None:
     """A layer and a tile of it that may fit; None if there is none."""
     on, module = devices.named(target), REGISTRY[name]
-    room = occupancy.room(name, pass_, on)
+    room = occupancy.room(name, pass_, on, layers[0].problem.dtype)
     serving = [layer for layer in layers if module.supports(layer.problem, pass_, on) is None]
     draw.shuffle(serving)
     for layer in serving:
@@ -184,7 +184,7 @@ def samples(rows: Iterable[Row], suites: Suites) -> dict[str, list[Sample]]:
     for row in rows:
         on, problem = devices.named(row.target), problems[row.dtype, row.layout][row.layer]
         held = REGISTRY[row.algorithm].held(problem, row.pass_, row.sizes, on)
-        threads, room = on.warp_size * held.warps, occupancy.room(row.algorithm, row.pass_, on)
+        threads, room = on.warp_size * held.warps, occupancy.room(row.algorithm, row.pass_, on, row.dtype)
         parts = (1.0, held.sums / threads, held.words / threads, held.accesses / threads)
         available = room.most_registers(held.warps)
         by_kind[room.kind].append(Sample(row, room.layer(problem), parts, available))

@@ -156,7 +156,7 @@ def test_planning_estimates_few_configurations(monkeypatch):
     ],
 )  # fmt: skip
 def test_programs_of_a_multiprocessor(target, registers, shared, warps, programs):
-    room = occupancy.room("row_march", "fprop", devices.named(target))
+    room = occupancy.room("row_march", "fprop", devices.named(target), "bf16")
     assert room.programs(registers, shared, warps) == programs
 
 
@@ -164,7 +164,7 @@ def test_what_was_compiled_goes_before_the_estimate():
     """A tile above the limit that was found sound fits, one below it that spills does not."""
     on, problem = devices.named("sm_90"), layers.suite("bf16", "nhwc")[0].problem
     name, pass_ = able(problem, "fprop", on)[0], "fprop"
-    room = occupancy.Room(name, pass_, on)
+    room = occupancy.Room(name, pass_, on, "bf16")
     held = REGISTRY[name].held(problem, pass_, candidates(name, problem, pass_, on)[0], on)
     assert room.fits(held)
     assert not room.fits(held, occupancy.Compiled(0, held.shared_bytes))

@@ -110,7 +110,7 @@ def fitting(name: str, problem: ConvProblem, pass_: str, target: Target) -> tupl
     Where none does, the one that takes the fewest registers, if there are nearly so many: limits are on the safe side.
     The general algorithm has a tile for everything.
     """
-    module, room = REGISTRY[name], occupancy.room(name, pass_, target)
+    module, room = REGISTRY[name], occupancy.room(name, pass_, target, problem.dtype)
     good, others, compiled = [], [], room.compiled(problem)
     for alternatives in module.tiles(problem, pass_, target):
         for tile in alternatives:
@@ -144,7 +144,7 @@ def possible(name: str, problem: ConvProblem, pass_: str, tile: dict, target: Ta
 
 def resident(name: str, problem: ConvProblem, pass_: str, tile: dict, target: Target) -> int:
     """How many programs of a tile, or configuration, share a multiprocessor."""
-    room, held = occupancy.room(name, pass_, target), REGISTRY[name].held(problem, pass_, tile, target)
+    room, held = occupancy.room(name, pass_, target, problem.dtype), REGISTRY[name].held(problem, pass_, tile, target)
     sizes = tuple(size for field, size in tile.items() if field not in REGISTRY[name].DIVISION)
     return room.resident(held, room.compiled(problem).get(sizes))
 
