@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from pretended import ENVIRONMENT
 
 import groupconv
-from groupconv import call, cli, configs, cost, devices, dispatch, launcher, prepared, raced, trial, workers
+from groupconv import call, cli, configs, cost, devices, dispatch, eager, launcher, prepared, raced, trial, workers
 from groupconv.algorithms import torch_reference
 from groupconv.problem import ConvProblem
 
@@ -82,7 +82,8 @@ def scripted(monkeypatch, tmp_path, few_programs):
     monkeypatch.setattr(trial, "DEVICE", device)
     monkeypatch.setattr(trial, "submit", submit)
     monkeypatch.setattr(call.Call, "_prepare", spied)
-    monkeypatch.setattr(prepared, "refusal", lambda x, backend: prepared.unsupported(x))
+    for module in (prepared, eager):
+        monkeypatch.setattr(module, "refusal", lambda x, backend: prepared.unsupported(x))
     monkeypatch.setenv("GROUPCONV_CONFIG_DIR", str(tmp_path))
     start_anew()
     groupconv.set_trials(True)
@@ -201,6 +202,7 @@ def test_the_faster_of_ours_is_taken(scripted, interpreted):
     # The call is again a lookup and a launch: what was prepared, without the trial around it.
     (kept,) = prepared._CALLS.values()
     assert "Trial" not in repr(kept._forward)
+    assert kept._trials == {}
     assert scripted.ran == "row_march"
 
 
@@ -494,6 +496,22 @@ def test_double_backward_and_checkpoints(scripted):
         (first,) = torch.autograd.grad(z.pow(2).sum(), x, create_graph=True)
         (expected,) = torch.autograd.grad(first.pow(2).sum(), w)
         assert (second - expected).norm() <= 2e-2 * expected.norm()
+
+
+def test_compiled_graphs(scripted):
+    """The operators of a torch.compile'd program are on trial like eager calls."""
+    x, w = operands()
+    w.requires_grad_()
+    times(scripted, 100.0, row_march=50.0)
+    compiled = torch.compile(lambda x, w: groupconv.triton_conv(x, w, padding=1, groups=4).relu(), backend="aot_eager")
+
+    def step():
+        (dw,) = torch.autograd.grad(compiled(x, w).sum(), w)
+        (expected,) = torch.autograd.grad(F.conv2d(x, w, padding=1, groups=4).relu().sum(), w)
+        assert (dw - expected).norm() <= 1e-2 * expected.norm()
+
+    until_decided(step)
+    assert dict(states()) == {"fprop": "raced", "wgrad": "raced"}
 
 
 def test_autocast(scripted):
