@@ -66,19 +66,26 @@ class Registers(NamedTuple):
 UNKNOWN = Registers(40.0, 1.0, 1.0, 2.0, 0.7)  # of what nobody compiled; a guess
 
 
+class Compiled(NamedTuple):
+    """What a compiled program takes: registers of a thread, none of them if it spills, and bytes of shared memory."""
+
+    registers: int
+    shared_bytes: int
+
+
 @functools.cache
-def _fitted() -> tuple[dict[str, Registers], dict[str, list[list[int]]]]:
-    """What registers.json has: `Registers` by kind, and by `Room.layer` tiles that spill nevertheless."""
+def tables() -> tuple[dict[str, Registers], dict[str, list[list[int]]]]:
+    """What registers.json has: `Registers` by kind; by `Room.layer` sizes of compiled tiles, and `Compiled` of each."""
     file = importlib.resources.files("groupconv.autotune_configs").joinpath("registers.json")
     data = json.loads(file.read_text(encoding="utf-8"))
-    return {kind: Registers(**fit) for kind, fit in data["registers"].items()}, data["spilling"]
+    return {kind: Registers(**fit) for kind, fit in data["registers"].items()}, data["compiled"]
 
 
 class Room:
     """What a multiprocessor has for programs of an algorithm's pass."""
 
     def __init__(self, algorithm: str, pass_: str, target: Target):
-        fitted, self._spilling = _fitted()
+        fitted, self._compiled = tables()
         self.kind = f"{target.matrix_unit} {algorithm} {pass_}"  # by what registers are fitted
         self._fit = fitted.get(self.kind, UNKNOWN)
         self._file, self._threads, self._programs, self._together = limits(target)
@@ -96,8 +103,12 @@ class Room:
         parts = fit.a_sum * held.sums + fit.a_word * held.words + fit.an_access * held.accesses
         return fit.constant + parts / (self._warp * held.warps)
 
-    def fits(self, held: Held) -> bool:
-        """Whether there are the shared memory and, as far as is known, the registers that a program takes."""
+    def fits(self, held: Held, compiled: Compiled | None = None) -> bool:
+        """Whether there are the shared memory and the registers that a program takes: as compiled, or else as far as
+        can be estimated.
+        """
+        if compiled is not None:
+            return compiled.registers > 0 and compiled.shared_bytes <= self._shared
         return held.shared_bytes <= self._shared and self.share(held) <= self._fit.most
 
     def share(self, held: Held) -> float:
@@ -105,17 +116,23 @@ class Room:
         return self.registers(held) / self.most_registers(held.warps)
 
     def layer(self, problem: ConvProblem) -> str:
-        """What its kernels' registers go by: `wgmma row_march wgrad nhwc 16-bit 3x3 s1x1 d1x1 4->4`."""
+        """What its kernels' registers go by: `wgmma row_march wgrad nhwc 16-bit 3x3 s1x1 d1x1 4->4`; of depthwise
+        kernels, some of which are compiled for the map, the map too.
+        """
         p, strides, dilations = problem, "x".join(map(str, problem.stride)), "x".join(map(str, problem.dilation))
         taps = f"{p.kh}x{p.kw} s{strides} d{dilations}"
-        return f"{self.kind} {p.layout} {8 * p.element_bytes}-bit {taps} {p.cin_g}->{p.cout_g}"
+        channels = f"{p.cin_g}->{p.cout_g}" + (f" of {p.h_in}x{p.w_in}" if p.cin_g == 1 else "")
+        return f"{self.kind} {p.layout} {8 * p.element_bytes}-bit {taps} {channels}"
 
-    def spilling(self, problem: ConvProblem) -> list[list[int]]:
-        """Sizes of the tiles that are known to spill, although they look as if they fitted."""
-        return self._spilling.get(self.layer(problem), [])
+    def compiled(self, problem: ConvProblem) -> dict[tuple[int, ...], Compiled]:
+        """What is known of tiles for a layer like this, by their sizes."""
+        rows = self._compiled.get(self.layer(problem), [])
+        return {tuple(sizes): Compiled(registers, shared) for *sizes, registers, shared in rows}
 
-    def resident(self, held: Held) -> int:
+    def resident(self, held: Held, compiled: Compiled | None = None) -> int:
         """The programs that share a multiprocessor: at least 1, whatever they take."""
+        if compiled is not None and compiled.registers:
+            return self.programs(compiled.registers, compiled.shared_bytes, held.warps)
         return self.programs(self.registers(held), held.shared_bytes, held.warps)
 
     def programs(self, registers: float, shared_bytes: int, warps: int) -> int:
@@ -142,11 +159,13 @@ def shares(parts: int, wanted: int) -> tuple[int, int]:
     return math.ceil(parts / each), each
 
 
+@functools.lru_cache(1024)
 def largest_splits(problem: ConvProblem, pass_: str) -> int:
     """The most splits of a filter gradient whose fp32 partial sums take no more memory than the operands."""
     return max(1, problem.min_bytes(pass_) // (4 * problem.params))
 
 
+@functools.lru_cache(1024)
 def most_splits(problem: ConvProblem, pass_: str) -> int:
     """The most splits that are worth planning: their partial sums stay small beside the operands."""
     return max(1, int(WORKSPACE * problem.min_bytes(pass_)) // (4 * problem.params))

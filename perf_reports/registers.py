@@ -4,8 +4,8 @@
     python -m groupconv.perf_reports.registers                   # fit what there is
 
 autotune_configs/registers.csv has a row a compiled tile, of layers of the suite; registers.json what `occupancy` reads:
-by GPU kind, algorithm and pass, how registers go by what a tile holds, where they end, and which tiles spill
-nevertheless.
+by GPU kind, algorithm and pass, how registers go by what a tile holds, and where they end; and what compiled tiles
+take, by layer.
 """
 
 from __future__ import annotations
@@ -21,13 +21,14 @@ import pathlib
 import random
 import time
 from collections.abc import Iterable, Iterator, Sequence
+from unittest import mock
 
 import numpy as np
 import triton
 
 from groupconv import devices, dispatch, occupancy
-from groupconv.algorithms import REGISTRY, STRETCHED, able, divided
-from groupconv.common import Layer, files, grouped
+from groupconv.algorithms import REGISTRY, STRETCHED, able, divided, fitting
+from groupconv.common import Layer, files
 from groupconv.compiling.compiler import Compiler, Job, processes
 from groupconv.problem import LAYOUTS, PLANNED
 
@@ -41,6 +42,7 @@ ENOUGH = 8  # tiles without spills, to fit by
 SPILL_COSTS = 20  # tiles that do not spill: what one that does may cost where the limit is drawn
 PENDING = 8
 Suites = dict[tuple[str, str], list[Layer]]  # by dtype and layout
+Tables = tuple[dict[str, occupancy.Registers], dict[str, list[list[int]]]]  # as occupancy.tables has them
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,9 +75,9 @@ class Row:
 Tile = tuple[str, str, str, Layer, dict[str, int]]  # target, algorithm, pass, layer, tile
 
 
-def collect(rows: list[Row], tiles: Iterable[Tile], seconds: float, count: int) -> Iterator[Row]:
-    """Compile tiles that no row has, until time is up."""
-    known, end = {row.key for row in rows}, time.monotonic() + seconds
+def collect(rows: list[Row], tiles: Iterable[Tile], end: float, count: int) -> Iterator[Row]:
+    """Compile tiles that no row has, until the clock says `end`."""
+    known = {row.key for row in rows}
     pending: collections.deque[tuple[Row, Job]] = collections.deque()
     with Compiler(count) as compiler:
         for target, name, pass_, layer, tile in tiles:
@@ -97,14 +99,26 @@ def collect(rows: list[Row], tiles: Iterable[Tile], seconds: float, count: int) 
             yield _answered(compiler, *pending.popleft())
 
 
-def planned(suites: Suites, targets: Sequence[str]) -> Iterator[Tile]:
-    """What the plans of all layers take."""
-    for suite in suites.values():
-        for target, layer, pass_ in itertools.product(targets, suite, PLANNED):
-            on, problem = devices.named(target), layer.problem
-            if names := able(problem, pass_, on):
-                name, config, _ = dispatch.best(problem, pass_, on, names)
-                yield target, name, pass_, layer, {k: v for k, v in config.items() if k not in REGISTRY[name].DIVISION}
+def planned(suites: Suites, targets: Sequence[str], tables: Tables) -> Iterator[Tile]:
+    """What the plans of all layers would take if every tile fitted that is not known to spill."""
+    kinds, tiles = tables
+    hopeful = {kind: fit._replace(most=STRETCHED) for kind, fit in kinds.items()}
+    with mock.patch.object(occupancy, "tables", return_value=(hopeful, tiles)):
+        _forget()
+        for suite, target in itertools.product(suites.values(), targets):
+            on = devices.named(target)
+            for layer, pass_ in itertools.product(suite, PLANNED):
+                if names := able(layer.problem, pass_, on):
+                    name, config, _ = dispatch.best(layer.problem, pass_, on, names)
+                    tile = {field: n for field, n in config.items() if field not in REGISTRY[name].DIVISION}
+                    yield target, name, pass_, layer, tile
+    _forget()
+
+
+def _forget() -> None:
+    """What was concluded from the tables."""
+    occupancy.room.cache_clear()
+    fitting.cache_clear()
 
 
 def drawn(draw: random.Random, suites: Suites, targets: Sequence[str]) -> Iterator[Tile]:
@@ -207,20 +221,31 @@ def _least_squares(parts: np.ndarray, taken: np.ndarray) -> np.ndarray:
     return best
 
 
-def registers_json(rows: list[Row], suites: Suites) -> str:
-    """The text of registers.json, a line an entry."""
-    kinds, spilling = {}, {}
-    for kind, chosen in sorted(samples(rows, suites).items()):
-        kinds[kind] = fit = fitted(chosen)
-        denied = [sample for sample in chosen if sample.spills and sample.share(fit) <= STRETCHED]
-        for layer, those in grouped(denied, lambda sample: sample.layer).items():
-            spilling[layer] = sorted({tuple(sample.row.sizes.values()) for sample in those})
+def tables(rows: list[Row], suites: Suites) -> Tables:
+    """What registers.json says: of each kind, and of the tiles of a layer their sizes, registers (none if they spill or
+    failed) and shared memory.
+    """
+    by_kind = samples(rows, suites)
+    tiles: dict[str, dict[tuple[int, ...], tuple[int, int]]] = collections.defaultdict(dict)
+    for sample in itertools.chain.from_iterable(by_kind.values()):
+        sizes, taken = tuple(sample.row.sizes.values()), (sample.row.registers, sample.row.shared_bytes)
+        of_layer = tiles[sample.layer]
+        if sample.spills:
+            of_layer[sizes] = 0, sample.row.shared_bytes
+        elif of_layer.get(sizes, (1, 0))[0]:  # a layer's name stands for several, and the worst counts
+            of_layer[sizes] = max(taken, of_layer.get(sizes, (0, 0)))
+    compiled = {layer: [[*sizes, *taken] for sizes, taken in sorted(of.items())] for layer, of in sorted(tiles.items())}
+    return {kind: fitted(chosen) for kind, chosen in sorted(by_kind.items())}, compiled
+
+
+def text(tables: Tables) -> str:
+    """That of registers.json, a line an entry."""
 
     def lines(entries: dict) -> str:
         return ",\n  ".join(f"{json.dumps(name)}: {json.dumps(entry)}" for name, entry in entries.items())
 
-    fits = {kind: fit._asdict() for kind, fit in kinds.items()}
-    return f'{{"registers": {{\n  {lines(fits)}}},\n "spilling": {{\n  {lines(dict(sorted(spilling.items())))}}}}}\n'
+    kinds, compiled = {kind: fit._asdict() for kind, fit in tables[0].items()}, tables[1]
+    return f'{{"registers": {{\n  {lines(kinds)}}},\n "compiled": {{\n  {lines(compiled)}}}}}\n'
 
 
 def read(path: pathlib.Path) -> list[Row]:
@@ -249,16 +274,23 @@ def main() -> None:
     path = FOLDER / "registers.csv"
     rows = read(path)
     fields = [field.name for field in dataclasses.fields(Row)]
+    end = time.monotonic() + args.seconds
     with path.open("a", encoding="utf-8", newline="") as file:
         writer = csv.DictWriter(file, fields, lineterminator="\n")
         if not rows:
             writer.writeheader()
-        tiles = planned(chosen, args.targets) if args.planned else drawn(random.Random(len(rows)), chosen, args.targets)
-        for row in collect(rows, tiles, args.seconds, args.jobs) if args.seconds else ():
-            rows.append(row)
-            writer.writerow(dataclasses.asdict(row))
-            file.flush()
-    files.write_atomically(FOLDER / "registers.json", registers_json(rows, suites))
+        found = args.seconds > 0
+        while found:  # once, but of what is planned as long as plans change
+            tiles = drawn(random.Random(len(rows)), chosen, args.targets)
+            if args.planned:
+                tiles = iter(list(planned(chosen, args.targets, tables(rows, suites))))
+            found = False
+            for row in collect(rows, tiles, end, args.jobs):
+                found = args.planned
+                rows.append(row)
+                writer.writerow(dataclasses.asdict(row))
+                file.flush()
+    files.write_atomically(FOLDER / "registers.json", text(tables(rows, suites)))
 
 
 if __name__ == "__main__":

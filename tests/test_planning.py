@@ -158,3 +158,32 @@ def test_planning_estimates_few_configurations(monkeypatch):
 def test_programs_of_a_multiprocessor(target, registers, shared, warps, programs):
     room = occupancy.room("row_march", "fprop", devices.named(target))
     assert room.programs(registers, shared, warps) == programs
+
+
+def test_what_was_compiled_goes_before_the_estimate():
+    """A tile above the limit that was found sound fits, one below it that spills does not."""
+    on, problem = devices.named("sm_90"), layers.suite("bf16", "nhwc")[0].problem
+    name, pass_ = able(problem, "fprop", on)[0], "fprop"
+    room = occupancy.Room(name, pass_, on)
+    held = REGISTRY[name].held(problem, pass_, candidates(name, problem, pass_, on)[0], on)
+    assert room.fits(held)
+    assert not room.fits(held, occupancy.Compiled(0, held.shared_bytes))
+    assert not room.fits(held, occupancy.Compiled(32, on.shared_bytes + 1))
+    too_much = held._replace(sums=1e9)
+    assert not room.fits(too_much)
+    assert room.fits(too_much, occupancy.Compiled(255, held.shared_bytes))
+    few, many = (room.resident(held, occupancy.Compiled(registers, 1024)) for registers in (255, 32))
+    assert few < many
+
+
+def test_tables_hold_what_was_compiled():
+    """Of each layer's tiles the sizes that its algorithm has, and registers that a thread can have; the plans' too."""
+    kinds, compiled = occupancy.tables()
+    assert {" ".join(layer.split()[:3]) for layer in compiled} >= {"wgmma row_block fprop", "mfma implicit_gemm wgrad"}
+    for layer, rows in compiled.items():
+        name = next(name for name in REGISTRY if f" {name} " in layer)
+        for *sizes, registers, shared in rows:
+            assert len(sizes) == len(REGISTRY[name].BLOCKS) + 2, layer
+            assert 0 <= registers <= 512
+            assert shared >= 0
+    assert all(0.0 < kind.most <= 2.0 for kind in kinds.values() if kind.most)

@@ -111,22 +111,22 @@ def fitting(name: str, problem: ConvProblem, pass_: str, target: Target) -> tupl
     The general algorithm has a tile for everything.
     """
     module, room = REGISTRY[name], occupancy.room(name, pass_, target)
-    good, others, spilling = [], [], room.spilling(problem)
+    good, others, compiled = [], [], room.compiled(problem)
     for alternatives in module.tiles(problem, pass_, target):
         for tile in alternatives:
-            held = module.held(problem, pass_, tile, target)
-            if room.fits(held) and list(tile.values()) not in spilling:
-                good.append((tile, held))
+            choice = tile, module.held(problem, pass_, tile, target), compiled.get(tuple(tile.values()))
+            if room.fits(*choice[1:]):
+                good.append(choice)
                 break
-            if held.shared_bytes <= target.shared_bytes:
-                others.append((tile, held))
+            if choice[1].shared_bytes <= target.shared_bytes:
+                others.append(choice)
     if not good and others:
-        sound = [choice for choice in others if list(choice[0].values()) not in spilling]
-        tile, held = min(sound or others, key=lambda choice: room.share(choice[1]))
-        if name == GENERAL or (sound and room.share(held) <= STRETCHED):
-            good.append((tile, held))
-    widest = max((held.vector for _, held in good), default=0)
-    return tuple((tile, room.resident(held)) for tile, held in good if held.vector == widest)
+        sound = [choice for choice in others if choice[2] is None]  # as far as is known
+        last = min(sound or others, key=lambda choice: room.share(choice[1]))
+        if name == GENERAL or (sound and room.share(last[1]) <= STRETCHED):
+            good.append(last)
+    widest = max((held.vector for _, held, _ in good), default=0)
+    return tuple((tile, room.resident(held, known)) for tile, held, known in good if held.vector == widest)
 
 
 def candidates(name: str, problem: ConvProblem, pass_: str, target: Target) -> tuple[dict, ...]:
@@ -144,7 +144,9 @@ def possible(name: str, problem: ConvProblem, pass_: str, tile: dict, target: Ta
 
 def resident(name: str, problem: ConvProblem, pass_: str, tile: dict, target: Target) -> int:
     """How many programs of a tile, or configuration, share a multiprocessor."""
-    return occupancy.room(name, pass_, target).resident(REGISTRY[name].held(problem, pass_, tile, target))
+    room, held = occupancy.room(name, pass_, target), REGISTRY[name].held(problem, pass_, tile, target)
+    sizes = tuple(size for field, size in tile.items() if field not in REGISTRY[name].DIVISION)
+    return room.resident(held, room.compiled(problem).get(sizes))
 
 
 def divided(

@@ -52,7 +52,10 @@ def pipelined_bytes(operands: Iterable[tuple[int, int]], tile: dict, size: int, 
     through registers, once for all stages.
     """
     stages = max(1, tile["num_stages"] - (not target.has_warpgroups))
-    return sum(elements * size * (stages if run * size >= 4 else 1) for elements, run in operands)
+    elements = 0
+    for of_a_step, run in operands:
+        elements += of_a_step * (stages if run * size >= 4 else 1)
+    return elements * size
 
 
 def registers_for_all(options: dict, target: Target) -> dict:
@@ -101,6 +104,7 @@ def split(problem: ConvProblem, steps: int, splits: int) -> tuple[int, int]:
     return shares(steps, min(splits, largest_splits(problem, "wgrad")))
 
 
+@functools.lru_cache(4096)
 def splits_to_try(problem: ConvProblem, steps: int, tiles: int, fit: int, target: Target) -> list[int]:
     """Numbers of splits that may be good, the likely best first: whole waves of programs, and powers of two.
 

@@ -115,7 +115,8 @@ class _Step:
 
 
 def _step(problem: ConvProblem, pass_: str, config: dict) -> _Step:
-    return _step_of(problem, pass_, *(config[f"BLOCK_{axis}"] for axis in "RTMNK"))
+    block_r, taps, bm, bn, bk = map(config.__getitem__, ("BLOCK_R", "BLOCK_T", "BLOCK_M", "BLOCK_N", "BLOCK_K"))
+    return _step_of(problem, pass_, block_r, taps, bm, bn, bk)
 
 
 @functools.lru_cache(4096)
