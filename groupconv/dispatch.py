@@ -87,8 +87,8 @@ class Plan:
         if not _able(self.problem, "backward", self.target, self.backend)[0]:
             return None
         both, apart = self.fused, (self.dgrad, self.wgrad)
-        if both.source == "raced":  # against the two
-            return None if both.algorithm == "torch" else both
+        if both.source == "raced":  # against the two, whose time is its torch_time_us
+            return both if both.algorithm != "torch" and (both.time_us or 0.0) < (both.torch_time_us or 0.0) else None
         if both.algorithm == "torch" or any(p.time_source != both.time_source or not p.taken_us for p in apart):
             return None
         return both if (both.taken_us or 0.0) < sum(p.taken_us or 0.0 for p in apart) else None

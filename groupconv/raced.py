@@ -13,6 +13,7 @@ import hashlib
 import json
 import os
 import pathlib
+import re
 import stat
 import warnings
 from collections.abc import Iterator
@@ -88,7 +89,7 @@ def write(slug: str, found: Result) -> None:
     import filelock
 
     path = user_file(slug)
-    if path is None:
+    if path is None or (path.exists() and not path.is_file()):  # a pipe would wait for its reader
         return
     fields = {
         "device": slug, "utc": found.utc, **dataclasses.asdict(found.entry), "made_with": made_with(),
@@ -137,7 +138,7 @@ def _parsed(line: bytes, slug: str) -> tuple[Result, dict[str, str]]:
     if not isinstance(fields, dict) or fields.get("schema") != configs.SCHEMA or fields.get("device") != slug:
         raise configs.DamagedFile("not of this schema, or of this device")
     made, utc = fields.get("made_with"), fields.get("utc")
-    if not isinstance(made, dict) or not isinstance(utc, str):
+    if not isinstance(made, dict) or not isinstance(utc, str) or not re.fullmatch(r"[0-9TZ:-]{20}", utc):
         raise configs.DamagedFile("it does not say what it was made with, or when")
     return Result(configs.entry(fields, lambda algorithm: made != made_with()), utc), made
 

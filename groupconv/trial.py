@@ -264,35 +264,56 @@ class Trial:
 
         What it raises `base` does, never a contender.
         """
-        # Another thread's call, a graph that is recorded, and what is decided while this call waited: no turns.
+        # A graph that is recorded, or another thread's turn.
         if DEVICE.capturing() or not self._lock.acquire(blocking=False):
             return base(*operands)
         try:
-            if self._result is None and not self._stopped:
-                return self._turn(base, operands)
+            racer = self._next()
+            if racer is None:
+                return base(*operands)
+            if not isinstance(racer, Contender):
+                return racer.timed(base, operands)
+            if not racer.proven:
+                return self._checked(racer, base, operands)
+            try:
+                assert racer.run is not None
+                return racer.timed(racer.run, operands)
+            except Exception as error:  # whatever Triton or the device raises, F.conv2d serves
+                racer.out = workers.in_a_line(error)
+            return base(*operands)
         finally:
             self._lock.release()
-        return base(*operands)
 
-    def _turn(self, base: Callable, operands: Sequence[Tensor | None]) -> Any:
-        self._seen += 1
-        known = raced.lookup(self.target.slug, self.problem, self.pass_) if self._common else None
-        if known is not None:  # of the same class, another device or thread was quicker
-            self._end(known)
-            return base(*operands)
-        if why := why_off():
-            self._stop(why)
-            return base(*operands)
-        if self._contenders is None and (self._seen < SEEN or not self._begin()):
-            return base(*operands)
+    def _next(self) -> Racer | None:
+        """Whose turn it is: F.conv2d's or a contender's, to be checked or timed; None where nobody's time counts."""
+        if self._result is not None or self._stopped:
+            return None
+        try:
+            self._seen += 1
+            known = raced.lookup(self.target.slug, self.problem, self.pass_) if self._common else None
+            if known is not None:  # of the same class, another call or device was quicker
+                self._end(known)
+            elif why := why_off():
+                self._stop(why)
+            elif self._contenders is not None or (self._seen >= SEEN and self._begin()):
+                return self._turn()
+        except Exception as error:  # no thread can be started, say: a call goes on
+            self._stop(workers.in_a_line(error))
+        return None
+
+    def _turn(self) -> Racer | None:
         racing = self._racing()
         unproven = [one for one in racing if not one.proven]
         if unproven:
             ready = [one for one in unproven if one.answer.done() and one.reading is None]
-            if not ready:
-                return base(*operands)
-            return self._checked(min(ready, key=lambda one: one.inconclusive), base, operands)
-        return self._raced(racing, base, operands)
+            return min(ready, key=lambda one: one.inconclusive, default=None)
+        racers: list[Racer] = [self._base, *racing]
+        for racer in racers:
+            racer.read()
+        waiting = [racer for racer in racers if racer.begun < racer.wanted]
+        if not waiting and all(racer.is_done for racer in racers):
+            self._decide(racing)
+        return min(waiting, key=lambda racer: racer.begun, default=None)
 
     def _begin(self) -> bool:
         """Have the contenders compiled, if there may be another trial."""
@@ -331,7 +352,7 @@ class Trial:
             with launcher.poisoned():
                 result = one.run(*operands)
             one.reading = DEVICE.later(self._errors(result, expected, operands))
-        except Exception as error:  # whatever Triton or the device raises, F.conv2d serves
+        except Exception as error:  # as above
             one.out = workers.in_a_line(error)
         return expected
 
@@ -373,24 +394,6 @@ class Trial:
                 return
         one.proven = True
 
-    def _raced(self, racing: list[Contender], base: Callable, operands: Sequence[Tensor | None]) -> Any:
-        racers: list[Racer] = [self._base, *racing]
-        for racer in racers:
-            racer.read()
-        waiting = [racer for racer in racers if racer.begun < racer.wanted]
-        if waiting:
-            racer = min(waiting, key=lambda racer: racer.begun)
-            if not isinstance(racer, Contender):
-                return racer.timed(base, operands)
-            try:
-                assert racer.run is not None
-                return racer.timed(racer.run, operands)
-            except Exception as error:  # as above
-                racer.out = workers.in_a_line(error)
-        elif all(racer.is_done for racer in racers):
-            self._decide(racing)
-        return base(*operands)
-
     def _decide(self, racing: list[Contender]) -> None:
         theirs = self._base.median
         best = min(racing, key=lambda one: one.median, default=None)
@@ -399,6 +402,7 @@ class Trial:
         found = raced.of_now(configs.Entry(key, algorithm, config, round(ours, 3), round(theirs, 3)))
         if self._common:
             raced.keep(self.target.slug, found)
+        if self._common and len(racing) == len(self._contenders or ()):  # what failed may not fail another time
             with contextlib.suppress(RuntimeError):  # the interpreter ends
                 threading.Thread(target=raced.write, args=(self.target.slug, found)).start()
         self._end(found)

@@ -11,6 +11,7 @@ import contextlib
 import json
 import os
 import queue
+import signal
 import subprocess
 import sys
 import tempfile
@@ -40,7 +41,8 @@ def in_a_line(error: BaseException) -> str:
 
 def local_processes() -> int:
     """The processes of a job that share this machine, as torchrun counts them."""
-    return max(1, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    said = os.environ.get("LOCAL_WORLD_SIZE", "")
+    return max(1, int(said)) if said.isdecimal() else 1
 
 
 def cores() -> int:
@@ -54,8 +56,10 @@ def cores() -> int:
 def serve(answer: Callable[[Fields], Fields]) -> None:
     """Answer jobs until the input ends, or the process that asks. What a job raises is its answer."""
     threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
-    if BACKGROUND in sys.argv and hasattr(os, "nice"):
-        os.nice(19)
+    if BACKGROUND in sys.argv:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # it is the caller that is interrupted
+        if hasattr(os, "nice"):
+            os.nice(19)
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)  # whatever else prints must not end up among the answers
     for line in sys.stdin:
@@ -65,6 +69,7 @@ def serve(answer: Callable[[Fields], Fields]) -> None:
             reply = {"failed": in_a_line(error)}
         answers.write(json.dumps(reply) + "\n")
         answers.flush()
+    os._exit(0)  # at the lowest priority a process that takes itself apart may be long about it
 
 
 def _end_with(parent: int) -> None:
@@ -108,7 +113,8 @@ class Workers:
         if interpret:
             self._environment["TRITON_INTERPRET"] = "1"
         if background:
-            self._environment |= HIDDEN_GPUS
+            # What the caller can import its processes can, and nothing that only lies where it runs.
+            self._environment |= HIDDEN_GPUS | {"PYTHONPATH": os.pathsep.join(sys.path), "PYTHONSAFEPATH": "1"}
         self._count, self._seconds = count, seconds
         self._jobs: queue.SimpleQueue[tuple[Fields, concurrent.futures.Future[Fields]] | None] = queue.SimpleQueue()
         self._lock = threading.Lock()

@@ -374,6 +374,36 @@ def test_no_process_can_be_started(scripted, ours_modelled):
     assert served(scripted, x, w) == modelled.algorithm != "torch"
 
 
+@pytest.mark.parametrize("breaks", ["submit", "contenders"])
+def test_a_call_goes_on_whatever_breaks(scripted, monkeypatch, breaks, ours_modelled):
+    x, w = operands()
+    times(scripted, 100.0)
+
+    def broken(*_):
+        raise RuntimeError("can't start new thread")
+
+    if breaks == "submit":
+        monkeypatch.setattr(trial, "submit", broken)
+    else:
+        monkeypatch.setattr(dispatch, "contenders", broken)
+    for _ in range(TURNS):
+        forward(x, w)
+    (reason,) = {kept._decided["fprop", None].reason for kept in prepared._CALLS.values()}
+    assert reason == 'backend="torch"'
+    assert scripted.runs == []
+
+
+def test_what_failed_is_not_kept_for_others(scripted):
+    """Memory that was short, or a compiler that was interrupted, says nothing of the next process."""
+    x, w = operands()
+    times(scripted, 100.0, implicit_gemm=50.0)
+    scripted.faults["row_march"] = raises
+    until_decided(forward, x, w)
+    assert served(scripted, x, w) == "implicit_gemm"
+    time.sleep(0.2)
+    assert not raced.user_file(SLUG).exists()
+
+
 def test_a_graph_that_is_recorded(scripted):
     """What is decided runs, and else F.conv2d: no marks, and no turns."""
     x, w = operands()

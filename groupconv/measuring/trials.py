@@ -6,6 +6,7 @@ import argparse
 import pathlib
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from .. import configs, devices, raced
@@ -27,7 +28,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _table(path: pathlib.Path) -> Table:
-    table = Table(title=str(path), title_justify="left")
+    table = Table(title=escape(str(path)), title_justify="left")
     for column in COLUMNS:
         table.add_column(column, justify="right" if column.endswith("us") else "left")
     for found, made_with in raced.read(path):
