@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 __all__ = [
     "Conv2d", "ConvProblem", "ConversionSummary", "PassPlan", "Plan", "convert", "explain", "revert",
-    "set_fp32_precision", "summarize", "triton_conv",
+    "set_fp32_precision", "set_trials", "summarize", "trials", "triton_conv",
 ]  # fmt: skip
 __version__ = "0.1.0"
 
@@ -25,13 +25,14 @@ if TYPE_CHECKING or not _is_command_line():
     from .api import explain, triton_conv
     from .dispatch import PassPlan, Plan
     from .modules import Conv2d, ConversionSummary, convert, revert, summarize
-    from .prepared import set_fp32_precision
+    from .prepared import set_fp32_precision, set_trials
     from .problem import ConvProblem
+    from .trial import trials
 else:
 
     def __getattr__(name: str) -> Any:
         if name in __all__:
-            for module in ("api", "dispatch", "modules", "prepared", "problem"):
+            for module in ("api", "dispatch", "modules", "prepared", "problem", "trial"):
                 loaded = importlib.import_module(f".{module}", __name__)
                 if hasattr(loaded, name):
                     return getattr(loaded, name)

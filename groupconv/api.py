@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
-from . import devices, dispatch, eager, equivalents, prepared, torch_private
+from . import devices, dispatch, eager, equivalents, prepared, torch_private, trial
 from .arguments import are_tensors, autocast, consistent, normalise
 
 equivalents.register()
@@ -102,7 +102,7 @@ def explain(
 
     Returns:
         A Plan: `fprop`, `dgrad` and `wgrad` with algorithm, configuration, source, reason, FLOPs, bytes and floor.
-        print() shows it.
+        print() shows it, and how far trials are (`set_trials`).
 
     Raises: what triton_conv raises for the same call; ValueError for an unknown target, TypeError for one that is no
         string. Source: own derivation.
@@ -126,9 +126,12 @@ def explain(
         raise NotImplementedError("explain: F.conv2d takes this call, but no plan describes it")
     # A named target is planned for wherever the tensors are.
     why_not = prepared.refusal(x, backend) if target is None else prepared.unsupported(x)
-    return dispatch.plan(
+    plan = dispatch.plan(
         prepared.make_problem(x, w, b is not None, args),
         devices.named(target) if target is not None else prepared.target_of(x.device),
         backend,
         why_not,
     )
+    if target is None and x.device.type == "cuda":
+        plan.notes.update(trial.notes(plan))
+    return plan

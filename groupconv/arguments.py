@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .problem import output_size
+from .problem import dense_strides, output_size, suggests_channels_last
 
 
 class ConvArgs(NamedTuple):
@@ -114,3 +114,18 @@ def autocast(x: Tensor, w: Tensor, bias: Tensor | None):
         return tensor.to(dtype) if eligible and tensor.dtype != torch.float64 else tensor
 
     return cast(x), cast(w), cast(bias)
+
+
+def out_channels_last(x: Tensor, w: Tensor) -> bool:
+    """Whether y and dx are channels_last, as F.conv2d has them: ATen's word for it, whatever kernels read."""
+    return suggests_channels_last(x.shape, x.stride()) or suggests_channels_last(w.shape, w.stride())
+
+
+def dx_strides(x: Tensor, w: Tensor) -> tuple[int, int, int, int]:
+    """Element strides of the gradient by x, as F.conv2d has them."""
+    return dense_strides(x.shape, out_channels_last(x, w))
+
+
+def dw_strides(w: Tensor) -> tuple[int, int, int, int]:
+    """Element strides of the gradient by w, as F.conv2d has them."""
+    return dense_strides(w.shape, suggests_channels_last(w.shape, w.stride()))

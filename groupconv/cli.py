@@ -1,4 +1,4 @@
-"""The command line: groupconv compile, report, tune and bench."""
+"""The command line: groupconv compile, report, tune, trials and bench."""
 
 from __future__ import annotations
 
@@ -37,11 +37,18 @@ def _bench(args: argparse.Namespace) -> int:
     return bench.bench(args)
 
 
+def _trials(args: argparse.Namespace) -> int:
+    from .measuring import trials
+
+    return trials.run(args)
+
+
 # By command, what runs it, and the packages that it needs and the library does not.
 COMMANDS = {
     "compile": (_compile, ("rich",)),
     "report": (_report, ("matplotlib", "rich")),
     "tune": (_tune, ("rich",)),
+    "trials": (_trials, ("rich",)),
     "bench": (_bench, ("matplotlib", "rich")),
 }
 

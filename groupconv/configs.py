@@ -144,7 +144,7 @@ def parse_device(text: str, path: str) -> DeviceFile:
         entries = []
         for number, fields in enumerate(data["entries"]):
             with _damage_in(f"entry {number}"):
-                entries.append(_entry(fields, outdated))
+                entries.append(entry(fields, outdated))
         valid = tuple(entry for entry in entries if not outdated(entry.algorithm))
         calibration = data.get("calibration", {})
         _require(isinstance(calibration, dict), "calibration must be an object")
@@ -153,7 +153,7 @@ def parse_device(text: str, path: str) -> DeviceFile:
         return DeviceFile(path, data["device"], kind, valid, Calibration(ours, torch), len(entries) - len(valid))
 
 
-def _entry(fields: Any, outdated: Callable[[str], bool]) -> Entry:
+def entry(fields: Any, outdated: Callable[[str], bool]) -> Entry:
     _require(isinstance(fields, dict) and isinstance(fields.get("key"), dict), "it has no key")
     key = fields["key"]
     _require(set(key) == set(KEY_FIELDS), f"key must have exactly {', '.join(KEY_FIELDS)}")

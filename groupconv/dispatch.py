@@ -6,11 +6,13 @@ import dataclasses
 import functools
 from collections.abc import Mapping
 
-from . import configs, cost
+from . import configs, cost, raced
 from .algorithms import NAMES, REGISTRY, divided, fitting, lack, newer_triton, possible, tiling
 from .devices import Target
 from .problem import PASSES, ConvProblem
 
+MOST_CONTENDERS = 3
+WORTH = 2.0  # times the modelled time of the best: what is slower is not tried
 REFINED = 3  # of an algorithm's tiles: other divisions of the work of these are modelled too
 BACKENDS = ("auto", "triton", "torch", *(f"triton:{name}" for name in NAMES))
 
@@ -20,7 +22,8 @@ class PassPlan:
     """What one pass does, or the fused backward.
 
     algorithm: a name of the registry, or "torch" for F.conv2d. source: where the choice came from: "exact" or
-    "nearest" (a measurement of this device), "modelled", "forced" (by `backend`) or "fallback". time_us is that of the
+    "nearest" (a measurement of this device), "raced" (in the user's own calls), "modelled", "forced" (by `backend`) or
+    "fallback". time_us is that of the
     best algorithm of ours, torch_time_us that of F.conv2d, whichever is taken; time_source says whether they are
     "measured" or "modelled".
     """
@@ -47,13 +50,14 @@ class PassPlan:
 class Plan:
     """The plans of a problem's passes on a target, each made when it is first asked for.
 
-    refusal: why no kernel of ours may run (CPU tensors, say), which leaves F.conv2d.
+    refusal: why no kernel of ours may run (CPU tensors, say), which leaves F.conv2d. notes: more to be said of passes.
     """
 
     problem: ConvProblem
     target: Target
     backend: str = "auto"
     refusal: str | None = None
+    notes: dict[str, str] = dataclasses.field(default_factory=dict, compare=False)
 
     @functools.cached_property
     def fprop(self) -> PassPlan:
@@ -71,13 +75,20 @@ class Plan:
         return plan_pass(self.problem, pass_, self.target, self.backend, self.refusal)
 
     @functools.cached_property
+    def fused(self) -> PassPlan:
+        """Of dgrad and wgrad by one kernel, whether it is worth it or not."""
+        return self._planned("backward")
+
+    @functools.cached_property
     def backward(self) -> PassPlan | None:
         """Where one kernel for both gradients is faster than dgrad and wgrad, its plan, for where both are wanted."""
         if self.refusal is not None or self.backend == "torch":
             return None
         if not _able(self.problem, "backward", self.target, self.backend)[0]:
             return None
-        both, apart = self._planned("backward"), (self.dgrad, self.wgrad)
+        both, apart = self.fused, (self.dgrad, self.wgrad)
+        if both.source == "raced":  # against the two, whose time is its torch_time_us
+            return both if both.algorithm != "torch" and (both.time_us or 0.0) < (both.torch_time_us or 0.0) else None
         if both.algorithm == "torch" or any(p.time_source != both.time_source or not p.taken_us for p in apart):
             return None
         return both if (both.taken_us or 0.0) < sum(p.taken_us or 0.0 for p in apart) else None
@@ -92,6 +103,8 @@ class Plan:
             config = " ".join(f"{k}={v}" for k, v in (plan.config or {}).items())
             lines.append(f"  {plan.pass_}: {plan.algorithm} [{plan.source}] {config}".rstrip())
             lines.append(f"    {plan.reason}")
+            if plan.pass_ in self.notes:
+                lines.append(f"    {self.notes[plan.pass_]}")
             lines.append(
                 f"    {plan.flops / 1e9:.3f} GFLOP, {plan.min_bytes / 1e6:.2f} MB, floor {plan.floor_us:.1f} us"
                 " (modelled)"
@@ -126,9 +139,10 @@ def _able(problem: ConvProblem, pass_: str, target: Target, backend: str) -> tup
 
 
 def plan_pass(
-    problem: ConvProblem, pass_: str, target: Target, backend: str = "auto", refusal: str | None = None
-) -> PassPlan:
-    """Plan one pass; see `plan`."""
+    problem: ConvProblem, pass_: str, target: Target, backend: str = "auto", refusal: str | None = None,
+    found: raced.Result | None = None,
+) -> PassPlan:  # fmt: skip
+    """Plan one pass; see `plan`. found: by this race, in place of what is known of the problem's class."""
     floor = cost.floor_us(problem, pass_, target)
 
     def made(algorithm, config, source, reason, time=None, torch_time=None, time_source="modelled"):
@@ -148,11 +162,11 @@ def plan_pass(
             raise NotImplementedError(f"triton_conv: backend={backend!r} cannot run {what}: {reason}")
         return made("torch", None, "fallback", reason)
 
-    for file in configs.device_files(target.slug):
-        found = file.lookup(problem, pass_)
-        if found is None:
+    for file in configs.device_files(target.slug) if found is None else ():
+        measured = file.lookup(problem, pass_)
+        if measured is None:
             continue
-        entry, tier = found
+        entry, tier = measured
         times = (entry.time_us, entry.torch_time_us, "measured")
         by_torch = "failed" if entry.torch_time_us is None else f"{entry.torch_time_us:.1f} us"
         if not forced and entry.torch_time_us is not None and entry.torch_time_us <= entry.time_us:
@@ -164,6 +178,15 @@ def plan_pass(
             if config is not entry.config:
                 reason += "; its configuration does not fit this problem, so the model chose"
             return made(entry.algorithm, config, tier, reason, *times)
+
+    found = found or raced.lookup(target.slug, problem, pass_)
+    if found is not None:
+        ours = found.entry.algorithm in able and (forced or found.won)
+        if ours or not forced:
+            entry = found.entry
+            taken = entry.algorithm if ours else "torch"
+            fitting_ = _fitting(problem, pass_, target, entry) if ours else None
+            return made(taken, fitting_, "raced", found.told, entry.time_us, entry.torch_time_us, "measured")
 
     calibration = _calibration(target)
     name, config, estimate = best(problem, pass_, target, able, calibration.ours)
@@ -221,6 +244,23 @@ def best(
         factor = (calibration or {}).get(f"{name} {pass_}", 1.0)
         found.append((name, config, estimate.scaled(factor)))
     return min(found, key=lambda choice: choice[2].score)
+
+
+def contenders(problem: ConvProblem, pass_: str, target: Target) -> list[tuple[str, dict]]:
+    """The plans of ours that are worth a trial, the modelled fastest first: of different algorithms, and where these
+    are few, of different tiles.
+    """
+    factors, choices = _calibration(target).ours, []
+    for name in _able(problem, pass_, target, "auto")[0]:
+        factor, tiles = factors.get(f"{name} {pass_}", 1.0), set[tuple[int, ...]]()
+        for estimate, config in ranked(problem, pass_, target, name):
+            tile = tuple(size for field, size in config.items() if field not in REGISTRY[name].DIVISION)
+            if tile not in tiles and len(tiles) < MOST_CONTENDERS:
+                choices.append((len(tiles), factor * estimate.score, name, config))
+                tiles.add(tile)
+    choices.sort(key=lambda choice: choice[:2])  # the best tile of each algorithm, then the second best
+    least = min((score for _, score, _, _ in choices), default=0.0)
+    return [(name, config) for _, score, name, config in choices if score <= WORTH * least][:MOST_CONTENDERS]
 
 
 def modelled(problem: ConvProblem, pass_: str, target: Target, name: str) -> tuple[str, dict, cost.Estimate]:

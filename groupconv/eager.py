@@ -12,7 +12,8 @@ from torch import Tensor
 
 from . import operators, torch_private
 from .arguments import ConvArgs, are_tensors, autocast, consistent, normalise
-from .prepared import PLAIN_TYPES, lookup, refusal, torch_gradients
+from .call import PLAIN_TYPES, torch_gradients
+from .prepared import lookup, refusal
 
 
 def conv2d(x, w, bias, stride, padding, dilation, groups, backend) -> Tensor:

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import math
 import re
 import sys
+import threading
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import torch
@@ -28,11 +32,30 @@ def stub_target() -> devices.Target | None:
     return pretended if isinstance(pretended, devices.Target) else None
 
 
+_LOCK = threading.Lock()
+_poisoners = 0  # that are at work
+
+
 def allocate(shape, strides, like: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
     """Uninitialised memory on the device of `like`, and of its dtype unless another is named."""
+    if _poisoners:
+        return like.new_empty_strided(shape, strides, dtype=dtype or like.dtype).fill_(math.nan)
     if dtype is None:
         return like.new_empty_strided(shape, strides)
     return like.new_empty_strided(shape, strides, dtype=dtype)
+
+
+@contextlib.contextmanager
+def poisoned() -> Iterator[None]:
+    """What is allocated is NaN, in all threads, so that what a kernel leaves unwritten shows."""
+    global _poisoners
+    with _LOCK:
+        _poisoners += 1
+    try:
+        yield
+    finally:
+        with _LOCK:
+            _poisoners -= 1
 
 
 class Miscompiled(RuntimeError):

@@ -11,8 +11,9 @@ from torch import Tensor
 
 from . import launcher, torch_private
 from .algorithms import torch_reference
-from .arguments import ConvArgs, autocast, out_pixels
-from .prepared import dw_strides, dx_strides, lookup_of_operator, out_channels_last, torch_gradients
+from .arguments import ConvArgs, autocast, dw_strides, dx_strides, out_channels_last, out_pixels
+from .call import torch_gradients
+from .prepared import lookup_of_operator
 from .problem import dense_strides
 
 # --- What they are and compute ---------------------------------------------------------------------------------------

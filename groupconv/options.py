@@ -22,6 +22,7 @@ def parser() -> argparse.ArgumentParser:
         ("compile", _compile, "compile what is shipped and planned for GPUs that are not here, and check it"),
         ("report", _report, "compare a layer across group counts; tables and plots in a folder"),
         ("tune", _tune, "measure the fastest configurations on this GPU, and plan by them"),
+        ("trials", _trials, "show what plans proved in your own calls, on any GPU"),
         ("bench", _bench, "compare with PyTorch's ways, layer by layer and in whole models"),
     ):
         add(commands.add_parser(name, help=help_))
@@ -73,6 +74,14 @@ def _tune(parser: argparse.ArgumentParser) -> None:
     add("--compile-only", action="store_true", help="list what compiles without spills for --target; measure nothing")
     add("--stub", action="store_true", help="try the search without a GPU, against a pretended one; needs --out")
     add("--target", metavar="DEVICE", help="with --compile-only or --stub: the GPU to plan for (default: nvidia_h200)")
+
+
+def _trials(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        "Shows the results of trials (groupconv.set_trials), which lie in the user's configuration folder, a file a "
+        "device: which problems were raced, when, our time and F.conv2d's."
+    )
+    parser.add_argument("--target", metavar="DEVICE", help="only of this GPU")
 
 
 def _bench(parser: argparse.ArgumentParser) -> None:

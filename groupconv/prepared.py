@@ -1,26 +1,20 @@
-"""Prepared calls: a convolution that is planned, its kernels bound, found again by all that they depend on.
+"""Calls found again by all that their plans and kernels depend on.
 
 What is checked before a launch is here too: whether kernels of ours can run on the tensors, and for which GPU.
 """
 
 from __future__ import annotations
 
-import functools
-import warnings
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
-from . import algorithms, devices, dispatch, launcher, torch_private
-from .algorithms import REGISTRY, torch_reference
-from .arguments import ConvArgs, consistent, is_convolution, normalise, plain
-from .problem import ConvProblem, channels_innermost, dense_strides, meaningful_strides, suggests_channels_last
+from . import algorithms, devices, dispatch, launcher, torch_private, trial
+from .arguments import ConvArgs, consistent, is_convolution, normalise, out_channels_last, plain
+from .call import Call, is_unreadable, traits
+from .problem import ConvProblem, channels_innermost
 
 DTYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
-PLAIN_TYPES = (Tensor, torch.nn.Parameter)
 MOST_CALLS = 4096  # prepared calls kept; a program with more shapes than this starts over
-ON_HIP = torch.version.hip is not None
 
 
 # --- What is checked before a launch ---------------------------------------------------------------------------------
@@ -51,6 +45,28 @@ def target_of(device: torch.device) -> devices.Target:
     if device.type == "cuda" and torch.cuda.is_available():
         return devices.of_device(torch.cuda.current_device() if device.index is None else device.index)
     return launcher.stub_target() or devices.DEFAULT
+
+
+def set_trials(wanted: bool | None) -> None:
+    """Choose whether plans that nobody measured on this GPU prove themselves in your own calls, before they are taken.
+
+    A kind of call goes on trial when it is seen for the fourth time. Until its trial is over F.conv2d serves it, and no
+    call waits: our kernels are compiled in other processes, of the lowest priority; run once beside F.conv2d on the
+    same tensors, to be compared; then take turns with F.conv2d, between events on the stream. What is 3% faster than
+    F.conv2d is taken from then on, in later processes too (DEVICE.trials.jsonl in the user's configuration folder).
+
+    Args:
+        wanted: None, the default, follows PyTorch: on where torch.backends.cudnn.benchmark is True, and neither
+            torch.backends.cudnn.deterministic nor torch.use_deterministic_algorithms. True and False decide. The flags
+            are read, never written, when a kind of call is first seen; this function has all calls planned anew.
+
+    Raises: ValueError for anything else.
+    Accuracy: the result of a call on trial is F.conv2d's or that of a kernel whose result differed from F.conv2d's by
+        no more than both may be off; which of them, the clock decides. Results are bitwise repeatable without trials.
+    Source: own derivation. `groupconv.trials` and `groupconv.explain` show the state, `groupconv trials` the file.
+    """
+    trial.wish(wanted)
+    reset()
 
 
 # --- The problem of a call -------------------------------------------------------------------------------------------
@@ -94,218 +110,6 @@ def make_problem(x: Tensor, w: Tensor, has_bias: bool, args: ConvArgs) -> ConvPr
     )  # fmt: skip
 
 
-def out_channels_last(x: Tensor, w: Tensor) -> bool:
-    """Whether y and dx are channels_last, as F.conv2d has them: ATen's word for it, whatever kernels read."""
-    return suggests_channels_last(x.shape, x.stride()) or suggests_channels_last(w.shape, w.stride())
-
-
-def dx_strides(x: Tensor, w: Tensor) -> tuple[int, int, int, int]:
-    """Element strides of the gradient by x, as F.conv2d has them."""
-    return dense_strides(x.shape, out_channels_last(x, w))
-
-
-def dw_strides(w: Tensor) -> tuple[int, int, int, int]:
-    """Element strides of the gradient by w, as F.conv2d has them."""
-    return dense_strides(w.shape, suggests_channels_last(w.shape, w.stride()))
-
-
-# --- Prepared calls --------------------------------------------------------------------------------------------------
-
-
-def _traits(tensor: Tensor | None):
-    """All of a tensor that a plan, a compiled kernel or a launch depends on; RuntimeError if it has no memory.
-
-    Triton specialises a pointer on its alignment to 16 bytes, and on AMD on whether 32 bits reach all of its memory.
-    """
-    if tensor is None:
-        return None
-    pointer = tensor.data_ptr()
-    address: object = pointer & 15 == 0 if pointer else None
-    if ON_HIP:
-        address = address, tensor.untyped_storage().nbytes() < 2**31
-    plain_type = type(tensor) in PLAIN_TYPES
-    return plain_type, tensor.shape, tensor.stride(), tensor.dtype, tensor.device, address, tensor.is_neg()
-
-
-def _is_unreadable(tensor: Tensor | None) -> bool:
-    """Whether kernels cannot read a tensor where it lies: it is negated lazily, or its memory was freed."""
-    if tensor is None:
-        return False
-    freed = tensor.data_ptr() == 0 and tensor.numel() > 0 and tensor.device.type != "meta"
-    return freed or tensor.is_neg()
-
-
-def torch_gradients(dy, x, w, args: ConvArgs, needs):
-    """(dx, dw, db), each None unless needed, by F.conv2d's own backward, with its exceptions."""
-    need_x, need_w, need_b = needs
-    dx, dw = torch_reference.backward(args, dy, x, w, need_x, need_w) if need_x or need_w else (None, None)
-    return dx, dw, dy.sum((0, 2, 3)) if need_b else None
-
-
-class Call:
-    """A planned convolution with its launches: what all calls of one key share."""
-
-    def __init__(
-        self, problem: ConvProblem, plan: dispatch.Plan, args: ConvArgs, backend: str,
-        x: Tensor, w: Tensor, bias: Tensor | None,
-    ):  # fmt: skip
-        self.problem, self.plan, self.args, self.backend = problem, plan, args, backend
-        self.device = x.device.index if x.device.type == "cuda" else None
-        self.strides = {
-            "x": meaningful_strides(x.shape, x.stride()),
-            "w": w.stride(),
-            "y": dense_strides(problem.y_shape, problem.out_layout == "nhwc"),
-            "dx": dx_strides(x, w),
-            "dw": dw_strides(w),
-        }
-        self.copy_bias = bias is not None and not bias.is_contiguous()
-        self._x_traits, self._w_traits = _traits(x), _traits(w)
-        self._kind = x.dtype, x.device
-        self._forward: Callable | None = None
-        self._backward: dict[tuple, Callable] = {}
-
-    # Of the backward passes nothing is planned before gradients are wanted.
-
-    @functools.cached_property
-    def torch_fprop(self) -> bool:
-        return self.plan.fprop.algorithm == "torch"
-
-    @functools.cached_property
-    def torch_dgrad(self) -> bool:
-        return self.plan.dgrad.algorithm == "torch"
-
-    @functools.cached_property
-    def torch_wgrad(self) -> bool:
-        return self.plan.wgrad.algorithm == "torch"
-
-    @functools.cached_property
-    def all_torch(self) -> bool:
-        return self.torch_fprop and self.torch_dgrad and self.torch_wgrad and self.plan.backward is None
-
-    def _prepare(self, pass_: str, **strides):
-        plan = getattr(self.plan, pass_)
-        prepare = REGISTRY[plan.algorithm].prepare
-        return prepare(self.problem, pass_, plan.config, self.plan.target, self.strides | strides)
-
-    def _elsewhere(self) -> bool:
-        """Whether the current device is another than that of the tensors, which launches want."""
-        return self.device is not None and self.device != torch_private.current_gpu()
-
-    def forward(self, x: Tensor, w: Tensor, bias: Tensor | None) -> Tensor:
-        """y of tensors that this call was looked up for."""
-        if self.problem.batch == 0:
-            return launcher.allocate(self.problem.y_shape, self.strides["y"], x)
-        run = self._forward
-        if run is None:
-            if self.torch_fprop:
-                run = functools.partial(torch_reference.fprop, self.args)
-            else:
-                run = self._prepare("fprop")
-            self._forward = run
-        if self.copy_bias and bias is not None:
-            bias = bias.contiguous()
-        try:
-            if self._elsewhere():
-                with torch.cuda.device(self.device):
-                    return run(x, w, bias)
-            return run(x, w, bias)
-        except launcher.Miscompiled as error:
-            self._give_up(error)
-            self._forward = functools.partial(torch_reference.fprop, self.args)
-            return self._forward(x, w, bias)
-
-    def _give_up(self, error: launcher.Miscompiled) -> None:
-        """Warn that F.conv2d serves; of a backend that was asked for, raise."""
-        if self.backend != "auto":
-            raise error
-        warnings.warn(f"{error}; F.conv2d runs instead", stacklevel=4)
-
-    def backward(self, dy: Tensor, x: Tensor | None, w: Tensor | None, needs: tuple[bool, bool, bool]):
-        """(dx, dw, db), each None unless needed; None instead of them where no launch of this call is for such tensors.
-
-        Autograd may hand back other tensors than were saved, and any dy: every property that a launch is prepared for
-        is compared, in every call. x may be None unless `saves` says otherwise, and so may w.
-        """
-        try:
-            key = needs, _traits(dy), _traits(x), _traits(w)
-        except RuntimeError:  # a wrapper, of vmap say
-            return None
-        run = self._backward.get(key)
-        if run is None:
-            if not self._fits(dy, x, w):
-                return None
-            run = self._backward[key] = self._prepare_backward(dy, *needs)
-        try:
-            if self._elsewhere():
-                with torch.cuda.device(self.device):
-                    return run(dy, x, w)
-            return run(dy, x, w)
-        except launcher.Miscompiled as error:
-            self._give_up(error)
-            self._backward[key] = self._by_torch(needs)
-            return self._backward[key](dy, x, w)
-
-    def _by_torch(self, needs: tuple[bool, bool, bool]) -> Callable:
-        """F.conv2d's gradients; of an operand that was not saved, as its values are not needed, the shape."""
-
-        def run(dy, x, w):
-            return torch_gradients(dy, *self.in_place_of_unsaved(x, w), self.args, needs)
-
-        return run
-
-    def _fits(self, dy: Tensor, x: Tensor | None, w: Tensor | None) -> bool:
-        """Whether x and w are as they were in the forward pass, and dy is a plain tensor of y's shape and kind."""
-        saved = (x, self._x_traits), (w, self._w_traits)
-        if any(tensor is not None and _traits(tensor) != traits for tensor, traits in saved):
-            return False
-        alike = dy.shape == self.problem.y_shape and (dy.dtype, dy.device) == self._kind
-        return alike and type(dy) in PLAIN_TYPES and dy.layout is torch.strided and not _is_unreadable(dy)
-
-    def _prepare_backward(self, dy: Tensor, need_x: bool, need_w: bool, need_b: bool) -> Callable:
-        """What makes the gradients that are needed of a dy like this: one launch for two, one each, or F.conv2d."""
-        problem = self.problem
-        dy_strides = meaningful_strides(dy.shape, dy.stride())
-        grads: Callable
-        if problem.batch == 0:
-
-            def grads(dy, x, w):
-                dx = launcher.allocate(problem.x_shape, self.strides["dx"], dy) if need_x else None
-                dw = launcher.allocate(problem.w_shape, self.strides["dw"], dy).zero_() if need_w else None
-                return dx, dw
-
-        elif need_x and need_w and self.plan.backward is not None:
-            grads = self._prepare("backward", dy=dy_strides)
-        else:
-            by_torch = need_x and self.torch_dgrad, need_w and self.torch_wgrad
-            dgrad = self._prepare("dgrad", dy=dy_strides) if need_x and not by_torch[0] else None
-            wgrad = self._prepare("wgrad", dy=dy_strides) if need_w and not by_torch[1] else None
-
-            def grads(dy, x, w):
-                dx, dw = torch_reference.backward(self.args, dy, x, w, *by_torch) if any(by_torch) else (None, None)
-                return dx if dgrad is None else dgrad(dy, w), dw if wgrad is None else wgrad(dy, x)
-
-        def run(dy, x, w):
-            dx, dw = grads(dy, x, w)
-            return dx, dw, dy.sum((0, 2, 3)) if need_b else None
-
-        return run
-
-    def saves(self, need_x: bool, need_w: bool) -> tuple[bool, bool]:
-        """Which of x and w a backward that needs these gradients reads."""
-        return need_w or (need_x and self.torch_dgrad), need_x or (need_w and self.torch_wgrad)
-
-    def in_place_of_unsaved(self, x: Tensor | None, w: Tensor | None) -> tuple[Tensor, Tensor]:
-        """x and w; for one that was not saved, a tensor of its shape that takes no memory and has no values."""
-        return (
-            self._valueless(self.problem.x_shape) if x is None else x,
-            self._valueless(self.problem.w_shape) if w is None else w,
-        )
-
-    def _valueless(self, shape) -> Tensor:
-        dtype, device = self._kind
-        return torch.empty((), dtype=dtype, device=device).expand(shape)
-
-
 # --- Calls by what they depend on ------------------------------------------------------------------------------------
 
 _CALLS: dict[tuple, Call] = {}
@@ -319,7 +123,7 @@ def reset() -> None:
 def _key(x: Tensor, w: Tensor, bias: Tensor | None, stride, padding, dilation, groups, backend: str) -> tuple:
     """Everything that a plan or a compiled kernel depends on."""
     precision = _fp32_precision() if x.dtype is torch.float32 else None
-    return _traits(x), _traits(w), _traits(bias), stride, padding, dilation, groups, backend, precision
+    return traits(x), traits(w), traits(bias), stride, padding, dilation, groups, backend, precision
 
 
 def lookup(x: Tensor, w: Tensor, bias: Tensor | None, stride, padding, dilation, groups, backend: str) -> Call | None:
@@ -335,7 +139,7 @@ def lookup(x: Tensor, w: Tensor, bias: Tensor | None, stride, padding, dilation,
     call = _CALLS.get(key)
     if call is None:
         args = normalise(x.shape, w.shape, *arguments)
-        if args is None or any(map(_is_unreadable, (x, w, bias))) or not consistent(x, w, bias):
+        if args is None or any(map(is_unreadable, (x, w, bias))) or not consistent(x, w, bias):
             return None
         call = _plan_call(key, x, w, bias, args, backend)
     return call
@@ -347,7 +151,7 @@ def lookup_of_operator(x: Tensor, w: Tensor, bias: Tensor | None, args: ConvArgs
         return None
     key = _key(x, w, bias, *args, backend)
     call = _CALLS.get(key)
-    if call is None and is_convolution(x.shape, w.shape, args) and not any(map(_is_unreadable, (x, w, bias))):
+    if call is None and is_convolution(x.shape, w.shape, args) and not any(map(is_unreadable, (x, w, bias))):
         call = _plan_call(key, x, w, bias, args, backend)
     return call
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from functools import cached_property
 
 PASSES = ("fprop", "dgrad", "wgrad")
@@ -161,6 +162,14 @@ class ConvProblem:
         if pass_ == "backward":  # reads x, dy and w, writes dx and dw
             return (2 * x + y + 2 * self.params) * self.element_bytes
         return (x + y + self.params) * self.element_bytes
+
+    def error_bound(self, pass_: str) -> float:
+        """||error|| / ||result|| of one of PASSES, at most: fp32 by its reduction's length, others by rounding."""
+        if self.dtype in ("tf32", "fp16", "bf16"):
+            return {"tf32": 1e-3, "fp16": 5e-4, "bf16": 4e-3}[self.dtype]
+        taps = self.kh * self.kw
+        length = {"fprop": self.cin_g * taps, "dgrad": self.cout_g * taps, "wgrad": self.out_pixels}[pass_]
+        return 2**-23 * math.sqrt(length) + (1e-5 if self.dtype == "bf16x3" else 0.0)
 
     @cached_property
     def params(self) -> int:

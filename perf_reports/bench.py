@@ -17,11 +17,10 @@ from collections.abc import Callable, Generator, Sequence
 
 import torch
 
-from groupconv import devices, options
+from groupconv import devices, options, workers
 from groupconv.common import Layer, files, progress
 from groupconv.common.files import Row
 from groupconv.common.progress import Deadline
-from groupconv.compiling import workers
 from groupconv.compiling.compiler import Compiler, processes
 from groupconv.measuring import stub
 from groupconv.measuring.lab import DeviceLost, Lab, this_gpu

@@ -19,11 +19,11 @@ from groupconv.common import Layer
 from groupconv.common.files import ENVIRONMENT
 from groupconv.compiling.compiler import Compiled, Compiler, Job
 from groupconv.compiling.interpreter import shrunk
-from groupconv.compiling.workers import Workers
 from groupconv.devices import Target
 from groupconv.measuring.contenders import Contender, has_native, same_layout
 from groupconv.measuring.lab import Checked, DeviceLost, Lab, Limits, Subject, failure, tried
 from groupconv.problem import PASSES, PLANNED, ConvProblem
+from groupconv.workers import Workers
 
 PROBLEM_FIELDS = (
     "batch", "c_in", "h_in", "w_in", "c_out", "kh", "kw", "stride_h", "stride_w", "pad_top", "pad_bottom", "pad_left",

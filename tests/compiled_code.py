@@ -268,7 +268,7 @@ class Waits:
 
 def waits_of(job: Job) -> Waits | None:
     """None for kernels without products of warp groups."""
-    launch = compiler.launched(job.problem, job.pass_, job.algorithm, job.config, job.target)[0]
+    launch = compiler.launched(job)[0]
     ptx = launch.compiled.asm["ptx"]
     if "wgmma.mma_async" not in ptx:
         return None

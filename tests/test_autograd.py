@@ -289,8 +289,8 @@ def launched(monkeypatch):
     seen = []
     prepare = prepared.Call._prepare
 
-    def spied(self, pass_, **strides):
-        run = prepare(self, pass_, **strides)
+    def spied(self, pass_, *plan):
+        run = prepare(self, pass_, *plan)
         return lambda *tensors: (seen.append(pass_), run(*tensors))[1]
 
     monkeypatch.setattr(prepared.Call, "_prepare", spied)

@@ -152,7 +152,7 @@ from groupconv.algorithms import implicit_gemm
 from groupconv.problem import ConvProblem
 problem = ConvProblem(1, 2, 9, 33, 2, 31, 31, pad=(15,) * 4, groups=2, dtype="fp32")
 config = dict(BLOCK_M=128, BLOCK_N=16, BLOCK_K=16, SPLITS=1, num_warps=4, num_stages=3)
-(launch,) = compiler.launched(problem, "fprop", "implicit_gemm", config, "sm_90")
+(launch,) = compiler.launched(compiler.Job("implicit_gemm", "fprop", config, problem, "sm_90"))
 print(triton.__version__, launch.options["num_stages"], launcher.adds_half_a_constant(launch.compiled.asm["ptx"]))
 """
     assert python(code, **oldest_triton).split() == ["3.6.0", "1", "False"]
@@ -258,14 +258,14 @@ for target, stride, pass_, tiles in (
     p = ConvProblem(32, 512, 28, 28, 512, 3, 3, (stride, stride), (1, 1, 1, 1), (1, 1), 4, "bf16")
     name, config, _ = dispatch.modelled(p, pass_, devices.named(target), "row_block_tma")
     config |= dict(zip(("BLOCK_M", "BLOCK_I", "BLOCK_K"), tiles))
-    ptx = compiler.launched(p, pass_, name, config, target)[0].compiled.asm["ptx"]
+    ptx = compiler.launched(compiler.Job(name, pass_, config, p, target))[0].compiled.asm["ptx"]
     assert ptx.count("cp.async.bulk.tensor.5d") > 0
     assert (ptx.count("cp.async.bulk.tensor.4d") > 0) == (pass_ != "wgrad")
     assert ptx.count("ld.global") == 0
 for target, pass_ in (("sm_90", "fprop"), ("sm_80", "dgrad"), ("gfx942", "wgrad")):
     p = ConvProblem(32, 480, 14, 14, 480, 3, 3, (1, 1), (1, 1, 1, 1), (1, 1), 4, "bf16x3")
     name, config, _ = dispatch.best(p, pass_, devices.named(target), ["implicit_gemm"])
-    made = compiler.launched(p, pass_, name, config, target)[0].compiled
+    made = compiler.launched(compiler.Job(name, pass_, config, p, target))[0].compiled
     text, used = made.asm.get("ptx") or made.asm["amdgcn"], resources.of(made)
     assert used.spill_bytes == 0
     assert used.matrix_count > 0

@@ -2,13 +2,15 @@
 
 import dataclasses
 import math
+import time
 
 import cases
 import pytest
 import torch
 import torch.nn.functional as F
 
-from groupconv import configs, dispatch, prepared, set_fp32_precision, triton_conv
+import groupconv
+from groupconv import configs, dispatch, prepared, raced, set_fp32_precision, trial, triton_conv
 from groupconv.algorithms import REGISTRY, able, possible
 from groupconv.perf_reports import layers
 from groupconv.problem import PASSES, ConvProblem
@@ -388,3 +390,105 @@ def test_a_plan_is_made_once():
     for _ in range(3):
         triton_conv(*tensors, **kwargs, backend="triton")
     assert len(prepared._CALLS) == 1
+
+
+# --- Trials ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def on_trial(tmp_path, monkeypatch):
+    """Nothing is measured, trials are on, and results go to a folder of their own."""
+    monkeypatch.setenv("GROUPCONV_CONFIG_DIR", str(tmp_path))
+    monkeypatch.setattr(configs, "shipped_folder", lambda: tmp_path)
+
+    def forget():
+        configs.reset()
+        raced.reset()
+        trial.reset()
+
+    forget()
+    groupconv.set_trials(True)
+    yield tmp_path
+    groupconv.set_trials(None)
+    forget()
+    prepared.reset()
+
+
+def until_decided(step, seconds=240.0):
+    """Steps until all trials are over."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        step()
+        decided = [status.state in ("raced", "stopped") for status in groupconv.trials()]
+        if len(decided) > 2 and all(decided):
+            return
+        time.sleep(0.01)
+    raise AssertionError(groupconv.trials())
+
+
+def test_trials_race_without_a_wait(on_trial):
+    """Compiled elsewhere, checked and raced in calls that never wait for the GPU, and right in every one of them."""
+    tensors, kwargs = layer()
+    leaves = [t.requires_grad_() for t in tensors]
+    dy = random(8, 64, 28, 28, seed=3)
+
+    def step():
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            y = triton_conv(*leaves, **kwargs)
+            grads = torch.autograd.grad(y, leaves, dy)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        check_layer(y.detach(), grads, tensors, kwargs, dy)
+
+    until_decided(step)
+    until_decided(step)  # both gradients in one kernel, which waits for the two apart
+    states = {status.pass_: status for status in groupconv.trials()}
+    print(*states.values(), sep="\n")
+    assert {"fprop", "dgrad", "wgrad"} <= states.keys()
+    assert not any("wrong" in status.details for status in states.values())
+    plan = groupconv.explain(*tensors, **kwargs)
+    for pass_plan in plan.passes:
+        assert pass_plan.source == "raced"
+        assert pass_plan.taken_us <= pass_plan.torch_time_us
+    assert list(on_trial.glob("*.trials.jsonl"))
+
+
+def test_trials_and_graphs(on_trial):
+    """A graph that is captured in the middle of a race has F.conv2d, and no events; what comes after it goes on."""
+    tensors, kwargs = layer()
+    steps = 0
+
+    def step():
+        nonlocal steps
+        steps += 1
+        y = triton_conv(*tensors, **kwargs)
+        if steps % 8 == 0:
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                captured = triton_conv(*tensors, **kwargs)
+            graph.replay()
+            torch.cuda.synchronize()
+            assert cases.error(captured, F.conv2d(*(t.double() for t in tensors), **kwargs)) <= cases.bound("bf16", 1)
+        return y
+
+    end = time.monotonic() + 240
+    while not any(status.state == "raced" for status in groupconv.trials()):
+        step()
+        time.sleep(0.01)
+        assert time.monotonic() < end, groupconv.trials()
+    assert [status.pass_ for status in groupconv.trials()] == ["fprop"]
+
+
+def test_trials_on_a_side_stream(on_trial):
+    tensors, kwargs = layer()
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    expected = F.conv2d(*(t.double() for t in tensors), **kwargs)
+    end = time.monotonic() + 240
+    while not any(status.state == "raced" for status in groupconv.trials()):
+        with torch.cuda.stream(side):
+            y = triton_conv(*tensors, **kwargs)
+        side.synchronize()
+        assert cases.error(y, expected) <= cases.bound("bf16", 1)
+        assert time.monotonic() < end, groupconv.trials()

@@ -142,7 +142,7 @@ def test_fused_backward(algorithm, groups, wanted, device, monkeypatch):
     assert call.plan.backward.algorithm == algorithm
     ran, prepare = set(), prepared.Call._prepare
     monkeypatch.setattr(
-        prepared.Call, "_prepare", lambda self, pass_, **k: (ran.add(pass_), prepare(self, pass_, **k))[1]
+        prepared.Call, "_prepare", lambda self, pass_, *plan: (ran.add(pass_), prepare(self, pass_, *plan))[1]
     )
     with cases.guarded():
         y = triton_conv(*tensors.values(), padding=1, groups=groups, backend=f"triton:{algorithm}")

@@ -92,7 +92,7 @@ def breaches(source, module):
 PARTS = {name: importlib.util.find_spec(name) for name in ("groupconv", "groupconv.kernels", "groupconv.perf_reports")}
 # The tools, each of which imports only those before it and the runtime; the runtime none of them.
 TOOLS = ("options", "common", "compiling", "measuring", "perf_reports", "cli", "__main__")
-CALLS = {"api", "eager", "operators", "prepared"}
+CALLS = {"api", "eager", "operators", "prepared", "call", "trial"}
 ABOVE = {  # of the runtime: what each module must not import
     "problem": CALLS | {"dispatch", "algorithms", "configs", "cost", "devices", "kernels", "occupancy"},
     "cost": CALLS | {"dispatch", "algorithms", "configs", "devices", "occupancy"},
@@ -100,15 +100,19 @@ ABOVE = {  # of the runtime: what each module must not import
     "occupancy": CALLS | {"dispatch", "algorithms", "configs", "cost", "devices", "kernels"},
     "arguments": CALLS | {"dispatch", "algorithms", "configs", "cost", "devices", "kernels"},
     "torch_private": CALLS | {"dispatch", "algorithms", "configs", "cost", "devices", "kernels", "arguments"},
-    "configs": CALLS | {"dispatch"},
+    "configs": CALLS | {"dispatch", "raced"},
+    "raced": CALLS | {"dispatch"},
+    "workers": CALLS | {"dispatch", "algorithms", "configs", "cost", "devices", "kernels"},
     "algorithms": CALLS | {"dispatch"},
     "dispatch": CALLS | {"kernels"},
+    "trial": {"api", "eager", "operators", "prepared", "call", "kernels"},
+    "call": {"api", "eager", "operators", "prepared", "equivalents", "kernels"},
     "prepared": {"api", "eager", "operators", "equivalents", "kernels"},
     "operators": {"api", "eager", "equivalents", "dispatch", "kernels"},
     "eager": {"api", "equivalents", "dispatch", "kernels"},
     "equivalents": CALLS | {"dispatch", "algorithms", "configs", "devices", "kernels"},
     "api": {"modules"},
-    "modules": {"eager", "operators", "prepared", "dispatch"},
+    "modules": {"eager", "operators", "prepared", "call", "trial", "dispatch"},
 }
 
 

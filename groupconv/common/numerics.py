@@ -91,7 +91,7 @@ def worst_error(problem: ConvProblem, pass_: str, result: PassResult, expected: 
     passes = ("dgrad", "wgrad") if pass_ == "backward" else (pass_,)
     results, references = (tensors if isinstance(tensors, tuple) else (tensors,) for tensors in (result, expected))
     checked = [
-        (relative_error(tensor, reference), error_bound(problem, part))
+        (relative_error(tensor, reference), problem.error_bound(part))
         for part, tensor, reference in zip(passes, results, references, strict=True)
     ]
     return max(checked, key=lambda error: math.inf if math.isnan(error[0]) else error[0] / error[1])
@@ -100,15 +100,6 @@ def worst_error(problem: ConvProblem, pass_: str, result: PassResult, expected: 
 def relative_error(result: Tensor, expected: Tensor) -> float:
     """||result - expected|| / ||expected||; NaN where anything was left unwritten."""
     return ((result.double() - expected).norm() / expected.norm().clamp(min=1e-30)).item()
-
-
-def error_bound(problem: ConvProblem, pass_: str) -> float:
-    """The largest relative error of one of PASSES: fp32 by its reduction's length, others by their rounding."""
-    if problem.dtype in ("tf32", "fp16", "bf16"):
-        return {"tf32": 1e-3, "fp16": 5e-4, "bf16": 4e-3}[problem.dtype]
-    taps = problem.kh * problem.kw
-    length = {"fprop": problem.cin_g * taps, "dgrad": problem.cout_g * taps, "wgrad": problem.out_pixels}[pass_]
-    return 2**-23 * math.sqrt(length) + (1e-5 if problem.dtype == "bf16x3" else 0.0)
 
 
 @contextlib.contextmanager

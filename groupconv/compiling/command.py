@@ -11,11 +11,10 @@ from collections.abc import Callable
 
 from rich.table import Table
 
-from .. import devices, dispatch
+from .. import devices, dispatch, workers
 from ..algorithms import GENERAL, REGISTRY, able, lack, tiling
 from ..common import Layer, progress
 from ..problem import ELEMENT_BYTES, LAYOUTS, PASSES, PLANNED, ConvProblem
-from . import workers
 from .compiler import Compiled, Compiler, Job, compiled
 from .resources import Resources
 

@@ -8,27 +8,39 @@ from __future__ import annotations
 import concurrent.futures
 import contextlib
 import dataclasses
-import os
+import hashlib
+import json
+import pathlib
 from typing import Any
 
+import filelock
 import torch
+import triton
 
-from .. import devices, launcher
+from .. import devices, launcher, workers
 from ..algorithms import REGISTRY
 from ..common.numerics import OPERANDS, TORCH_DTYPES, dense_operand_strides
 from ..problem import ConvProblem
-from . import resources, stub_driver, workers
+from . import resources, stub_driver
+
+LOCKS = 64  # files, by the hash of a job
 
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """A configuration to compile for a problem on a target."""
+    """A configuration to compile for a problem on a target.
+
+    strides: of the call's tensors, as `prepare` takes them; None for dense ones. unaligned: those of its operands whose
+    addresses are no multiples of 16 bytes.
+    """
 
     algorithm: str
     pass_: str
     config: dict[str, int]
     problem: ConvProblem
     target: str
+    strides: dict[str, tuple[int, ...]] | None = None
+    unaligned: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         p, options = self.problem, " ".join(str(size) for size in self.config.values())
@@ -56,27 +68,32 @@ class Compiled:
         return tuple(faults)
 
 
-def launched(
-    problem: ConvProblem, pass_: str, algorithm: str, config: dict[str, int], target: str
-) -> tuple[launcher.Launch, ...]:
+def launched(job: Job) -> tuple[launcher.Launch, ...]:
     """The launches of one pass, compiled for a target as a call would."""
-    strides = dense_operand_strides(problem)
-    shapes = {"x": problem.x_shape, "w": problem.w_shape, "dy": problem.y_shape}
-    dtype = TORCH_DTYPES[problem.dtype]
+    problem, strides = job.problem, job.strides or dense_operand_strides(job.problem)
+    shapes = {"x": problem.x_shape, "w": problem.w_shape, "dy": problem.y_shape, "bias": (problem.c_out,)}
+    names = ("x", "w", "bias") if job.pass_ == "fprop" and problem.bias else OPERANDS[job.pass_]
     operands = [
-        None if name is None else torch.empty_strided(shapes[name], strides[name], dtype=dtype, device="meta")
-        for name in OPERANDS[pass_]
+        None if name is None else _meta(shapes[name], strides.get(name, (1,)), problem, name in job.unaligned)
+        for name in names
     ]
-    with stub_driver.active(target):
-        call = REGISTRY[algorithm].prepare(problem, pass_, config, devices.named(target), strides)
+    with stub_driver.active(job.target):
+        prepare = REGISTRY[job.algorithm].prepare
+        call = prepare(problem, job.pass_, job.config, devices.named(job.target), strides)
         call(*operands)
     return call.launches
+
+
+def _meta(shape: tuple[int, ...], strides: tuple[int, ...], problem: ConvProblem, unaligned: bool) -> torch.Tensor:
+    """A tensor without memory, as if it began at a multiple of 16 bytes or one element later."""
+    tensor = torch.empty_strided(shape, strides, dtype=TORCH_DTYPES[problem.dtype], device="meta")
+    return tensor.as_strided(shape, strides, 1) if unaligned else tensor
 
 
 def compiled(job: Job) -> Compiled:
     """Compile a job in this process."""
     try:
-        launches = launched(job.problem, job.pass_, job.algorithm, job.config, job.target)
+        launches = launched(job)
         with contextlib.suppress(FileNotFoundError):  # no disassembler
             return Compiled(tuple(resources.of(launch.compiled) for launch in launches))
         return Compiled()
@@ -86,8 +103,7 @@ def compiled(job: Job) -> Compiled:
 
 def processes(jobs: int | None = None) -> int:
     """How many may compile: all processes of a job on this machine one a core, but the one that measures."""
-    local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    return jobs or max(1, (os.cpu_count() or 1) // local - 1)
+    return jobs or max(1, workers.cores() // workers.local_processes() - 1)
 
 
 class Compiler:
@@ -121,8 +137,21 @@ class Compiler:
 
 
 def _answer(fields: dict[str, Any]) -> dict[str, Any]:
-    job = Job(**fields | {"problem": workers.problem_of(fields["problem"])})
-    return dataclasses.asdict(compiled(job))
+    """Of processes that are asked the same at once one compiles, and the others find it in Triton's cache."""
+    strides = {name: tuple(sizes) for name, sizes in (fields["strides"] or {}).items()}
+    job = Job(**fields | {"problem": workers.problem_of(fields["problem"]), "strides": strides or None})
+    with _lock(fields):
+        return dataclasses.asdict(compiled(job))
+
+
+def _lock(fields: dict[str, Any]) -> contextlib.AbstractContextManager[Any]:
+    number = int(hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest(), 16) % LOCKS
+    try:
+        folder = pathlib.Path(triton.knobs.cache.dir, "groupconv-locks")
+        folder.mkdir(parents=True, exist_ok=True)
+        return filelock.FileLock(folder / f"{number}.lock")
+    except OSError:  # no cache that could be shared
+        return contextlib.nullcontext()
 
 
 if __name__ == "__main__":

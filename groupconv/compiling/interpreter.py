@@ -12,12 +12,11 @@ from collections.abc import Sequence
 
 import torch
 
-from .. import devices
+from .. import devices, workers
 from ..algorithms import REGISTRY, candidates, divided
 from ..common import numerics
 from ..common.numerics import dense_operand_strides, poisoned, reference, worst_error
 from ..problem import ConvProblem
-from . import workers
 
 # Images, rows and columns of a problem shrunk for the interpreter, where a program costs milliseconds of every size.
 SMALL = (2, 9, 7)

@@ -9,10 +9,9 @@ import dataclasses
 import torch
 import triton
 
-from .. import configs, devices
+from .. import configs, devices, workers
 from ..common import Layer, files, grouped, progress
 from ..common.progress import Deadline
-from ..compiling import workers
 from ..compiling.compiler import Compiler, processes
 from . import contenders, results, share, stub
 from .journal import Journal

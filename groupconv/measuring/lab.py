@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import torch
 import triton
 
-from .. import devices, prepared
+from .. import devices, prepared, workers
 from ..algorithms import REGISTRY
 from ..common.numerics import (
     TORCH_DTYPES,
@@ -25,7 +25,7 @@ from ..common.numerics import (
     reference,
     worst_error,
 )
-from ..compiling import resources, workers
+from ..compiling import resources
 from ..problem import ConvProblem
 from . import peers
 from .contenders import Contender
