@@ -27,8 +27,9 @@ import numpy as np
 import triton
 
 from groupconv import devices, dispatch, occupancy
-from groupconv.algorithms import REGISTRY, STRETCHED, able, divided, fitting
+from groupconv.algorithms import GENERAL, REGISTRY, STRETCHED, able, divided, fitting
 from groupconv.common import Layer, files
+from groupconv.compiling import command
 from groupconv.compiling.compiler import Compiler, Job, processes
 from groupconv.problem import LAYOUTS, PLANNED
 
@@ -41,6 +42,7 @@ LARGEST = 1.6  # times the registers that there are: of tiles that hold more nob
 ENOUGH = 8  # tiles without spills, to fit by
 SPILL_COSTS = 20  # tiles that do not spill: what one that does may cost where the limit is drawn
 PENDING = 8
+WIDTH = "width "  # of the names of layers that stand for a group width
 Suites = dict[tuple[str, str], list[Layer]]  # by dtype and layout
 Tables = tuple[dict[str, occupancy.Registers], dict[str, list[list[int]]]]  # as occupancy.tables has them
 
@@ -72,6 +74,12 @@ class Row:
         return dict(zip(fields, map(int, self.tile.split()), strict=True))
 
 
+def layers_of(dtype: str, layout: str) -> list[Layer]:
+    """What `groupconv compile` takes: the suite, and a layer of every class of group widths."""
+    named = [Layer(f"{WIDTH}{problem.cin_g}", problem) for problem in command.widths(dtype, layout)]
+    return layers.suite(dtype, layout) + named
+
+
 Tile = tuple[str, str, str, Layer, dict[str, int]]  # target, algorithm, pass, layer, tile
 
 
@@ -100,7 +108,9 @@ def collect(rows: list[Row], tiles: Iterable[Tile], end: float, count: int) -> I
 
 
 def planned(suites: Suites, targets: Sequence[str], tables: Tables) -> Iterator[Tile]:
-    """What the plans of all layers would take if every tile fitted that is not known to spill."""
+    """What the plans of all layers would take if every tile fitted that is not known to spill; where only widths are
+    named, the general algorithm's.
+    """
     kinds, tiles = tables
     hopeful = {kind: fit._replace(most=STRETCHED) for kind, fit in kinds.items()}
     with mock.patch.object(occupancy, "tables", return_value=(hopeful, tiles)):
@@ -108,7 +118,10 @@ def planned(suites: Suites, targets: Sequence[str], tables: Tables) -> Iterator[
         for suite, target in itertools.product(suites.values(), targets):
             on = devices.named(target)
             for layer, pass_ in itertools.product(suite, PLANNED):
-                if names := able(layer.problem, pass_, on):
+                names = able(layer.problem, pass_, on)
+                if layer.name.startswith(WIDTH):
+                    names = [name for name in names if name == GENERAL]
+                if names:
                     name, config, _ = dispatch.best(layer.problem, pass_, on, names)
                     tile = {field: n for field, n in config.items() if field not in REGISTRY[name].DIVISION}
                     yield target, name, pass_, layer, tile
@@ -269,7 +282,7 @@ def main() -> None:
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=DTYPES)
     parser.add_argument("--planned", action="store_true", help="compile what is planned, not tiles at random")
     args = parser.parse_args()
-    suites = {(dtype, layout): layers.suite(dtype, layout) for dtype in DTYPES for layout in LAYOUTS}
+    suites = {(dtype, layout): layers_of(dtype, layout) for dtype in DTYPES for layout in LAYOUTS}
     chosen = {key: suite for key, suite in suites.items() if key[0] in args.dtypes}
     path = FOLDER / "registers.csv"
     rows = read(path)

@@ -77,18 +77,24 @@ def run(args: argparse.Namespace, layers: list[Layer]) -> int:
     return 1 if failed else 0
 
 
+def widths(dtype: str, layout: str) -> list[ConvProblem]:
+    """A problem of every class of group widths."""
+    return [
+        ConvProblem(32, 4 * width, 28, 28, 4 * width, 3, 3, (1, 1), (1,) * 4, (1, 1), 4, dtype, layout, layout)
+        for width in WIDTHS
+    ]
+
+
 def general(targets: list[str], only_pass: str | None = None, only_dtype: str | None = None) -> list[Job]:
-    """What the general algorithm takes for groups of every class of widths, in every dtype and both layouts."""
+    """What the general algorithm takes for these, in every dtype and both layouts."""
     jobs = []
-    for name, width, dtype, layout in itertools.product(targets, WIDTHS, ELEMENT_BYTES, LAYOUTS):
-        problem = ConvProblem(
-            32, 4 * width, 28, 28, 4 * width, 3, 3, (1, 1), (1,) * 4, (1, 1), 4, dtype, layout, layout
-        )
-        for pass_ in PASSES if only_dtype in (None, dtype) else ():
-            if only_pass in (None, pass_):
-                serves = lack(GENERAL, problem, pass_, devices.named(name)) is None  # if not, run() says why
-                config = dispatch.modelled(problem, pass_, devices.named(name), GENERAL)[1] if serves else {}
-                jobs.append(Job(GENERAL, pass_, config, problem, name))
+    for name, dtype, layout in itertools.product(targets, ELEMENT_BYTES, LAYOUTS):
+        if only_dtype not in (None, dtype):
+            continue
+        for problem, pass_ in itertools.product(widths(dtype, layout), PASSES if only_pass is None else (only_pass,)):
+            serves = lack(GENERAL, problem, pass_, devices.named(name)) is None  # if not, run() says why
+            config = dispatch.modelled(problem, pass_, devices.named(name), GENERAL)[1] if serves else {}
+            jobs.append(Job(GENERAL, pass_, config, problem, name))
     return jobs
 
 
