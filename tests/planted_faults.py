@@ -30,6 +30,7 @@ FOLDERS = {
     "groupconv": "groupconv", "kernels": "groupconv/kernels", "autotune_configs": "groupconv/autotune_configs",
     "perf_reports": "groupconv/perf_reports", "tests": "tests",
 }  # fmt: skip
+TRIALS = "tests/test_trials.py"
 NUMERIC = ("tests/test_numerics.py", "tests/test_descriptors.py", "tests/test_ops.py", "tests/test_properties.py")
 
 
@@ -264,10 +265,46 @@ FAULTS = [
         "the padding below is taken for that above",
     ),
     Fault(
-        "groupconv/prepared.py",
+        "groupconv/call.py",
         "            return dx, dw, dy.sum((0, 2, 3)) if need_b else None",
         "            return dx, dw, dy.mean((0, 2, 3)) if need_b else None",
         "the bias has another gradient",
+    ),
+    Fault(
+        "groupconv/trial.py",
+        "            if not error <= bound:",
+        "            if False:",
+        "a trial takes wrong numbers",
+    ),
+    Fault(
+        "groupconv/trial.py",
+        "            with launcher.poisoned():",
+        "            if True:",
+        "a trial does not see what is left unwritten",
+    ),
+    Fault(
+        "groupconv/trial.py",
+        "if DEVICE.capturing() or not self._lock",
+        "if not self._lock",
+        "a trial goes on while a graph is captured",
+    ),
+    Fault(
+        "groupconv/trial.py",
+        "        return statistics.median(self.times[1:])",
+        "        return statistics.mean(self.times)",
+        "a trial counts the first run",
+    ),
+    Fault(
+        "groupconv/raced.py",
+        "(1.0 - MARGIN)",
+        "(1.0 + MARGIN)",
+        "a race is won by less than its margin",
+    ),
+    Fault(
+        "groupconv/call.py",
+        "        common = not unaligned and all(",
+        "        common = all(",
+        "a race of unaligned tensors decides for all",
     ),
 ]  # fmt: skip
 
@@ -309,7 +346,8 @@ def seen_by(fault: Fault) -> str | None:
     algorithm = pathlib.Path(fault.file).stem
     own = ["-k", algorithm] if "algorithms/" in fault.file or fault.file.startswith("kernels/") else []
     with copied(fault) as copy:
-        return first_failure(copy, NUMERIC[0], *own) or first_failure(copy, *NUMERIC)
+        first = TRIALS if algorithm in ("trial", "raced", "call") else NUMERIC[0]
+        return first_failure(copy, first, *own) or first_failure(copy, *NUMERIC)
 
 
 def tried(fault: Fault) -> tuple[str, float, bool]:
