@@ -268,7 +268,8 @@ class Waits:
 
 def waits_of(job: Job) -> Waits | None:
     """None for kernels without products of warp groups."""
-    launch = compiler.launched(job)[0]
+    like = compiler.Job(job.algorithm, job.pass_, job.config, job.problem, job.target)
+    launch = compiler.launched(like)[0]
     ptx = launch.compiled.asm["ptx"]
     if "wgmma.mma_async" not in ptx:
         return None
