@@ -171,7 +171,8 @@ def test_what_was_compiled_goes_before_the_estimate():
     assert not room.fits(held, occupancy.Compiled(32, on.shared_bytes + 1))
     too_much = held._replace(sums=1e9)
     assert not room.fits(too_much)
-    assert room.fits(too_much, occupancy.Compiled(255, held.shared_bytes))
+    assert room.fits(too_much, occupancy.Compiled(200, held.shared_bytes))
+    assert not room.fits(held, occupancy.Compiled(255, held.shared_bytes))
     few, many = (room.resident(held, occupancy.Compiled(registers, 1024)) for registers in (255, 32))
     assert few < many
 
