@@ -136,10 +136,8 @@ class Call:
             return self._forward(x, w, bias)
 
     def _prepare_forward(self, x: Tensor, w: Tensor, bias: Tensor | None) -> Callable:
-        choice, by_torch = (
-            self._choice("fprop", x=x, w=w, bias=bias),
-            functools.partial(torch_reference.fprop, self.args),
-        )
+        choice = self._choice("fprop", x=x, w=w, bias=bias)
+        by_torch = functools.partial(torch_reference.fprop, self.args)
         if isinstance(choice, trial.Trial):
             return functools.partial(choice, by_torch)
         if choice.algorithm == "torch":
@@ -221,7 +219,8 @@ class Call:
         wgrad = self._choice("wgrad", dy=dy, x=x) if need_w else None
         strides = self._with(dy)
         if isinstance(dgrad, trial.Trial) or isinstance(wgrad, trial.Trial):
-            return self._one_by_one(self._part(dgrad, 0, strides), self._part(wgrad, 1, strides))
+            to_x, to_w = self._part(dgrad, 0, strides), self._part(wgrad, 1, strides)
+            return lambda dy, x, w: (to_x(dy, x, w), to_w(dy, x, w))
         fused = self._choice("backward", dy=dy, x=x, w=w) if need_x and need_w else None
         if isinstance(fused, dispatch.PassPlan) and fused.algorithm != "torch":
             return self._prepare("backward", fused.algorithm, fused.config, strides)
@@ -258,10 +257,6 @@ class Call:
             return choice(by_torch, dy, (w, x)[which])
 
         return run
-
-    @staticmethod
-    def _one_by_one(to_x: Callable, to_w: Callable) -> Callable:
-        return lambda dy, x, w: (to_x(dy, x, w), to_w(dy, x, w))
 
     def saves(self, need_x: bool, need_w: bool) -> tuple[bool, bool]:
         """Which of x and w a backward that needs these gradients reads; F.conv2d's reads both."""

@@ -23,7 +23,6 @@ _CUDA = {
 }  # fmt: skip
 _CDNA, _RDNA = (131072, 2048, 32, 8), (98304, 1024, 32, 24)
 BRINK = 0.95  # of a thread's registers: what takes more may spill with another Triton; a guess
-CAUTION = 0.85  # of them as estimated, at most, where nothing was compiled: what compiles varies around it; a guess
 RESERVED = 1024  # bytes of shared memory that CUDA keeps for itself, of each program
 
 WORKSPACE = 0.25  # of the bytes that a pass moves: what partial sums of a filter gradient may take beside them
@@ -122,7 +121,7 @@ class Room:
         if compiled is not None:
             sound = compiled.registers > 0 and compiled.shared_bytes <= self._shared
             return sound and compiled.registers <= BRINK * self.most_registers(held.warps)
-        return held.shared_bytes <= self._shared and self.share(held) <= min(self._fit.most, CAUTION)
+        return held.shared_bytes <= self._shared and self.share(held) <= self._fit.most
 
     def share(self, held: Held) -> float:
         """Of the registers that a thread can have, as estimated."""

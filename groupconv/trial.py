@@ -47,7 +47,7 @@ _unable = ""  # why no process can compile
 def wish(wanted: bool | None) -> None:
     """See prepared.set_trials."""
     global _wished
-    if wanted not in (True, False, None):
+    if not isinstance(wanted, (bool, type(None))):
         raise ValueError(f"set_trials: wanted is {wanted!r}, but must be True, False or None")
     _wished = wanted
 
@@ -126,7 +126,7 @@ def submit(job: workers.Fields) -> concurrent.futures.Future[workers.Fields]:
     global _workers, _idle
     with _lock:
         if _workers is None:
-            count = min(MOST_PROCESSES, max(1, workers.cores() // workers.local_processes() - 1))
+            count = min(MOST_PROCESSES, workers.processes())
             module = f"{__package__}.compiling.compiler"
             _workers = workers.Workers(module, False, count, background=True, seconds=COMPILE_SECONDS)
         answer = _workers.submit(job)
@@ -225,7 +225,7 @@ class Contender(Racer):
 
 
 class Status(NamedTuple):
-    """A trial as `trials` shows it. state: "seen", "compiling", "checking", "racing", "raced" or "stopped"."""
+    """A trial as `trials` shows it. state: "compiling", "checking", "racing", "raced" or "stopped"."""
 
     problem: ConvProblem
     pass_: str
@@ -320,11 +320,11 @@ class Trial:
         if len(STARTED) >= MOST_TRIALS:
             self._stop(f"{MOST_TRIALS} others went before")
             return False
-        STARTED.append(self)
         self._contenders = [
             Contender(name, config, submit({"algorithm": name, "config": config, **self._job}))
             for name, config in dispatch.contenders(self.problem, self.pass_, self.target)
         ]
+        STARTED.append(self)
         return True
 
     def _racing(self) -> list[Contender]:
@@ -419,36 +419,31 @@ class Trial:
 
     def _forget(self) -> None:
         """What holds launches and events; why some are out is kept."""
-        del self._prepare
         self._out = "; ".join(f"{one}: {one.out}" for one in self._contenders or () if one.out)
         self._contenders = None
 
-    def _contended(self) -> str:
-        """How each contender is getting on."""
-        return "; ".join(
-            f"{one}: " + (one.out or (f"{one.begun} of {one.wanted} runs" if one.proven else "not checked yet"))
-            for one in self._contenders or ()
-        )
-
     @property
     def status(self) -> Status:
-        """How far it is."""
+        """How far it is; asked from any thread."""
+        contenders = self._contenders or ()
         if self._result is not None:
             state, details = "raced", "; ".join(filter(None, (self._result.told, self._out)))
         elif self._stopped:
             state, details = "stopped", self._stopped
-        elif self._contenders is None:
-            state, details = "seen", f"{self._seen} of {SEEN} calls"
-        elif not all(one.out or one.answer.done() for one in self._contenders):
-            done = sum(one.answer.done() for one in self._contenders)
-            state, details = "compiling", f"{done} of {len(self._contenders)}"
+        elif not all(one.out or one.answer.done() for one in contenders):
+            state, details = "compiling", f"{sum(one.answer.done() for one in contenders)} of {len(contenders)}"
         else:
-            checked = all(one.out or one.proven for one in self._contenders)
-            state, details = "racing" if checked else "checking", self._contended()
+            state = "racing" if all(one.out or one.proven for one in contenders) else "checking"
+            details = "; ".join(map(_progress, contenders))
         return Status(self.problem, self.pass_, self.target.slug, state, details)
 
 
 STARTED: list[Trial] = []  # all that compiled something
+
+
+def _progress(one: Contender) -> str:
+    """How a contender is getting on."""
+    return f"{one}: " + (one.out or (f"{one.begun} of {one.wanted} runs" if one.proven else "not checked yet"))
 
 
 def _norm(tensor: Tensor) -> Tensor:

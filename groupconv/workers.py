@@ -45,9 +45,10 @@ def local_processes() -> int:
     return max(1, int(said)) if said.isdecimal() else 1
 
 
-def cores() -> int:
-    """Those that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+def processes(wanted: int | None = None) -> int:
+    """How many may compile: all processes of a job on this machine one a core, but the one that asks."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return wanted or max(1, cores // local_processes() - 1)
 
 
 # --- The worker's side -----------------------------------------------------------------------------------------------

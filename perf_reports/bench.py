@@ -21,7 +21,7 @@ from groupconv import devices, options, workers
 from groupconv.common import Layer, files, progress
 from groupconv.common.files import Row
 from groupconv.common.progress import Deadline
-from groupconv.compiling.compiler import Compiler, processes
+from groupconv.compiling.compiler import Compiler
 from groupconv.measuring import stub
 from groupconv.measuring.lab import DeviceLost, Lab, this_gpu
 
@@ -151,7 +151,7 @@ class _Run:
         kept = [row for row in known if row["provider"] in (*rows.LIMITS, "torch_compile") or pass_of(row) in finished]
         chosen = [name for name in rows.PEERS if name != "torch_compile"]
         with contextlib.ExitStack() as stack:
-            compiler = None if self.args.stub else stack.enter_context(Compiler(processes()))
+            compiler = None if self.args.stub else stack.enter_context(Compiler(workers.processes()))
             new_rows = rows.measured(self.chosen, self.lab, chosen, lambda row: pass_of(row) in finished, compiler)
             # The rows of a pass come together: those of half a one would have to be measured again.
             return self._append("bench.csv", kept, new_rows, lambda row: row["provider"] == "auto")

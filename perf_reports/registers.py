@@ -26,11 +26,11 @@ from unittest import mock
 import numpy as np
 import triton
 
-from groupconv import devices, dispatch, occupancy
+from groupconv import devices, dispatch, occupancy, workers
 from groupconv.algorithms import GENERAL, REGISTRY, STRETCHED, able, divided, fitting
 from groupconv.common import Layer, files
 from groupconv.compiling import command
-from groupconv.compiling.compiler import Compiler, Job, processes
+from groupconv.compiling.compiler import Compiler, Job
 from groupconv.problem import LAYOUTS, PLANNED
 
 from . import layers
@@ -41,6 +41,7 @@ DTYPES = ("bf16", "tf32", "fp32", "bf16x3")
 LARGEST = 1.6  # times the registers that there are: of tiles that hold more nobody needs to know
 ENOUGH = 8  # tiles without spills, to fit by
 SPILL_COSTS = 20  # tiles that do not spill: what one that does may cost where the limit is drawn
+CAUTION = 0.85  # of the registers that there are, as estimated, at most: what compiles varies around it; a guess
 PENDING = 8
 WIDTH = "width "  # of the names of layers that stand for a group width
 Suites = dict[tuple[str, str], list[Layer]]  # by dtype and layout
@@ -218,7 +219,7 @@ def fitted(chosen: list[Sample]) -> occupancy.Registers:
         gain += -SPILL_COSTS if spills else 1
         if gain > highest:
             highest, most = gain, share
-    return fit._replace(most=math.ceil(100 * most) / 100)
+    return fit._replace(most=min(CAUTION, math.ceil(100 * most) / 100))
 
 
 def _least_squares(parts: np.ndarray, taken: np.ndarray) -> np.ndarray:
@@ -277,7 +278,7 @@ def read(path: pathlib.Path) -> list[Row]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seconds", type=float, default=0.0, help="to compile for, before the fit")
-    parser.add_argument("--jobs", type=int, default=processes(), help="processes that compile (%(default)s)")
+    parser.add_argument("--jobs", type=int, default=workers.processes(), help="processes that compile (%(default)s)")
     parser.add_argument("--targets", nargs="+", choices=TARGETS, default=TARGETS)
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=DTYPES)
     parser.add_argument("--planned", action="store_true", help="compile what is planned, not tiles at random")

@@ -657,8 +657,9 @@ def test_flags_of_torch_decide(scripted, ours_modelled, monkeypatch):
     assert trial.why_off() == ""
     groupconv.set_trials(False)
     assert "set_trials" in trial.why_off()
-    with pytest.raises(ValueError, match="set_trials: wanted is 'yes', but must be True, False or None"):
-        groupconv.set_trials("yes")
+    for wanted in ("yes", 0):
+        with pytest.raises(ValueError, match=f"set_trials: wanted is {wanted!r}, but must be True, False or None"):
+            groupconv.set_trials(wanted)
 
 
 def test_flags_that_change_in_the_middle(scripted, ours_modelled):

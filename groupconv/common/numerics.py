@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
 import math
-from collections.abc import Iterator, Sequence
-from typing import Any, TypeAlias
+from collections.abc import Sequence
+from typing import TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -100,19 +99,3 @@ def worst_error(problem: ConvProblem, pass_: str, result: PassResult, expected: 
 def relative_error(result: Tensor, expected: Tensor) -> float:
     """||result - expected|| / ||expected||; NaN where anything was left unwritten."""
     return ((result.double() - expected).norm() / expected.norm().clamp(min=1e-30)).item()
-
-
-@contextlib.contextmanager
-def poisoned() -> Iterator[None]:
-    """Uninitialised memory is NaN, so that what a kernel leaves unwritten shows."""
-    deterministic = torch.are_deterministic_algorithms_enabled()
-    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
-    settings: Any = torch.utils.deterministic
-    filled = settings.fill_uninitialized_memory
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    settings.fill_uninitialized_memory = True
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(deterministic, warn_only=warn_only)
-        settings.fill_uninitialized_memory = filled

@@ -101,11 +101,6 @@ def compiled(job: Job) -> Compiled:
         return Compiled(failed=workers.in_a_line(error))
 
 
-def processes(jobs: int | None = None) -> int:
-    """How many may compile: all processes of a job on this machine one a core, but the one that measures."""
-    return jobs or max(1, workers.cores() // workers.local_processes() - 1)
-
-
 class Compiler:
     """`count` processes that compile ahead of need, into Triton's cache on disk. Use it as a context manager."""
 

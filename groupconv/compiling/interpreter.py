@@ -12,10 +12,10 @@ from collections.abc import Sequence
 
 import torch
 
-from .. import devices, workers
+from .. import devices, launcher, workers
 from ..algorithms import REGISTRY, candidates, divided
 from ..common import numerics
-from ..common.numerics import dense_operand_strides, poisoned, reference, worst_error
+from ..common.numerics import dense_operand_strides, reference, worst_error
 from ..problem import ConvProblem
 
 # Images, rows and columns of a problem shrunk for the interpreter, where a program costs milliseconds of every size.
@@ -67,7 +67,7 @@ def _answer(job: workers.Fields) -> workers.Fields:
     config = divided(algorithm.NAME, problem, pass_, tile, devices.DEFAULT)[0]
     operands = _operands(problem)
     call = algorithm.prepare(problem, pass_, config, devices.DEFAULT, dense_operand_strides(problem))
-    with poisoned():
+    with launcher.poisoned():
         result = call(*operands.of(pass_))
     error, bound = worst_error(problem, pass_, result, reference(problem, operands, pass_))
     return {"error": error, "bound": bound}

@@ -12,7 +12,7 @@ import triton
 from .. import configs, devices, workers
 from ..common import Layer, files, grouped, progress
 from ..common.progress import Deadline
-from ..compiling.compiler import Compiler, processes
+from ..compiling.compiler import Compiler
 from . import contenders, results, share, stub
 from .journal import Journal
 from .lab import DeviceLost, Lab, this_gpu
@@ -53,7 +53,7 @@ def _tune(layers: list[Layer], lab: Lab, mine: share.Share, deadline: Deadline, 
     ended = ""
     with contextlib.ExitStack() as stack:
         journal = stack.enter_context(Journal(journal_path, measured_with(lab)))
-        compiler = None if args.stub else stack.enter_context(Compiler(processes(args.jobs)))
+        compiler = None if args.stub else stack.enter_context(Compiler(workers.processes(args.jobs)))
         step = stack.enter_context(progress.shown("tune", "passes", len(todo))) if mine.rank == 0 else None
 
         def on_result(task: Task, result: Result | None, note: str) -> None:
@@ -121,7 +121,7 @@ def _compile_only(todo: list[Task], target: devices.Target, deadline: Deadline, 
         for task in todo
         for contender in contenders.ours(task.problem, task.pass_, target)
     ]
-    with Compiler(processes(jobs)) as compiler, progress.shown("tune", "configurations", len(every)) as step:
+    with Compiler(workers.processes(jobs)) as compiler, progress.shown("tune", "configurations", len(every)) as step:
         for _, _, job in every:
             compiler.submit(job)
         for task, contender, job in every:

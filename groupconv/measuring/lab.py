@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import torch
 import triton
 
-from .. import devices, prepared, workers
+from .. import devices, launcher, prepared, workers
 from ..algorithms import REGISTRY
 from ..common.numerics import (
     TORCH_DTYPES,
@@ -21,7 +21,6 @@ from ..common.numerics import (
     PassResult,
     dense_operand_strides,
     operands,
-    poisoned,
     reference,
     worst_error,
 )
@@ -211,7 +210,7 @@ class GpuSubject:
             run = self._run(pass_, contender)
             if not contender.ours:
                 return Checked(self._error(pass_, run())[0], None)
-            with poisoned():
+            with launcher.poisoned():
                 result = run()
             return Checked(*self._error(pass_, result))
         except Exception as failure:
