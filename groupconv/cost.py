@@ -22,7 +22,7 @@ def floor_us(problem: ConvProblem, pass_: str, target: Target) -> float:
 
 
 class Estimate(NamedTuple):
-    """A modelled time and what bounds it: "memory", "l2", "matrix", "issue" or "shared".
+    """A modelled time and what bounds it: "memory", "l2", "matrix", "issue", "shared" or "latency".
 
     score: by which tilings are compared; of two bound by the same, the one that asks less of the rest is better.
     """
@@ -43,7 +43,8 @@ class Tiling(NamedTuple):
     reaches half the rate count twice. l2_bytes: asked of L2, whole 32-byte sectors. instructions: of one thread each.
     dram_bytes: what must move, workspaces too. resident: programs that fit a multiprocessor at once. launches: kernels.
     shared_bytes: written to and read from shared memory. waits: clocks of one multiprocessor in which its matrix unit
-    has nothing to do, because a product waits for the one before it.
+    has nothing to do, because a product waits for the one before it. critical: clocks that a program takes if it has a
+    multiprocessor to itself, most of them spent waiting for memory.
     """
 
     programs: int
@@ -55,6 +56,7 @@ class Tiling(NamedTuple):
     launches: int = 1
     shared_bytes: float = 0.0
     waits: float = 0.0
+    critical: float = 0.0
 
 
 ISSUE_SLOTS = 4 * 32  # thread instructions a clock and multiprocessor
@@ -67,18 +69,19 @@ def estimate(problem: ConvProblem, tiling: Tiling, target: Target) -> Estimate:
     """The modelled time of a tiling: its slowest resource, stretched by what the last programs leave idle."""
     rate = target.matrix_rate(problem.dtype) or target.matrix_rate("fp32")
     clocks = target.multiprocessors * target.clock_ghz * 1e3  # of all multiprocessors in a microsecond
+    places = target.multiprocessors * tiling.resident
     parts = {
         "memory": tiling.dram_bytes / (target.copy_gbps * 1e3),
         "l2": tiling.l2_bytes / (target.l2_gbps * 1e3),
         "matrix": tiling.matrix_flops / (rate * MATRIX_EFFICIENCY * 1e6) + tiling.waits / clocks,
         "issue": tiling.instructions / (ISSUE_SLOTS * clocks),
         "shared": tiling.shared_bytes / (SHARED_BYTES * clocks),
+        "latency": tiling.programs / places * tiling.critical / (target.clock_ghz * 1e3),
     }
     bound = max(parts, key=parts.__getitem__)
-    # Inside a multiprocessor the programs share what bounds them, so the one with most programs ends last. Memory is
-    # shared by all, and kept busy by half of the programs that fit at once.
-    places = target.multiprocessors * (tiling.resident if bound == "memory" else 1)
-    waves = tiling.programs / places
+    # Inside a multiprocessor the programs share what bounds them, so the one with most programs ends last; but they
+    # wait side by side. Memory is shared by all, and kept busy by half of the programs that fit at once.
+    waves = tiling.programs / (places if bound in ("memory", "latency") else target.multiprocessors)
     stretch = math.ceil(waves) / waves if waves else 1.0
     idle = stretch if bound != "memory" else max(1.0, stretch / 2)
     time = parts[bound] * idle + LAUNCH_US * tiling.launches

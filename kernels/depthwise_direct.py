@@ -1,11 +1,15 @@
 """Depthwise convolution by multiply-adds, marching down the rows: small kernels, every stride, dilation and layout.
 
-A program holds a tile of columns, flattened over batch and width, by channels, and walks down the rows. Each row is
-loaded once per column tap and meets every kernel row while it is in registers: the sums of all output rows that it
-touches are carried along, in fp32, and the oldest is stored and dropped at each step. Filters stay in registers.
-The shifted loads of one row overlap and come from L1, so the rows' loop is not pipelined: pipelined loads bypass it.
+A program holds a tile of lanes by channels and walks down the rows. A lane is BLOCK_W neighbouring columns of the
+result's map (in backward, BLOCK_W * CONV_STRIDE_W of the input's), and lanes are flattened over batch and width. Every
+pixel that a lane needs of a row is loaded and converted once, and meets each column of the lane and each kernel row
+while it is in registers: the sums of all output rows that it touches are carried along, in fp32, and the oldest is
+stored and dropped at each step. Filters stay in registers.
 
-The tile lies with its contiguous axis last: PIXELS_LAST says that this is the columns (NCHW) and not the channels
+A step takes no longer than memory to answer only if its loads were made before: they are, BLOCK_A steps ahead, into
+registers. Neighbouring lanes share pixels, which come from L1; Triton's pipelined loads would bypass it.
+
+The tile lies with its contiguous axis last: PIXELS_LAST says that this is the lanes (NCHW) and not the channels
 (NHWC). *_ALIGN is the power of two that divides a tensor's strides of pixels, as in implicit_gemm.py.
 Source: own derivation, no code adapted.
 """
@@ -13,9 +17,27 @@ Source: own derivation, no code adapted.
 import triton
 import triton.language as tl
 
-from .tiles import NOWHERE, as_mask, below, cols, index, narrow, pointers, rows
+from .tiles import NOWHERE, below, cols, index, narrow, pointers, rows
 
 SIZES = ("batch", "h_in", "w_in", "h_out", "w_out", "steps")
+
+
+# What meets what, as tuples of numbers that the compiler knows.
+
+
+@triton.constexpr_function
+def count(numbers):
+    return len(numbers)
+
+
+@triton.constexpr_function
+def item(numbers, i):
+    return numbers[i]
+
+
+@triton.constexpr_function
+def all_below(number):
+    return tuple(range(number))
 
 
 @triton.constexpr_function
@@ -25,22 +47,76 @@ def tap_at(reach, dilation, kernel):
 
 
 @triton.constexpr_function
-def any_tap(residue, stride, dilation, kernel):
-    """Whether some tap lies a multiple of `stride` pixels past `residue`."""
-    return any((tap * dilation - residue) % stride == 0 for tap in range(kernel))
+def input_rows_met(stride, dilation, kernel):
+    """Of the `stride` input rows of a step of fprop_kernel, those that meet a tap."""
+    return tuple(row for row in range(stride) if any((r * dilation - row) % stride == 0 for r in range(kernel)))
+
+
+@triton.constexpr_function
+def input_columns_met(width, stride, dilation, kernel):
+    """The input columns, counted from the first tap of a lane's first column, that meet its `width` output columns."""
+    return tuple(sorted({o * stride + s * dilation for o in range(width) for s in range(kernel)}))
+
+
+@triton.constexpr_function
+def forward_taps(down, along, live, width, stride_h, stride_w, kh, kw, dil_h, dil_w):
+    """By row and column of `live` output rows of a lane, the tap that joins it with the input pixel `down` rows into
+    the last one's step and `along` columns from the lane's first tap; -1 where there is none.
+    """
+    found = []
+    for i in range(live * width):
+        r = tap_at((live - 1 - i // width) * stride_h + down, dil_h, kh)
+        s = tap_at(along - i % width * stride_w, dil_w, kw)
+        found.append(r * kw + s if min(r, s) >= 0 else -1)
+    return tuple(found)
+
+
+@triton.constexpr_function
+def least_shift(stride, pad, dilation, kernel):
+    """The least q by which output column p + q can lie from the input columns p * stride ... that it meets."""
+    return (pad - (kernel - 1) * dilation) // stride
+
+
+@triton.constexpr_function
+def output_columns_met(width, stride, pad, dilation, kernel):
+    """The output columns, counted from a lane's first plus `least_shift`, that meet its input columns."""
+    reaches = {z + pad - s * dilation for z in range(width * stride) for s in range(kernel)}
+    least = least_shift(stride, pad, dilation, kernel)
+    return tuple(sorted(reach // stride - least for reach in reaches if reach % stride == 0))
+
+
+@triton.constexpr_function
+def backward_taps(along, first, live, width, stride, pad, kh, kw, dil_h, dil_w):
+    """By row and column of `live` input rows of a lane, the tap that joins it with output column `along` of
+    `output_columns_met`, counted from `first` on; -1 where there is none.
+    """
+    shift = least_shift(stride, pad, dil_w, kw) + along
+    found = []
+    for i in range(live * width * stride):
+        r = tap_at(i // (width * stride), dil_h, kh)
+        s = tap_at(i % (width * stride) + pad - shift * stride, dil_w, kw)
+        found.append(first + r * kw + s if min(r, s) >= 0 else -1)
+    return tuple(found)
+
+
+@triton.constexpr_function
+def joined_pixels(along, first, total, width, stride, pad, kh, kw, dil_h, dil_w):
+    """By tap of `total`, those of one output channel from `first` on, the pixel of a lane's input rows that it joins
+    with output column `along`, as in `backward_taps`; -1 where there is none.
+    """
+    shift = least_shift(stride, pad, dil_w, kw) + along
+    found = [-1] * total
+    for tap in range(kh * kw):
+        z = shift * stride - pad + tap % kw * dil_w
+        if 0 <= z < width * stride:
+            found[first + tap] = tap // kw * dil_h * width * stride + z
+    return tuple(found)
 
 
 @triton.constexpr_function
 def rows_alive(kernel, stride, dilation):
     """How many input rows, from the first, a step of backward_kernel has to hold."""
     return max((kernel - 1) * dilation + 1, stride)
-
-
-@triton.constexpr_function
-def met(shift, stride, pad, dilation, kernel):
-    """Whether any tap joins input columns q * stride, ... q * stride + stride - 1 with output column q + shift."""
-    reaches = range(pad - shift * stride, pad - shift * stride + stride)
-    return any(reach % dilation == 0 and 0 <= reach < kernel * dilation for reach in reaches)
 
 
 @triton.jit
@@ -68,6 +144,52 @@ def zeros(COUNT: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, PIX
     return tiles
 
 
+@triton.jit
+def plus_products(sums, tile, factors, WHICH: tl.constexpr):
+    """The sums, plus the product of the tile with the factor whose number WHICH has for it, if that is not -1."""
+    summed = ()
+    for i in tl.static_range(count(WHICH)):
+        if item(WHICH, i) >= 0:
+            summed = summed + (sums[i] + tile * factors[item(WHICH, i)],)
+        else:
+            summed = summed + (sums[i],)
+    return summed
+
+
+@triton.jit
+def row_columns(
+    ptr, at, first_column, live_c, row, wanted, height, width, stride_h, stride_w, COLUMNS: tl.constexpr,
+    MASK_C: tl.constexpr, ALIGN: tl.constexpr, INDEX_64: tl.constexpr,
+):  # fmt: skip
+    """Tiles of the COLUMNS of a row, as they lie in memory; 0 where there are none, or the row is not `wanted`."""
+    tiles = ()
+    columns = tl.where(below(row, height) & wanted, width, 0)
+    to_row = tl.multiple_of(index(row, INDEX_64) * stride_h, ALIGN)
+    for i in tl.static_range(count(COLUMNS)):
+        inside = below(first_column + item(COLUMNS, i), columns)
+        if MASK_C:
+            inside &= live_c
+        at_column = pointers(ptr, at, to_row, item(COLUMNS, i) * stride_w, ALIGN)
+        tiles = tiles + (tl.load(at_column, mask=inside, other=0.0),)
+    return tiles
+
+
+@triton.jit
+def source_step(
+    x_ptr, x_at, iw, live_c, t, h_in, w_in, stride_x_h, stride_x_w,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, CONV_STRIDE_H: tl.constexpr, PAD_H: tl.constexpr,
+    MASK_C: tl.constexpr, ALIGN: tl.constexpr, INDEX_64: tl.constexpr,
+):  # fmt: skip
+    """What step t of fprop_kernel meets of x."""
+    tiles = ()
+    for i in tl.static_range(count(ROWS)):
+        tiles = tiles + row_columns(
+            x_ptr, x_at, iw, live_c, t * CONV_STRIDE_H - PAD_H + item(ROWS, i), True, h_in, w_in,
+            stride_x_h, stride_x_w, COLUMNS, MASK_C, ALIGN, INDEX_64,
+        )  # fmt: skip
+    return tiles
+
+
 @triton.jit(do_not_specialize=SIZES)
 def fprop_kernel(
     x_ptr, wgt_ptr, bias_ptr, y_ptr,
@@ -79,23 +201,27 @@ def fprop_kernel(
     CONV_STRIDE_H: tl.constexpr, CONV_STRIDE_W: tl.constexpr, PAD_H: tl.constexpr, PAD_W: tl.constexpr,
     DIL_H: tl.constexpr, DIL_W: tl.constexpr, HAS_BIAS: tl.constexpr, PIXELS_LAST: tl.constexpr,
     X_ALIGN: tl.constexpr, Y_ALIGN: tl.constexpr, INDEX_64: tl.constexpr, EMULATE_BF16: tl.constexpr,
-    BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
+    BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_A: tl.constexpr,
 ):  # fmt: skip
-    """One program: `steps` output rows of BLOCK_P output columns (batch x w_out, flattened) by BLOCK_C output channels.
+    """One program: `steps` output rows of BLOCK_P lanes, of BLOCK_W output columns each, by BLOCK_C output channels.
 
-    Step t loads the input rows t * CONV_STRIDE_H - PAD_H and the CONV_STRIDE_H - 1 after it. They meet the output rows
+    Step t meets the input rows t * CONV_STRIDE_H - PAD_H and the CONV_STRIDE_H - 1 after it. They meet the output rows
     t - LIVE + 1 .. t, whose sums are `acc`; the first of them is then complete.
     CHANNELS: of y; output channel o reads input channel o // MULTIPLIER.
     """
     LIVE: tl.constexpr = (KH - 1) * DIL_H // CONV_STRIDE_H + 1
     C_TILES: tl.constexpr = (CHANNELS + BLOCK_C - 1) // BLOCK_C
     MASK_C: tl.constexpr = CHANNELS % BLOCK_C != 0
+    ROWS: tl.constexpr = input_rows_met(CONV_STRIDE_H, DIL_H, KH)
+    COLUMNS: tl.constexpr = input_columns_met(BLOCK_W, CONV_STRIDE_W, DIL_W, KW)
+    MET: tl.constexpr = count(ROWS) * count(COLUMNS)
     pid = tl.program_id(0)
     c = index(pid % C_TILES * BLOCK_C + tl.arange(0, BLOCK_C), INDEX_64)
     p = index(pid // C_TILES, INDEX_64) * BLOCK_P + tl.arange(0, BLOCK_P)
     first = tl.program_id(1) * steps
-    image = p // w_out
-    ow = p % w_out
+    lanes = (w_out + BLOCK_W - 1) // BLOCK_W
+    image = p // lanes
+    ow = p % lanes * BLOCK_W
     iw = ow * CONV_STRIDE_W - PAD_W
 
     taps = filter_taps(wgt_ptr, c * stride_wgt_o, c < CHANNELS, stride_wgt_h, stride_wgt_w, KH, KW, PIXELS_LAST)
@@ -104,104 +230,85 @@ def fprop_kernel(
     y_p = rows(tl.multiple_of(image * stride_y_n + ow * stride_y_w, Y_ALIGN), PIXELS_LAST)
     y_at = y_p + cols(c * stride_y_c, PIXELS_LAST)
     iw = rows(tl.where(image < batch, iw, NOWHERE).to(tl.int32), PIXELS_LAST)
+    ow = rows(tl.where(image < batch, ow, NOWHERE).to(tl.int32), PIXELS_LAST)
     live_c = cols(c < CHANNELS, PIXELS_LAST)
-    live = rows(image < batch, PIXELS_LAST)
-    if MASK_C:
-        live &= live_c
     if HAS_BIAS:
         bias = cols(tl.load(bias_ptr + c, mask=c < CHANNELS, other=0.0).to(tl.float32), PIXELS_LAST)
 
-    acc = zeros(LIVE, BLOCK_P, BLOCK_C, PIXELS_LAST)
+    ahead = ()
+    for a in tl.static_range(BLOCK_A):
+        ahead = ahead + source_step(
+            x_ptr, x_at, iw, live_c, first + a, h_in, w_in, stride_x_h, stride_x_w,
+            ROWS, COLUMNS, CONV_STRIDE_H, PAD_H, MASK_C, X_ALIGN, INDEX_64,
+        )  # fmt: skip
+    acc = zeros(LIVE * BLOCK_W, BLOCK_P, BLOCK_C, PIXELS_LAST)
     last = tl.minimum(first + steps, h_out)
     for t in tl.range(first, last + LIVE - 1, num_stages=1):
-        for residue in tl.static_range(CONV_STRIDE_H):
-            if any_tap(residue, CONV_STRIDE_H, DIL_H, KH):
-                ih = t * CONV_STRIDE_H + residue - PAD_H
-                width = tl.where(below(ih, h_in), w_in, 0)
-                row = tl.multiple_of(index(ih, INDEX_64) * stride_x_h, X_ALIGN)
-                for s in tl.static_range(KW):
-                    inside = below(iw + s * DIL_W, width)
-                    if MASK_C:
-                        inside &= live_c
-                    x_s = pointers(x_ptr, x_at, row, s * DIL_W * stride_x_w, X_ALIGN)
-                    x = tl.load(x_s, mask=inside, other=0.0).to(tl.float32)
-                    acc = plus_column(acc, x, taps, s, residue, LIVE, KH, KW, DIL_H, CONV_STRIDE_H)
+        ahead = ahead + source_step(
+            x_ptr, x_at, iw, live_c, t + BLOCK_A, h_in, w_in, stride_x_h, stride_x_w,
+            ROWS, COLUMNS, CONV_STRIDE_H, PAD_H, MASK_C, X_ALIGN, INDEX_64,
+        )  # fmt: skip
+        for i in tl.static_range(MET):
+            acc = plus_products(
+                acc, ahead[i].to(tl.float32), taps,
+                forward_taps(
+                    item(ROWS, i // count(COLUMNS)), item(COLUMNS, i % count(COLUMNS)), LIVE, BLOCK_W,
+                    CONV_STRIDE_H, CONV_STRIDE_W, KH, KW, DIL_H, DIL_W,
+                ),
+            )  # fmt: skip
+        ahead = ahead[MET:]
         oh = t - (LIVE - 1)
-        y = acc[0]
-        if HAS_BIAS:
-            y += bias
         row = tl.multiple_of(index(oh, INDEX_64) * stride_y_h, Y_ALIGN)
-        y = narrow(y, y_ptr.dtype.element_ty, EMULATE_BF16)
-        tl.store(y_ptr + (y_at + row), y, mask=as_mask(live & (oh >= first)))
-        acc = acc[1:] + zeros(1, BLOCK_P, BLOCK_C, PIXELS_LAST)
+        for o in tl.static_range(BLOCK_W):
+            y = acc[o]
+            if HAS_BIAS:
+                y += bias
+            inside = below(ow + o, tl.where(oh >= first, w_out, 0))
+            if MASK_C:
+                inside &= live_c
+            y = narrow(y, y_ptr.dtype.element_ty, EMULATE_BF16)
+            tl.store(pointers(y_ptr, y_at, row, o * stride_y_w, Y_ALIGN), y, mask=inside)
+        acc = acc[BLOCK_W:] + zeros(BLOCK_W, BLOCK_P, BLOCK_C, PIXELS_LAST)
 
 
 @triton.jit
-def plus_column(
-    acc, x, taps, S: tl.constexpr, RESIDUE: tl.constexpr,
-    COUNT: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr, DIL_H: tl.constexpr, CONV_STRIDE_H: tl.constexpr,
+def gradient_step(
+    dy_ptr, dy_at, ow, live_c, t, h_out, w_out, stride_dy_c, stride_dy_h, stride_dy_w,
+    MULTIPLIER: tl.constexpr, COLUMNS: tl.constexpr, MASK_C: tl.constexpr, ALIGN: tl.constexpr, INDEX_64: tl.constexpr,
 ):  # fmt: skip
-    """The sums of COUNT output rows plus what column S of the taps makes of x, RESIDUE rows into the last's step."""
-    summed = ()
-    for i in tl.static_range(COUNT):
-        if tap_at((COUNT - 1 - i) * CONV_STRIDE_H + RESIDUE, DIL_H, KH) >= 0:
-            summed = summed + (
-                acc[i] + x * taps[tap_at((COUNT - 1 - i) * CONV_STRIDE_H + RESIDUE, DIL_H, KH) * KW + S],
-            )
-        else:
-            summed = summed + (acc[i],)
-    return summed
-
-
-@triton.jit
-def plus_taps(
-    dx, d, taps, FIRST: tl.constexpr, PHASE: tl.constexpr,
-    COUNT: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr, DIL_H: tl.constexpr, CONV_STRIDE_W: tl.constexpr,
-):  # fmt: skip
-    """The sums dx, row by row and phase by phase, plus what a column of taps makes of d in the rows of PHASE."""
-    summed = ()
-    for i in tl.static_range(COUNT):
-        if i % CONV_STRIDE_W == PHASE and tap_at(i // CONV_STRIDE_W, DIL_H, KH) >= 0:
-            summed = summed + (dx[i] + d * taps[FIRST + tap_at(i // CONV_STRIDE_W, DIL_H, KH) * KW],)
-        else:
-            summed = summed + (dx[i],)
-    return summed
-
-
-@triton.jit
-def plus_products(
-    dw, d, xs, FIRST: tl.constexpr, PHASE: tl.constexpr,
-    COUNT: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr, DIL_H: tl.constexpr, CONV_STRIDE_W: tl.constexpr,
-):  # fmt: skip
-    """The sums dw plus, in a column of taps, the products of d with the rows of x that it meets in PHASE."""
-    summed = ()
-    for i in tl.static_range(COUNT):
-        if tap_at(i - FIRST, KW, KH) >= 0:
-            summed = summed + (dw[i] + d * xs[tap_at(i - FIRST, KW, KH) * DIL_H * CONV_STRIDE_W + PHASE],)
-        else:
-            summed = summed + (dw[i],)
-    return summed
+    """What step t of backward_kernel meets of dy, by output channel."""
+    tiles = ()
+    for m in tl.static_range(MULTIPLIER):
+        tiles = tiles + row_columns(
+            dy_ptr, dy_at + m * stride_dy_c, ow, live_c, t, True, h_out, w_out, stride_dy_h, stride_dy_w,
+            COLUMNS, MASK_C, ALIGN, INDEX_64,
+        )  # fmt: skip
+    return tiles
 
 
 @triton.jit
 def input_rows(
-    x_ptr, x_at, iw, live_c, from_row, until_row, h_in, w_in, stride_x_h, stride_x_w,
-    first_row, COUNT: tl.constexpr, PHASES: tl.constexpr, MASK_C: tl.constexpr,
-    ALIGN: tl.constexpr, INDEX_64: tl.constexpr,
+    x_ptr, x_at, iw, live_c, first_row, from_row, until_row, h_in, w_in, stride_x_h, stride_x_w,
+    COUNT: tl.constexpr, COLUMNS: tl.constexpr, MASK_C: tl.constexpr, ALIGN: tl.constexpr, INDEX_64: tl.constexpr,
 ):  # fmt: skip
-    """Tiles of x in fp32: COUNT rows from first_row on, PHASES columns from iw on. Rows of other programs are 0."""
+    """COUNT rows of x from first_row on. Rows of other programs are 0."""
     tiles = ()
     for i in tl.static_range(COUNT):
         ih = first_row + i
-        width = tl.where(below(ih, h_in) & (ih >= from_row) & (ih < until_row), w_in, 0)
-        row = tl.multiple_of(index(ih, INDEX_64) * stride_x_h, ALIGN)
-        for phase in tl.static_range(PHASES):
-            inside = below(iw + phase, width)
-            if MASK_C:
-                inside &= live_c
-            at = pointers(x_ptr, x_at, row, phase * stride_x_w, ALIGN)
-            tiles = tiles + (tl.load(at, mask=inside, other=0.0).to(tl.float32),)
+        tiles = tiles + row_columns(
+            x_ptr, x_at, iw, live_c, ih, (ih >= from_row) & (ih < until_row), h_in, w_in, stride_x_h, stride_x_w,
+            COLUMNS, MASK_C, ALIGN, INDEX_64,
+        )  # fmt: skip
     return tiles
+
+
+@triton.jit
+def floats(tiles, COUNT: tl.constexpr):
+    """The first COUNT tiles in fp32."""
+    found = ()
+    for i in tl.static_range(COUNT):
+        found = found + (tiles[i].to(tl.float32),)
+    return found
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -220,21 +327,24 @@ def backward_kernel(
     WANT_DX: tl.constexpr, WANT_DW: tl.constexpr, PIXELS_LAST: tl.constexpr,
     DY_ALIGN: tl.constexpr, X_ALIGN: tl.constexpr, DX_ALIGN: tl.constexpr,
     INDEX_64: tl.constexpr, EMULATE_BF16: tl.constexpr,
-    BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
+    BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_A: tl.constexpr,
 ):  # fmt: skip
-    """One program: `steps` * CONV_STRIDE_H input rows of BLOCK_P * CONV_STRIDE_W input columns by BLOCK_C channels.
+    """One program: `steps` * CONV_STRIDE_H input rows of BLOCK_P lanes, of BLOCK_W * CONV_STRIDE_W input columns each,
+    by BLOCK_C channels.
 
-    dgrad (WANT_DX), wgrad (WANT_DW) or both: they read the same rows of dy. Step t loads row t of dy, once per distinct
-    column shift. Its taps reach the input rows t * CONV_STRIDE_H - PAD_H and the LIVE - 1 after it: their sums of dx
-    and their x are carried along, and the first CONV_STRIDE_H of them are then complete. Columns of one phase
-    (column modulo CONV_STRIDE_W) share their taps, and are a tile; no tap of a strided convolution is wasted.
+    dgrad (WANT_DX), wgrad (WANT_DW) or both: they read the same rows of dy. Step t meets row t of dy. Its taps reach
+    the input rows t * CONV_STRIDE_H - PAD_H and the LIVE - 1 after it: their sums of dx and their x are carried along,
+    and the first CONV_STRIDE_H of them are then complete. No tap of a strided convolution is wasted.
     dw: [programs of one channel tile, CHANNELS * MULTIPLIER, KH, KW] by strides, the filter gradient itself or partial
     sums; each pair of an input and an output pixel belongs to the program that owns the input pixel.
     """
     LIVE: tl.constexpr = rows_alive(KH, CONV_STRIDE_H, DIL_H)
-    SHIFT: tl.constexpr = (PAD_W - (KW - 1) * DIL_W) // CONV_STRIDE_W  # the least between columns that a tap joins
+    SHIFT: tl.constexpr = least_shift(CONV_STRIDE_W, PAD_W, DIL_W, KW)
     WARM_UP: tl.constexpr = (KH - 1) * DIL_H // CONV_STRIDE_H
-    DONE: tl.constexpr = CONV_STRIDE_H * CONV_STRIDE_W  # tiles that each step completes
+    WIDTH: tl.constexpr = BLOCK_W * CONV_STRIDE_W
+    DONE: tl.constexpr = CONV_STRIDE_H * WIDTH  # pixels of a lane that each step completes
+    COLUMNS: tl.constexpr = output_columns_met(BLOCK_W, CONV_STRIDE_W, PAD_W, DIL_W, KW)
+    MET: tl.constexpr = MULTIPLIER * count(COLUMNS)
     TAPS: tl.constexpr = KH * KW
     C_TILES: tl.constexpr = (CHANNELS + BLOCK_C - 1) // BLOCK_C
     MASK_C: tl.constexpr = CHANNELS % BLOCK_C != 0
@@ -242,27 +352,28 @@ def backward_kernel(
     c = index(pid % C_TILES * BLOCK_C + tl.arange(0, BLOCK_C), INDEX_64)
     p = index(pid // C_TILES, INDEX_64) * BLOCK_P + tl.arange(0, BLOCK_P)
     first = tl.program_id(1) * steps
-    w_phase = (w_in + CONV_STRIDE_W - 1) // CONV_STRIDE_W
-    image = p // w_phase
-    tw = p % w_phase
+    lanes = (w_in + WIDTH - 1) // WIDTH
+    image = p // lanes
+    ow = p % lanes * BLOCK_W
+    iw = ow * CONV_STRIDE_W
 
     live_c = cols(c < CHANNELS, PIXELS_LAST)
-    dy_p = rows(tl.multiple_of(image * stride_dy_n + (tw + SHIFT) * stride_dy_w, DY_ALIGN), PIXELS_LAST)
+    dy_p = rows(tl.multiple_of(image * stride_dy_n + (ow + SHIFT) * stride_dy_w, DY_ALIGN), PIXELS_LAST)
     dy_at = dy_p + cols(c * MULTIPLIER * stride_dy_c, PIXELS_LAST)
     if WANT_DW:
-        x_p = rows(tl.multiple_of(image * stride_x_n + tw * CONV_STRIDE_W * stride_x_w, X_ALIGN), PIXELS_LAST)
+        x_p = rows(tl.multiple_of(image * stride_x_n + iw * stride_x_w, X_ALIGN), PIXELS_LAST)
         x_at = x_p + cols(c * stride_x_c, PIXELS_LAST)
         dw = zeros(MULTIPLIER * TAPS, BLOCK_P, BLOCK_C, PIXELS_LAST)
     if WANT_DX:
-        dx_p = rows(tl.multiple_of(image * stride_dx_n + tw * CONV_STRIDE_W * stride_dx_w, DX_ALIGN), PIXELS_LAST)
+        dx_p = rows(tl.multiple_of(image * stride_dx_n + iw * stride_dx_w, DX_ALIGN), PIXELS_LAST)
         dx_at = dx_p + cols(c * stride_dx_c, PIXELS_LAST)
         taps = ()
         for m in tl.static_range(MULTIPLIER):
             o = (c * MULTIPLIER + m) * stride_wgt_o
             taps = taps + filter_taps(wgt_ptr, o, c < CHANNELS, stride_wgt_h, stride_wgt_w, KH, KW, PIXELS_LAST)
-        dx = zeros(LIVE * CONV_STRIDE_W, BLOCK_P, BLOCK_C, PIXELS_LAST)
-    iw = rows(tl.where(image < batch, tw * CONV_STRIDE_W, NOWHERE).to(tl.int32), PIXELS_LAST)
-    tw = rows(tl.where(image < batch, tw, NOWHERE).to(tl.int32), PIXELS_LAST)
+        dx = zeros(LIVE * WIDTH, BLOCK_P, BLOCK_C, PIXELS_LAST)
+    iw = rows(tl.where(image < batch, iw, NOWHERE).to(tl.int32), PIXELS_LAST)
+    ow = rows(tl.where(image < batch, ow + SHIFT, NOWHERE).to(tl.int32), PIXELS_LAST)
 
     # Before its own rows a program takes the rows of dy that reach them, as far as there are any.
     start = tl.maximum(first - WARM_UP, 0)
@@ -270,52 +381,61 @@ def backward_kernel(
     if WANT_DW:
         from_row = first * CONV_STRIDE_H - PAD_H
         until_row = last * CONV_STRIDE_H - PAD_H
-        xs = input_rows(
-            x_ptr, x_at, iw, live_c, from_row, until_row, h_in, w_in, stride_x_h, stride_x_w,
-            start * CONV_STRIDE_H - PAD_H, LIVE - CONV_STRIDE_H, CONV_STRIDE_W, MASK_C, X_ALIGN, INDEX_64,
+        x_row = start * CONV_STRIDE_H - PAD_H
+        x_ahead = input_rows(
+            x_ptr, x_at, iw, live_c, x_row, from_row, until_row, h_in, w_in, stride_x_h, stride_x_w,
+            LIVE + (BLOCK_A - 1) * CONV_STRIDE_H, all_below(WIDTH), MASK_C, X_ALIGN, INDEX_64,
+        )  # fmt: skip
+        xs = floats(x_ahead, (LIVE - CONV_STRIDE_H) * WIDTH)
+        x_ahead = x_ahead[(LIVE - CONV_STRIDE_H) * WIDTH :]
+    dy_ahead = ()
+    for a in tl.static_range(BLOCK_A):
+        dy_ahead = dy_ahead + gradient_step(
+            dy_ptr, dy_at, ow, live_c, start + a, h_out, w_out, stride_dy_c, stride_dy_h, stride_dy_w,
+            MULTIPLIER, COLUMNS, MASK_C, DY_ALIGN, INDEX_64,
         )  # fmt: skip
     for t in tl.range(start, last, num_stages=1):
-        width = tl.where(below(t, h_out), w_out, 0)
-        row = tl.multiple_of(index(t, INDEX_64) * stride_dy_h, DY_ALIGN)
+        dy_ahead = dy_ahead + gradient_step(
+            dy_ptr, dy_at, ow, live_c, t + BLOCK_A, h_out, w_out, stride_dy_c, stride_dy_h, stride_dy_w,
+            MULTIPLIER, COLUMNS, MASK_C, DY_ALIGN, INDEX_64,
+        )  # fmt: skip
         if WANT_DW:
-            xs = xs + input_rows(
-                x_ptr, x_at, iw, live_c, from_row, until_row, h_in, w_in, stride_x_h, stride_x_w,
-                (t - 1) * CONV_STRIDE_H - PAD_H + LIVE, CONV_STRIDE_H, CONV_STRIDE_W, MASK_C, X_ALIGN, INDEX_64,
+            x_ahead = x_ahead + input_rows(
+                x_ptr, x_at, iw, live_c, (t + BLOCK_A - 1) * CONV_STRIDE_H - PAD_H + LIVE, from_row, until_row,
+                h_in, w_in, stride_x_h, stride_x_w, CONV_STRIDE_H, all_below(WIDTH), MASK_C, X_ALIGN, INDEX_64,
             )  # fmt: skip
-        for m in tl.static_range(MULTIPLIER):
-            # Input column tw * CONV_STRIDE_W + phase meets output column tw + shift by the tap at
-            # phase + PAD_W - shift * CONV_STRIDE_W pixels.
-            for shift in tl.static_range(SHIFT, (CONV_STRIDE_W - 1 + PAD_W) // CONV_STRIDE_W + 1):
-                if met(shift, CONV_STRIDE_W, PAD_W, DIL_W, KW):
-                    inside = below(tw + shift, width)
-                    if MASK_C:
-                        inside &= live_c
-                    dy_m = pointers(dy_ptr, dy_at + m * stride_dy_c, row, (shift - SHIFT) * stride_dy_w, DY_ALIGN)
-                    d = tl.load(dy_m, mask=inside, other=0.0).to(tl.float32)
-                    for phase in tl.static_range(CONV_STRIDE_W):
-                        if tap_at(phase + PAD_W - shift * CONV_STRIDE_W, DIL_W, KW) >= 0:
-                            if WANT_DX:
-                                dx = plus_taps(
-                                    dx, d, taps, m * TAPS + tap_at(phase + PAD_W - shift * CONV_STRIDE_W, DIL_W, KW),
-                                    phase, LIVE * CONV_STRIDE_W, KH, KW, DIL_H, CONV_STRIDE_W,
-                                )  # fmt: skip
-                            if WANT_DW:
-                                dw = plus_products(
-                                    dw, d, xs, m * TAPS + tap_at(phase + PAD_W - shift * CONV_STRIDE_W, DIL_W, KW),
-                                    phase, MULTIPLIER * TAPS, KH, KW, DIL_H, CONV_STRIDE_W,
-                                )  # fmt: skip
+            xs = xs + floats(x_ahead, DONE)
+            x_ahead = x_ahead[DONE:]
+        for i in tl.static_range(MET):
+            d = dy_ahead[i].to(tl.float32)
+            if WANT_DX:
+                dx = plus_products(
+                    dx, d, taps,
+                    backward_taps(
+                        item(COLUMNS, i % count(COLUMNS)), i // count(COLUMNS) * TAPS, LIVE, BLOCK_W,
+                        CONV_STRIDE_W, PAD_W, KH, KW, DIL_H, DIL_W,
+                    ),
+                )  # fmt: skip
+            if WANT_DW:
+                dw = plus_products(
+                    dw, d, xs,
+                    joined_pixels(
+                        item(COLUMNS, i % count(COLUMNS)), i // count(COLUMNS) * TAPS, MULTIPLIER * TAPS, BLOCK_W,
+                        CONV_STRIDE_W, PAD_W, KH, KW, DIL_H, DIL_W,
+                    ),
+                )  # fmt: skip
+        dy_ahead = dy_ahead[MET:]
         if WANT_DX:
             for i in tl.static_range(CONV_STRIDE_H):
                 ih = t * CONV_STRIDE_H - PAD_H + i
                 dx_row = tl.multiple_of(index(ih, INDEX_64) * stride_dx_h, DX_ALIGN)
-                mine = (t >= first) & below(ih, h_in)
-                for phase in tl.static_range(CONV_STRIDE_W):
-                    inside = below(iw + phase, tl.where(mine, w_in, 0))
+                width = tl.where((t >= first) & below(ih, h_in), w_in, 0)
+                for z in tl.static_range(WIDTH):
+                    inside = below(iw + z, width)
                     if MASK_C:
                         inside &= live_c
-                    dx_i = pointers(dx_ptr, dx_at, dx_row, phase * stride_dx_w, DX_ALIGN)
-                    out = narrow(dx[i * CONV_STRIDE_W + phase], dx_ptr.dtype.element_ty, EMULATE_BF16)
-                    tl.store(dx_i, out, mask=inside)
+                    out = narrow(dx[i * WIDTH + z], dx_ptr.dtype.element_ty, EMULATE_BF16)
+                    tl.store(pointers(dx_ptr, dx_at, dx_row, z * stride_dx_w, DX_ALIGN), out, mask=inside)
             dx = dx[DONE:] + zeros(DONE, BLOCK_P, BLOCK_C, PIXELS_LAST)
         if WANT_DW:
             xs = xs[DONE:]

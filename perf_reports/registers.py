@@ -108,7 +108,7 @@ def collect(rows: list[Row], tiles: Iterable[Tile], end: float, count: int) -> I
             yield _answered(compiler, *pending.popleft())
 
 
-def planned(suites: Suites, targets: Sequence[str], tables: Tables) -> Iterator[Tile]:
+def planned(suites: Suites, targets: Sequence[str], algorithms: Sequence[str], tables: Tables) -> Iterator[Tile]:
     """What the plans of all layers would take if every tile fitted that is not known to spill; where only widths are
     named, the general algorithm's.
     """
@@ -119,7 +119,7 @@ def planned(suites: Suites, targets: Sequence[str], tables: Tables) -> Iterator[
         for suite, target in itertools.product(suites.values(), targets):
             on = devices.named(target)
             for layer, pass_ in itertools.product(suite, PLANNED):
-                names = able(layer.problem, pass_, on)
+                names = [name for name in able(layer.problem, pass_, on) if name in algorithms]
                 if layer.name.startswith(WIDTH):
                     names = [name for name in names if name == GENERAL]
                 if names:
@@ -135,10 +135,10 @@ def _forget() -> None:
     fitting.cache_clear()
 
 
-def drawn(draw: random.Random, suites: Suites, targets: Sequence[str]) -> Iterator[Tile]:
+def drawn(draw: random.Random, suites: Suites, targets: Sequence[str], algorithms: Sequence[str]) -> Iterator[Tile]:
     """Tiles at random, as many of each kind, without an end."""
     while True:
-        for suite, target, name, pass_ in itertools.product(suites.values(), targets, REGISTRY, PLANNED):
+        for suite, target, name, pass_ in itertools.product(suites.values(), targets, algorithms, PLANNED):
             if found := _drawn(draw, target, name, pass_, suite):
                 yield target, name, pass_, *found
 
@@ -281,6 +281,7 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=workers.processes(), help="processes that compile (%(default)s)")
     parser.add_argument("--targets", nargs="+", choices=TARGETS, default=TARGETS)
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=DTYPES)
+    parser.add_argument("--algorithms", nargs="+", choices=tuple(REGISTRY), default=tuple(REGISTRY))
     parser.add_argument("--planned", action="store_true", help="compile what is planned, not tiles at random")
     args = parser.parse_args()
     suites = {(dtype, layout): layers_of(dtype, layout) for dtype in DTYPES for layout in LAYOUTS}
@@ -295,9 +296,9 @@ def main() -> None:
             writer.writeheader()
         found = args.seconds > 0
         while found:  # once, but of what is planned as long as plans change
-            tiles = drawn(random.Random(len(rows)), chosen, args.targets)
+            tiles = drawn(random.Random(len(rows)), chosen, args.targets, args.algorithms)
             if args.planned:
-                tiles = iter(list(planned(chosen, args.targets, tables(rows, suites))))
+                tiles = iter(list(planned(chosen, args.targets, args.algorithms, tables(rows, suites))))
             found = False
             for row in collect(rows, tiles, end, args.jobs):
                 found = args.planned

@@ -272,9 +272,12 @@ def _tiles(algorithm, problem: ConvProblem, pass_: str, on, tiles: str) -> dict:
         return dict(zip(algorithm.BLOCKS, blocks, strict=True)) | {"num_warps": 4, "num_stages": 2}
 
     if algorithm.NAME == "depthwise_direct" and INTERPRETED:
-        columns, channels = problem.batch * max(problem.w_in, problem.w_out), max(problem.c_in, problem.c_out)
-        channels = triton.next_power_of_2(channels) // (1 if tiles == "few" else 2)
-        blocks = {"BLOCK_P": _extent(columns, tiles), "BLOCK_C": max(1, channels)}
+        width, ahead = (1, 2, 4)[(problem.h_in + problem.groups) % 3], (problem.w_in + problem.kw) % 3
+        lanes = problem.batch * math.ceil(max(problem.w_in, problem.w_out) / width)
+        channels = triton.next_power_of_2(max(problem.c_in, problem.c_out)) // (1 if tiles == "few" else 2)
+        blocks = {
+            "BLOCK_P": _extent(lanes, tiles), "BLOCK_C": max(1, channels), "BLOCK_W": width, "BLOCK_A": ahead,
+        }  # fmt: skip
         return blocks | {"num_warps": 4, "num_stages": 1}
 
     if algorithm.NAME == "row_march" and INTERPRETED and tiles == "few":

@@ -29,11 +29,12 @@ from .calls import (
 )
 
 NAME = "depthwise_direct"
-BLOCKS = {"BLOCK_P": (1, 4096), "BLOCK_C": (1, 256)}
+BLOCKS = {"BLOCK_P": (1, 4096), "BLOCK_C": (1, 256), "BLOCK_W": (1, 16), "BLOCK_A": (0, 4)}
 MOST_SEGMENTS = 16
 DIVISION = {"SEGMENTS": (1, MOST_SEGMENTS, 1)}  # of the rows
 MOST_TAPS = 64  # of a filter, and twice as many of all that a channel meets: each is held in a register
 UNIFORM_REGISTERS = 63  # of a warp: they hold the taps of a channel that all its threads share
+MOST_PADDED = 1.25  # columns of all lanes over those that there are
 BUSY = 4  # programs that keep a multiprocessor's memory pipeline busy
 
 
@@ -51,68 +52,71 @@ def supports(problem: ConvProblem, pass_: str, target: Target) -> str | None:
 
 @dataclasses.dataclass(frozen=True)
 class _March:
-    """What the kernel's loop does in one step of a pass, by thread element: one column, or CONV_STRIDE_W in backward.
+    """What the kernel's loop does in one step of a pass, by channel of a lane.
 
-    Counted in tiles: `loads` of activations, `held` in fp32 from step to step, `sums` of dw, `stores`, multiply-adds.
+    Counted in pixels: `loads`, `held` in fp32 from step to step, `sums` of dw, `stores`, multiply-adds.
     """
 
-    columns: int  # batch x columns, flattened
+    lanes: int
     rows: int  # steps of all row segments
     warm_up: int  # steps that a segment, but the first of backward, spends on its neighbour's rows
     channels: int
     taps: int  # filters in registers
     loads: int
     held: int
+    moved: int  # of those that are held, from register to register
     sums: int
     stores: int
     multiply_adds: int
 
 
 @functools.lru_cache(4096)
-def _march(problem: ConvProblem, pass_: str) -> _March:
-    stride_h, stride_w = problem.stride
-    dil_h, dil_w = problem.dilation
-    taps, multiplier = problem.kh * problem.kw, problem.cout_g
+def _march(problem: ConvProblem, pass_: str, width: int) -> _March:
+    (stride_h, stride_w), (dil_h, dil_w), kw = problem.stride, problem.dilation, problem.kw
+    taps, multiplier = problem.kh * kw, problem.cout_g
     if pass_ == "fprop":
-        residues = len({r * dil_h % stride_h for r in range(problem.kh)})
+        rows = len(kernels.input_rows_met(stride_h, dil_h, problem.kh))
+        columns = len(kernels.input_columns_met(width, stride_w, dil_w, kw))
         live = (problem.kh - 1) * dil_h // stride_h + 1
         return _March(
-            columns=problem.batch * problem.w_out, rows=problem.h_out, warm_up=live - 1, channels=problem.c_out,
-            taps=taps, loads=residues * problem.kw, held=live, sums=0, stores=1, multiply_adds=taps,
+            lanes=problem.batch * math.ceil(problem.w_out / width), rows=problem.h_out, warm_up=live - 1,
+            channels=problem.c_out, taps=taps, loads=rows * columns, held=live * width, moved=0, sums=0, stores=width,
+            multiply_adds=taps * width,
         )  # fmt: skip
     want_dx, want_dw = pass_ != "wgrad", pass_ != "dgrad"
-    reaches = (problem.pad[2] - s * dil_w + phase for s in range(problem.kw) for phase in range(stride_w))
-    shifts = len({reach // stride_w for reach in reaches if reach % stride_w == 0})
-    held = max((problem.kh - 1) * dil_h + 1, stride_h) * stride_w
+    columns = len(kernels.output_columns_met(width, stride_w, problem.pad[2], dil_w, kw))
+    pixels, live = width * stride_w, kernels.rows_alive(problem.kh, stride_h, dil_h)
     return _March(
-        columns=problem.batch * math.ceil(problem.w_in / stride_w),
+        lanes=problem.batch * math.ceil(problem.w_in / pixels),
         rows=(problem.h_in - 1 + problem.pad[0]) // stride_h + 1,
         warm_up=(problem.kh - 1) * dil_h // stride_h,
         channels=problem.c_in,
         taps=want_dx * taps * multiplier,
-        loads=shifts * multiplier + want_dw * stride_h * stride_w,
-        held=(want_dx + want_dw) * held,
+        loads=columns * multiplier + want_dw * stride_h * pixels,
+        held=(want_dx + want_dw) * live * pixels,
+        moved=want_dw * live * pixels,
         sums=want_dw * taps * multiplier,
-        stores=want_dx * stride_h * stride_w,
-        multiply_adds=(want_dx + want_dw) * taps * multiplier,
+        stores=want_dx * stride_h * pixels,
+        multiply_adds=(want_dx + want_dw) * taps * multiplier * width,
     )
 
 
 def _elements(problem: ConvProblem, config: dict, target: Target) -> tuple[int, int]:
-    """(elements a thread, of which so many are neighbouring channels and loaded by one instruction)."""
+    """(elements of a tile that a thread has, of which so many are neighbours and loaded by one instruction)."""
     elements = max(1, config["BLOCK_P"] * config["BLOCK_C"] // (target.warp_size * config["num_warps"]))
     vector = 16 // problem.element_bytes if problem.layout == "nhwc" else 1
     return elements, math.gcd(vector, elements, problem.c_in, config["BLOCK_C"])
 
 
 def held(problem: ConvProblem, pass_: str, tile: dict, target: Target) -> Held:
-    """All loads of a step are in flight at once."""
-    march, (elements, vector) = _march(problem, pass_), _elements(problem, tile, target)
-    threads = target.warp_size * tile["num_warps"]
+    """What a step loads is in flight at once, BLOCK_A steps of it."""
+    march, (elements, vector) = _march(problem, pass_, tile["BLOCK_W"]), _elements(problem, tile, target)
+    threads, size = target.warp_size * tile["num_warps"], problem.element_bytes
+    words = march.loads * (tile["BLOCK_A"] + 1) * size / 4
     if problem.layout == "nhwc":
-        taps, words = march.taps * vector, march.loads * problem.element_bytes / 4
+        taps = march.taps * vector
     else:
-        taps, words = max(0, march.taps - UNIFORM_REGISTERS), march.loads
+        taps, words = max(0, march.taps - UNIFORM_REGISTERS), words * 4 / size
     return Held(
         tile["num_warps"],
         0,
@@ -123,24 +127,35 @@ def held(problem: ConvProblem, pass_: str, tile: dict, target: Target) -> Held:
 
 
 def tiles(problem: ConvProblem, pass_: str, target: Target) -> Iterator[list[dict]]:
-    march = _march(problem, pass_)
-    fitting = triton.next_power_of_2(march.channels)
-    widths = [c for c in (8, 16, 32, 64, 128) if c <= max(8, fitting)] if problem.layout == "nhwc" else [1]
-    for block_c, elements in itertools.product(widths, (1, 2, 4, 8, 16)):
-        block_p = elements * 4 * target.warp_size // block_c
+    threads = 4 * target.warp_size
+    if problem.layout == "nhwc":
+        channels = problem.c_out if pass_ == "fprop" else problem.c_in
+        fitting = max(8, triton.next_power_of_2(channels))
+        vectors = [v for v in (1, 2, 4, 8) if v <= math.gcd(16 // problem.element_bytes, problem.c_in)][-3:]
+        shapes = [(threads * v // c, c) for c in (16, 32, 64, 128) if c <= fitting for v in vectors if v <= c]
+        widths = [1, 2, 4, 8]
+    else:  # neighbouring lanes are neighbours in memory, and so the columns of a lane would not be
+        shapes, widths = [(threads * elements, 1) for elements in (1, 2, 4, 8, 16)], [1]
+    for (block_p, block_c), width, ahead in itertools.product(shapes, widths, (2, 1)):
+        march = _march(problem, pass_, width)
+        if march.lanes * width > MOST_PADDED * _march(problem, pass_, 1).lanes:
+            continue
         # Programs along the columns and the batch cannot share their sums of dw.
-        if block_p and (not march.sums or math.ceil(march.columns / block_p) <= largest_splits(problem, pass_)):
-            yield [{"BLOCK_P": block_p, "BLOCK_C": block_c, "num_warps": 4, "num_stages": 1}]
+        if not march.sums or math.ceil(march.lanes / block_p) <= largest_splits(problem, pass_):
+            yield [
+                {"BLOCK_P": block_p, "BLOCK_C": block_c, "BLOCK_W": width, "BLOCK_A": ahead, "num_warps": 4,
+                 "num_stages": 1}
+            ]  # fmt: skip
 
 
 def _tiles(march: _March, config: dict) -> tuple[int, int]:
     """Programs of a row segment: along columns and batch, and along the channels."""
-    return math.ceil(march.columns / config["BLOCK_P"]), math.ceil(march.channels / config["BLOCK_C"])
+    return math.ceil(march.lanes / config["BLOCK_P"]), math.ceil(march.channels / config["BLOCK_C"])
 
 
 def _most_segments(problem: ConvProblem, pass_: str, config: dict) -> int:
     """The most row segments whose partial sums of dw have room beside the operands."""
-    march = _march(problem, pass_)
+    march = _march(problem, pass_, config["BLOCK_W"])
     most = min(march.rows, MOST_SEGMENTS)
     if march.sums:
         most = min(most, largest_splits(problem, pass_) // max(1, _tiles(march, config)[0]))
@@ -149,13 +164,13 @@ def _most_segments(problem: ConvProblem, pass_: str, config: dict) -> int:
 
 def _grid(problem: ConvProblem, pass_: str, config: dict) -> tuple[int, int, int]:
     """(programs of a row segment, segments, steps a segment)."""
-    march = _march(problem, pass_)
+    march = _march(problem, pass_, config["BLOCK_W"])
     segments = min(config["SEGMENTS"], _most_segments(problem, pass_, config))
     return math.prod(_tiles(march, config)), *shares(march.rows, segments)
 
 
 def divisions(problem: ConvProblem, pass_: str, config: dict, target: Target, fit: int) -> list[dict[str, int]]:
-    march = _march(problem, pass_)
+    march = _march(problem, pass_, config["BLOCK_W"])
     tiles = math.prod(_tiles(march, config))
     busy = min(BUSY, fit)
 
@@ -170,18 +185,23 @@ def divisions(problem: ConvProblem, pass_: str, config: dict, target: Target, fi
 
 
 def tiling(problem: ConvProblem, pass_: str, config: dict, target: Target, fit: int) -> Tiling:
-    march, (elements, vector) = _march(problem, pass_), _elements(problem, config, target)
+    march, (elements, vector) = _march(problem, pass_, config["BLOCK_W"]), _elements(problem, config, target)
     tiles, segments, steps = _grid(problem, pass_, config)
     programs, size = tiles * segments, problem.element_bytes
-    threads = target.warp_size * config["num_warps"]
+    threads, ahead = target.warp_size * config["num_warps"], config["BLOCK_A"]
     # Steps of all programs; the first row segment of a backward pass has no rows before it.
     walked = programs * (steps + march.warm_up) - tiles * march.warm_up * (pass_ != "fprop")
-    # Counted in the compiled loops of sm_90: a load's address, mask and conversions; a rotation of the sums.
-    instructions = march.multiply_adds + march.loads * (1 + 6 / vector) + march.held + 2 * march.stores + 1
+    # Counted in the compiled loops of sm_90: an access takes its address and mask 6 instructions, and each element is
+    # converted; what is loaded far ahead, and x in wgrad, is moved from register to register.
+    step = 25 + march.loads * (7 + vector + 6 * (ahead > 1)) + march.stores * (6 + vector)
+    step = (step + (march.multiply_adds + march.moved) * vector) * elements / vector
     once = march.taps * vector * 3 + (march.sums + 12) * elements + 20 * march.sums + 80
-    # What is loaded once a tap comes from L1 but for the tile's edges; a row segment re-reads its neighbour's rows.
+    # A program's steps wait for what they load, if not for each other; so do its first loads, and its last sums.
+    latency = target.memory_clocks
+    waits = max(latency / ahead, step) if ahead else latency + step
+    # Lanes share what they load in L1, but for the tile's edges; a row segment re-reads its neighbour's rows.
     again = 1 + march.warm_up / steps * (segments > 1)
-    halo = 1 + (problem.kw - 1) * problem.dilation[1] / (config["BLOCK_P"] * problem.stride[1])
+    halo = 1 + (problem.kw - 1) * problem.dilation[1] / (config["BLOCK_P"] * config["BLOCK_W"] * problem.stride[1])
     sector = max(1.0, 32 / (config["BLOCK_C"] * size)) if problem.layout == "nhwc" else 1.0
     splits = _tiles(march, config)[0] * segments if march.sums else 1
     partials = partial_bytes(problem, splits)
@@ -192,16 +212,17 @@ def tiling(problem: ConvProblem, pass_: str, config: dict, target: Target, fit: 
         programs=programs,
         matrix_flops=0.0,
         l2_bytes=problem.min_bytes(pass_) * again * halo * sector + partials,
-        instructions=walked * threads * elements * instructions + programs * threads * once,
+        instructions=walked * threads * step + programs * threads * once,
         dram_bytes=problem.min_bytes(pass_) + partials,
         resident=fit,
         launches=1 + (splits > 1),
         shared_bytes=walked * threads * elements * march.loads * max(size * lines, 4 / vector),
+        critical=(steps + march.warm_up) * waits + 2 * latency,
     )
 
 
 def prepare(problem: ConvProblem, pass_: str, config: dict, target: Target, strides: dict):
-    march, (tiles, segments, steps) = _march(problem, pass_), _grid(problem, pass_, config)
+    march, (tiles, segments, steps) = _march(problem, pass_, config["BLOCK_W"]), _grid(problem, pass_, config)
     kernel = kernels.fprop_kernel if pass_ == "fprop" else kernels.backward_kernel
     blocks, options = split_config(config)
     x, w, y, dx, dw, dy = (strides.get(name) for name in ("x", "w", "y", "dx", "dw", "dy"))
