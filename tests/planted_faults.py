@@ -184,15 +184,21 @@ FAULTS = [
     ),
     Fault(
         "kernels/depthwise_direct.py",
-        "xs[tap_at(i - FIRST, KW, KH) * DIL_H * CONV_STRIDE_W + PHASE]",
-        "xs[tap_at(i - FIRST, KW, KH) * CONV_STRIDE_W + PHASE]",
+        "found[first + tap] = tap // kw * dil_h * width * stride + z",
+        "found[first + tap] = tap // kw * width * stride + z",
         "wgrad ignores the dilation of rows",
     ),
     Fault(
         "kernels/depthwise_direct.py",
-        "for shift in tl.static_range(SHIFT, (CONV_STRIDE_W - 1 + PAD_W) // CONV_STRIDE_W + 1):",
-        "for shift in tl.static_range(SHIFT, (CONV_STRIDE_W - 1 + PAD_W) // CONV_STRIDE_W):",
-        "backward loses the last column shift",
+        "return tuple(sorted(reach // stride - least for reach in reaches if reach % stride == 0))",
+        "return tuple(sorted(reach // stride - least for reach in reaches if reach % stride == 0)[:-1])",
+        "backward loses the last output column",
+    ),
+    Fault(
+        "kernels/depthwise_direct.py",
+        "x_ptr, x_at, iw, live_c, first + a, h_in",
+        "x_ptr, x_at, iw, live_c, first, h_in",
+        "fprop starts with the first step's rows for all that are loaded ahead",
     ),
     # --- depthwise_plane ---
     Fault(

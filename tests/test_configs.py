@@ -23,7 +23,7 @@ from groupconv.problem import PASSES, ConvProblem
 PROBLEM = ConvProblem(32, 64, 28, 28, 64, 3, 3, (1, 1), (1, 1, 1, 1), (1, 1), 16, "bf16")
 CONFIG = {"BLOCK_M": 128, "BLOCK_N": 16, "BLOCK_K": 32, "SPLITS": 1, "num_warps": 4, "num_stages": 2}
 DEPTHWISE = dataclasses.replace(PROBLEM, groups=64)
-DIRECT = {"BLOCK_P": 32, "BLOCK_C": 32, "SEGMENTS": 1, "num_warps": 4, "num_stages": 1}
+DIRECT = {"BLOCK_P": 8, "BLOCK_C": 32, "BLOCK_W": 4, "BLOCK_A": 1, "SEGMENTS": 1, "num_warps": 4, "num_stages": 1}
 WIDE = ConvProblem(128, 480, 14, 14, 480, 3, 3, (1, 1), (1, 1, 1, 1), (1, 1), 4, "bf16")
 HASHES = configs.kernels_sha256()
 
