@@ -151,6 +151,26 @@ def fprop_weights(
     return tl.load(wgt_ptr + LAST_R * stride_wgt_h + at, mask=own, other=0.0)
 
 
+@triton.constexpr_function
+def stages(ahead):
+    """Of the pipeline of a loop whose loads go so many steps ahead by themselves: none, or as the launch says."""
+    return 1 if ahead else None
+
+
+@triton.jit
+def source_tile(
+    x_ptr, x_at, iw, read, number, row, in_row, h_in, w_in, stride_x_h, stride_x_w,
+    TAP: tl.constexpr, KW: tl.constexpr, DIL_H: tl.constexpr, DIL_W: tl.constexpr,
+    PIXELS_LAST: tl.constexpr, ALIGN: tl.constexpr, INDEX_64: tl.constexpr,
+):  # fmt: skip
+    """A row of each class of x as it lies in memory, from column tap TAP on."""
+    width = rows(tl.where(below(in_row + row * DIL_H, h_in), w_in, 0), PIXELS_LAST)
+    to_row = tl.multiple_of(index(row * DIL_H, INDEX_64) * stride_x_h, ALIGN)
+    inside = below(iw + TAP * DIL_W, width)
+    inside &= cols(read & (number < KW - TAP), PIXELS_LAST)
+    return tl.load(pointers(x_ptr, x_at, to_row, TAP * DIL_W * stride_x_w, ALIGN), mask=inside, other=0.0)
+
+
 @triton.jit(do_not_specialize=SIZES + ("begin", "end"))
 def fprop_kernel(
     x_ptr, wgt_ptr, bias_ptr, y_ptr,
@@ -166,6 +186,7 @@ def fprop_kernel(
     PRECISION: tl.constexpr, EMULATE_BF16: tl.constexpr,
     STEP_C: tl.constexpr, READ_C: tl.constexpr, BLOCK_K: tl.constexpr,
     BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_R: tl.constexpr,
+    BLOCK_A: tl.constexpr,
 ):  # fmt: skip
     """One program: `steps` output rows of BLOCK_P lanes (batch x classes x w_out) by STEP_C of y's channels.
 
@@ -175,6 +196,7 @@ def fprop_kernel(
     from `end` on have rows of padding only.
     """
     LIVE: tl.constexpr = (KH - 1) // CONV_STRIDE_H + 1
+    ROWS: tl.constexpr = min(CONV_STRIDE_H, KH)  # of x that a step meets
     CHUNKS: tl.constexpr = ceil_div(KW, BLOCK_S)
     PRODUCTS: tl.constexpr = ceil_div(LIVE, BLOCK_R)
     C_TILES: tl.constexpr = ceil_div(GROUPS * COUT_G, STEP_C)
@@ -193,7 +215,7 @@ def fprop_kernel(
     last = tl.minimum(first + steps, (h_out + DIL_H - 1) // DIL_H)
 
     weights = ()
-    for i in tl.static_range(min(CONV_STRIDE_H, KH)):
+    for i in tl.static_range(ROWS):
         for chunk in tl.static_range(CHUNKS):
             for j in tl.static_range(PRODUCTS):
                 weights = weights + (
@@ -220,17 +242,30 @@ def fprop_kernel(
 
     acc = zeros(LIVE, BLOCK_P, BLOCK_C)
     stop = tl.minimum(last + LIVE - 1, end)
-    for t in tl.range(tl.maximum(first, begin), stop):
-        sums = acc if BLOCK_R == 1 else wide_zeros(LIVE, BLOCK_R, BLOCK_P, BLOCK_C)
-        for i in tl.static_range(min(CONV_STRIDE_H, KH)):
-            step = (t * CONV_STRIDE_H + i) * DIL_H
-            width = rows(tl.where(below(in_row + step, h_in), w_in, 0), X_PIXELS_LAST)
-            x_row = tl.multiple_of(index(step, INDEX_64) * stride_x_h, X_ALIGN)
+    start = tl.maximum(first, begin)
+    ahead = ()
+    for a in tl.static_range(BLOCK_A):
+        for i in tl.static_range(ROWS):
             for chunk in tl.static_range(CHUNKS):
-                inside = below(iw + chunk * BLOCK_S * DIL_W, width)
-                inside &= cols(read & (number < KW - chunk * BLOCK_S), X_PIXELS_LAST)
-                at = pointers(x_ptr, x_at, x_row, chunk * BLOCK_S * DIL_W * stride_x_w, X_ALIGN)
-                x = turned(tl.load(at, mask=inside, other=0.0), X_PIXELS_LAST)
+                ahead = ahead + (
+                    source_tile(
+                        x_ptr, x_at, iw, read, number, (start + a) * CONV_STRIDE_H + i, in_row,
+                        h_in, w_in, stride_x_h, stride_x_w,
+                        chunk * BLOCK_S, KW, DIL_H, DIL_W, X_PIXELS_LAST, X_ALIGN, INDEX_64,
+                    ),
+                )  # fmt: skip
+    for t in tl.range(start, stop, num_stages=stages(BLOCK_A)):
+        sums = acc if BLOCK_R == 1 else wide_zeros(LIVE, BLOCK_R, BLOCK_P, BLOCK_C)
+        for i in tl.static_range(ROWS):
+            for chunk in tl.static_range(CHUNKS):
+                ahead = ahead + (
+                    source_tile(
+                        x_ptr, x_at, iw, read, number, (t + BLOCK_A) * CONV_STRIDE_H + i, in_row,
+                        h_in, w_in, stride_x_h, stride_x_w,
+                        chunk * BLOCK_S, KW, DIL_H, DIL_W, X_PIXELS_LAST, X_ALIGN, INDEX_64,
+                    ),
+                )  # fmt: skip
+                x = turned(ahead[i * CHUNKS + chunk], X_PIXELS_LAST)
                 met = ()
                 for j in tl.static_range(PRODUCTS):
                     if row_met(j, BLOCK_R, LIVE, i, CONV_STRIDE_H, KH):
@@ -239,6 +274,7 @@ def fprop_kernel(
                     else:
                         met = met + (sums[j],)
                 sums = met
+        ahead = ahead[ROWS * CHUNKS :]
         acc = sums if BLOCK_R == 1 else added(acc, sums, LIVE, BLOCK_R, BLOCK_P, BLOCK_C)
         y = acc[0] + bias if HAS_BIAS else acc[0]
         store_output_row(
@@ -260,7 +296,7 @@ def input_rows(
     first_row, COUNT: tl.constexpr, PHASES: tl.constexpr, DIL_H: tl.constexpr,
     PIXELS_LAST: tl.constexpr, ALIGN: tl.constexpr, INDEX_64: tl.constexpr,
 ):  # fmt: skip
-    """Tiles [lanes, channels] of x: COUNT rows of each class, PHASES columns of each. Rows of other programs are 0."""
+    """Tiles of x as they lie in memory: COUNT rows of each class, PHASES columns of each; 0 where rows are others'."""
     tiles = ()
     for i in tl.static_range(COUNT):
         v = first_row + i
@@ -270,8 +306,31 @@ def input_rows(
         for phase in tl.static_range(PHASES):
             inside = below(iw + phase, width) & live_c
             at = pointers(x_ptr, x_at, row, phase * stride_x_w, ALIGN)
-            tiles = tiles + (turned(tl.load(at, mask=inside, other=0.0), PIXELS_LAST),)
+            tiles = tiles + (tl.load(at, mask=inside, other=0.0),)
     return tiles
+
+
+@triton.jit
+def gradient_row(
+    t, row_class, h_out, w_out, stride_dy_h,
+    DIL_H: tl.constexpr, PIXELS_LAST: tl.constexpr, ALIGN: tl.constexpr, INDEX_64: tl.constexpr,
+):  # fmt: skip
+    """Of row t of each class of dy: (the columns that there are, its offset)."""
+    width = rows(tl.where(below(row_class + t * DIL_H, h_out), w_out, 0), PIXELS_LAST)
+    return width, tl.multiple_of(index(t * DIL_H, INDEX_64) * stride_dy_h, ALIGN)
+
+
+@triton.jit
+def gradient_tile(
+    dy_ptr, dy_at, ow, live_o, number, width, row, stride_dy_w,
+    SHIFT: tl.constexpr, COUNT: tl.constexpr, SHIFTS: tl.constexpr, SHIFT_STEP: tl.constexpr,
+    PIXELS_LAST: tl.constexpr, ALIGN: tl.constexpr,
+):  # fmt: skip
+    """A row of dy as it lies in memory, COUNT of the SHIFTS column shifts from number SHIFT on."""
+    inside = below(ow + SHIFT * SHIFT_STEP, width) & live_o
+    if SHIFT + COUNT > SHIFTS:
+        inside &= cols(number < SHIFTS - SHIFT, PIXELS_LAST)
+    return tl.load(pointers(dy_ptr, dy_at, row, SHIFT * SHIFT_STEP * stride_dy_w, ALIGN), mask=inside, other=0.0)
 
 
 @triton.jit
@@ -337,6 +396,7 @@ def backward_kernel(
     INDEX_64: tl.constexpr, PRECISION: tl.constexpr, EMULATE_BF16: tl.constexpr,
     STEP_C: tl.constexpr, READ_C: tl.constexpr, BLOCK_K: tl.constexpr,
     BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_R: tl.constexpr,
+    BLOCK_A: tl.constexpr,
 ):  # fmt: skip
     """One program: STEP_C input channels of `steps` * CONV_STRIDE_H input rows, in `blocks` blocks of BLOCK_P lanes.
 
@@ -358,7 +418,8 @@ def backward_kernel(
     DRAIN: tl.constexpr = ceil_div(LIVE - CONV_STRIDE_H, CONV_STRIDE_H)
     SHIFT: tl.constexpr = least_shift(CONV_STRIDE_W, PAD_W, DIL_W, KW)
     SHIFT_STEP: tl.constexpr = DIL_W if CONV_STRIDE_W == 1 else 1
-    CHUNKS: tl.constexpr = ceil_div(shift_count(CONV_STRIDE_W, PAD_W, DIL_W, KW), BLOCK_S)
+    SHIFTS: tl.constexpr = shift_count(CONV_STRIDE_W, PAD_W, DIL_W, KW)
+    CHUNKS: tl.constexpr = ceil_div(SHIFTS, BLOCK_S)
     C_TILES: tl.constexpr = ceil_div(GROUPS * CIN_G, STEP_C)
     DW_TILES: tl.constexpr = KH * CONV_STRIDE_W * CHUNKS
     DX_TILES: tl.constexpr = LIVE * CONV_STRIDE_W
@@ -415,29 +476,58 @@ def backward_kernel(
             x_p = image * stride_x_n + in_row * stride_x_h + tw * CONV_STRIDE_W * stride_x_w
             x_p = rows(tl.multiple_of(x_p, X_ALIGN), X_PIXELS_LAST)
             x_at = x_p + cols(index(c, INDEX_64) * stride_x_c, X_PIXELS_LAST)
-            xs = input_rows(
+            x_ahead = input_rows(
                 x_ptr, x_at, rows(iw, X_PIXELS_LAST), cols(in_tile, X_PIXELS_LAST), in_row,
                 first * CONV_STRIDE_H, last * CONV_STRIDE_H, h_in, w_in, stride_x_h, stride_x_w,
                 start * CONV_STRIDE_H, KH - FRESH, CONV_STRIDE_W, DIL_H, X_PIXELS_LAST, X_ALIGN, INDEX_64,
             )  # fmt: skip
-        for t in tl.range(start, stop):
-            width = rows(tl.where(below(row_class + t * DIL_H, h_out), w_out, 0), DY_PIXELS_LAST)
-            dy_row = tl.multiple_of(index(t * DIL_H, INDEX_64) * stride_dy_h, DY_ALIGN)
-            if WANT_DW:
-                xs = xs + input_rows(
+            xs = ()
+            for i in tl.static_range((KH - FRESH) * CONV_STRIDE_W):
+                xs = xs + (turned(x_ahead[i], X_PIXELS_LAST),)
+            x_ahead = ()
+            for a in tl.static_range(BLOCK_A):
+                x_ahead = x_ahead + input_rows(
                     x_ptr, x_at, rows(iw, X_PIXELS_LAST), cols(in_tile, X_PIXELS_LAST), in_row,
                     first * CONV_STRIDE_H, last * CONV_STRIDE_H, h_in, w_in, stride_x_h, stride_x_w,
-                    t * CONV_STRIDE_H + KH - FRESH, FRESH, CONV_STRIDE_W, DIL_H, X_PIXELS_LAST, X_ALIGN, INDEX_64,
+                    (start + a) * CONV_STRIDE_H + KH - FRESH, FRESH, CONV_STRIDE_W, DIL_H,
+                    X_PIXELS_LAST, X_ALIGN, INDEX_64,
                 )  # fmt: skip
+        dy_ahead = ()
+        for a in tl.static_range(BLOCK_A):
+            width, dy_row = gradient_row(
+                start + a, row_class, h_out, w_out, stride_dy_h, DIL_H, DY_PIXELS_LAST, DY_ALIGN, INDEX_64
+            )
+            for chunk in tl.static_range(CHUNKS):
+                dy_ahead = dy_ahead + (
+                    gradient_tile(
+                        dy_ptr, dy_at, ow, live_o, number, width, dy_row, stride_dy_w,
+                        chunk * BLOCK_S, BLOCK_S, SHIFTS, SHIFT_STEP, DY_PIXELS_LAST, DY_ALIGN,
+                    ),
+                )  # fmt: skip
+        for t in tl.range(start, stop, num_stages=stages(BLOCK_A)):
+            width, dy_row = gradient_row(
+                t + BLOCK_A, row_class, h_out, w_out, stride_dy_h, DIL_H, DY_PIXELS_LAST, DY_ALIGN, INDEX_64
+            )
+            if WANT_DW:
+                x_ahead = x_ahead + input_rows(
+                    x_ptr, x_at, rows(iw, X_PIXELS_LAST), cols(in_tile, X_PIXELS_LAST), in_row,
+                    first * CONV_STRIDE_H, last * CONV_STRIDE_H, h_in, w_in, stride_x_h, stride_x_w,
+                    (t + BLOCK_A) * CONV_STRIDE_H + KH - FRESH, FRESH, CONV_STRIDE_W, DIL_H,
+                    X_PIXELS_LAST, X_ALIGN, INDEX_64,
+                )  # fmt: skip
+                for i in tl.static_range(FRESH * CONV_STRIDE_W):
+                    xs = xs + (turned(x_ahead[i], X_PIXELS_LAST),)
+                x_ahead = x_ahead[FRESH * CONV_STRIDE_W :]
             if WANT_DX:
                 sums = dx if BLOCK_R == 1 else wide_zeros(DX_TILES, BLOCK_R, BLOCK_P, BLOCK_C)
             for chunk in tl.static_range(CHUNKS):
-                inside = below(ow + chunk * BLOCK_S * SHIFT_STEP, width) & live_o
-                if chunk * BLOCK_S + BLOCK_S > shift_count(CONV_STRIDE_W, PAD_W, DIL_W, KW):
-                    live_s = number < shift_count(CONV_STRIDE_W, PAD_W, DIL_W, KW) - chunk * BLOCK_S
-                    inside &= cols(live_s, DY_PIXELS_LAST)
-                at = pointers(dy_ptr, dy_at, dy_row, chunk * BLOCK_S * SHIFT_STEP * stride_dy_w, DY_ALIGN)
-                d = turned(tl.load(at, mask=inside, other=0.0), DY_PIXELS_LAST)
+                dy_ahead = dy_ahead + (
+                    gradient_tile(
+                        dy_ptr, dy_at, ow, live_o, number, width, dy_row, stride_dy_w,
+                        chunk * BLOCK_S, BLOCK_S, SHIFTS, SHIFT_STEP, DY_PIXELS_LAST, DY_ALIGN,
+                    ),
+                )  # fmt: skip
+                d = turned(dy_ahead[chunk], DY_PIXELS_LAST)
                 if WANT_DX:
                     met = ()
                     for j in tl.static_range(PRODUCTS):
@@ -463,6 +553,7 @@ def backward_kernel(
                         else:
                             met = (dw[DW_TILES - back],) + met
                     dw = met
+            dy_ahead = dy_ahead[CHUNKS:]
             if WANT_DX:
                 dx = sums if BLOCK_R == 1 else added(dx, sums, DX_TILES, BLOCK_R, BLOCK_P, BLOCK_C)
                 store_input_rows(
@@ -475,7 +566,7 @@ def backward_kernel(
             if WANT_DW:
                 kept = ()
                 for i in tl.static_range(FRESH * CONV_STRIDE_W, KH * CONV_STRIDE_W):
-                    kept = kept + (touched(xs[i]),)
+                    kept = kept + (xs[i] if BLOCK_A > 0 else touched(xs[i]),)
                 xs = kept
         if WANT_DX:
             store_input_rows(

@@ -284,8 +284,9 @@ def _tiles(algorithm, problem: ConvProblem, pass_: str, on, tiles: str) -> dict:
         lanes = problem.batch * problem.dilation[0] * max(problem.w_in, problem.w_out)
         lanes = min(256, max(16, triton.next_power_of_2(lanes)))
         beside = 1 if pass_ == "wgrad" else (1, 2, 4, 8)[(problem.h_in + problem.groups) % 4]
-        blocks = {"BLOCK_P": lanes, "BLOCK_C": 64, "BLOCK_S": 4, "BLOCK_R": beside}
-        return blocks | {"num_warps": 4, "num_stages": 2}
+        ahead = (problem.w_in + problem.kw) % 3
+        blocks = {"BLOCK_P": lanes, "BLOCK_C": 64, "BLOCK_S": 4, "BLOCK_R": beside, "BLOCK_A": ahead}
+        return blocks | {"num_warps": 4, "num_stages": 1 if ahead else 2}
 
     def programs(candidate):
         config = divided(algorithm.NAME, problem, pass_, candidate, on)[0]

@@ -30,7 +30,7 @@ from .calls import (
 )
 
 NAME = "row_march"
-BLOCKS = {"BLOCK_P": (16, 512), "BLOCK_C": (16, 256), "BLOCK_S": (1, 16), "BLOCK_R": (1, 8)}
+BLOCKS = {"BLOCK_P": (16, 512), "BLOCK_C": (16, 256), "BLOCK_S": (1, 16), "BLOCK_R": (1, 8), "BLOCK_A": (0, 2)}
 MOST_SEGMENTS = 16
 # SEGMENTS: of the rows. LANE_BLOCKS: blocks of lanes that a program walks down, one after another; in fprop 1.
 DIVISION = {"SEGMENTS": (1, MOST_SEGMENTS, 1), "LANE_BLOCKS": (1, 2**20)}
@@ -160,7 +160,7 @@ class _Size:
 
 
 def _size(problem: ConvProblem, pass_: str, config: dict) -> _Size:
-    return _size_of(problem, pass_, *(config[name] for name in BLOCKS))
+    return _size_of(problem, pass_, *(config[name] for name in ("BLOCK_P", "BLOCK_C", "BLOCK_S", "BLOCK_R")))
 
 
 @functools.lru_cache(4096)
@@ -191,7 +191,7 @@ def held(problem: ConvProblem, pass_: str, tile: dict, target: Target) -> Held:
     if target.backend == "hip":  # each wave holds all weights
         shared, in_registers = size.loaded * max(1, stages - 1), weights * tile["num_warps"]
     else:
-        shared = weights + size.loaded * stages + (march.held - march.fresh) * size.result
+        shared = weights + size.loaded * max(1, stages) + (march.held - march.fresh) * size.result
         shared += size.result * (march.held == 0)  # on its way from registers to memory
         in_registers = size.weight if march.sums else 0
     if target.matrix_unit == "tcgen05":
@@ -200,7 +200,7 @@ def held(problem: ConvProblem, pass_: str, tile: dict, target: Target) -> Held:
         tile["num_warps"],
         shared * bytes_,
         sums=(march.sums + beside) * size.result + (march.held > 0) * size.products * size.weight,
-        words=(size.loaded + march.held * size.result + in_registers) * bytes_ / 4,
+        words=(size.loaded * (1 + tile["BLOCK_A"]) + march.held * size.result + in_registers) * bytes_ / 4,
         accesses=(size.loaded + march.stored * size.result) / (16 // bytes_ if problem.layout == "nhwc" else 1),
         vector=vector,
     )
@@ -244,12 +244,14 @@ def tiles(problem: ConvProblem, pass_: str, target: Target) -> Iterator[list[dic
         spans = [1] if target.matrix_unit == "wgmma" else sorted({1, widest})  # no others won on an H200, 2026-11-26
         if pass_ in ("wgrad", "backward") and not _by_multiply_adds(problem, target):
             spans = [max(widest, 64 // made.block_k)]  # 64 rows for four warps
-        for span, warps, stages in itertools.product(spans, (4, 8, 2), (3, 2)):  # the first of equals is taken
+        ways = [(3, 0), (2, 0), (1, 1)] if target.backend == "cuda" else [(3, 0), (2, 0)]
+        for span, warps, (stages, ahead) in itertools.product(spans, (4, 8, 2), ways):  # the first of equals is taken
             if warps == 2 and not (target.matrix_unit == "wgmma" and pass_ in ("fprop", "dgrad")):
                 continue
             tile = {
                 "BLOCK_P": block_p, "BLOCK_C": block_c, "BLOCK_S": span,
-                "BLOCK_R": _beside(problem, pass_, block_c, warps, target), "num_warps": warps, "num_stages": stages,
+                "BLOCK_R": _beside(problem, pass_, block_c, warps, target), "BLOCK_A": ahead,
+                "num_warps": warps, "num_stages": stages,
             }  # fmt: skip
             if _possible(problem, pass_, tile, target):
                 yield [tile]
@@ -314,8 +316,15 @@ def tiling(problem: ConvProblem, pass_: str, config: dict, target: Target, fit: 
     def moved(channels):  # bytes of a lane's channels in whole sectors
         return math.ceil(channels * bytes_ / 32) * 32 if nhwc else channels * bytes_
 
-    # Pipelined loads bypass L1; those of NCHW are too narrow for the pipeline, and L1 has what the shifts share.
-    again = march.shifts if nhwc else 1 + (march.shifts - 1) * problem.dilation[1] / block_p
+    # Pipelined loads bypass L1, and share only what lies side by side in one instruction; those of NCHW are too narrow
+    # for the pipeline, and share in L1 as those do that go ahead.
+    ahead, span = config["BLOCK_A"], config["BLOCK_S"]
+    pipelined = nhwc and not ahead
+    if pipelined:
+        pixels = max(1.0, 32 * 16 / (size.wide * bytes_))
+        again = min(march.shifts, math.ceil(march.shifts / span) * (1 + (span - 1) / pixels))
+    else:
+        again = 1 + (march.shifts - 1) * problem.dilation[1] / block_p
     read = march.rows_loaded * again * moved(made.read) + march.fresh * moved(made.step)
     splits = grid.groups * grid.segments if march.held else 1
     partials = partial_bytes(problem, splits)
@@ -323,8 +332,9 @@ def tiling(problem: ConvProblem, pass_: str, config: dict, target: Target, fit: 
     # Counted in the compiled loops of sm_90: a load or store with its address and mask takes a thread 8 instructions,
     # or 5 where taps share them, a product of 16 in K that warps share 5 of each, and sums and results are moved or
     # converted once.
-    access = 8 * bytes_ / 16 if nhwc else 5
-    instructions = 40 * threads + (march.sums + march.stored + march.held) * size.result
+    access = (8 if pipelined else 5) * bytes_ / 16 if nhwc else 5
+    moved = march.sums + march.stored + (march.held if pipelined else 0)
+    instructions = 40 * threads + moved * size.result
     instructions += access * (size.loaded + march.stored * size.result)
     flops = shared = 0.0
     for m, n, k, count in (
@@ -338,6 +348,11 @@ def tiling(problem: ConvProblem, pass_: str, config: dict, target: Target, fit: 
             shared += m * k * count + (m / 64 * k * n if warpgroups else 0)
             instructions += m * k / 8 * (5 * count if warpgroups else n / 4)
     shared += size.loaded + (2 * march.stored + march.held - march.fresh) * size.result
+    latency, own = target.memory_clocks, instructions / threads
+    if pipelined or ahead:
+        waits = max(latency / (ahead or config["num_stages"] - 1), own)
+    else:
+        waits = latency + own
     weights = max(size.columns * size.wide * (march.sums > 0), size.products * size.weight * (march.held > 0))
     once = weights * 6 + 100 * threads
     return Tiling(
@@ -349,6 +364,7 @@ def tiling(problem: ConvProblem, pass_: str, config: dict, target: Target, fit: 
         resident=fit,
         launches=1 + (splits > 1),
         shared_bytes=walked * shared * bytes_,
+        critical=walked / programs * waits + 2 * latency,
     )
 
 
