@@ -43,8 +43,8 @@ class Tiling(NamedTuple):
     reaches half the rate count twice. l2_bytes: asked of L2, whole 32-byte sectors. instructions: of one thread each.
     dram_bytes: what must move, workspaces too. resident: programs that fit a multiprocessor at once. launches: kernels.
     shared_bytes: written to and read from shared memory. waits: clocks of one multiprocessor in which its matrix unit
-    has nothing to do, because a product waits for the one before it. critical: clocks that a program takes if it has a
-    multiprocessor to itself, most of them spent waiting for memory.
+    has nothing to do, because a product waits for the one before it. trips: steps of a program that wait for memory,
+    one after another, and ahead: how many steps before its own a load is made; 0 where nothing is done while it waits.
     """
 
     programs: int
@@ -56,9 +56,11 @@ class Tiling(NamedTuple):
     launches: int = 1
     shared_bytes: float = 0.0
     waits: float = 0.0
-    critical: float = 0.0
+    trips: float = 0.0
+    ahead: int = 0
 
 
+MEMORY_NS = 520.0  # from a load to its data: by steps of marches that wait for it, H200, 2026-11-26
 ISSUE_SLOTS = 4 * 32  # thread instructions a clock and multiprocessor
 SHARED_BYTES = 128  # a clock and multiprocessor
 OVERLAP_LOST = 0.05  # of the work that the slowest resource hides; it only ranks tilings
@@ -69,15 +71,21 @@ def estimate(problem: ConvProblem, tiling: Tiling, target: Target) -> Estimate:
     """The modelled time of a tiling: its slowest resource, stretched by what the last programs leave idle."""
     rate = target.matrix_rate(problem.dtype) or target.matrix_rate("fp32")
     clocks = target.multiprocessors * target.clock_ghz * 1e3  # of all multiprocessors in a microsecond
-    places = target.multiprocessors * tiling.resident
     parts = {
         "memory": tiling.dram_bytes / (target.copy_gbps * 1e3),
         "l2": tiling.l2_bytes / (target.l2_gbps * 1e3),
         "matrix": tiling.matrix_flops / (rate * MATRIX_EFFICIENCY * 1e6) + tiling.waits / clocks,
         "issue": tiling.instructions / (ISSUE_SLOTS * clocks),
         "shared": tiling.shared_bytes / (SHARED_BYTES * clocks),
-        "latency": tiling.programs / places * tiling.critical / (target.clock_ghz * 1e3),
     }
+    # What a program takes by itself: where few share a multiprocessor, others do not hide it. If no load goes ahead,
+    # its parts come one after another.
+    places = target.multiprocessors * tiling.resident
+    alone = (tiling.trips / max(1, tiling.ahead) + 2) * MEMORY_NS * 1e-3
+    if not tiling.ahead and tiling.programs:
+        busy = parts["matrix"] + parts["issue"] + parts["shared"]
+        alone += busy * target.multiprocessors / tiling.programs
+    parts["latency"] = tiling.programs / places * alone
     bound = max(parts, key=parts.__getitem__)
     # Inside a multiprocessor the programs share what bounds them, so the one with most programs ends last; but they
     # wait side by side. Memory is shared by all, and kept busy by half of the programs that fit at once.

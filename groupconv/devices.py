@@ -9,8 +9,6 @@ import re
 
 import torch
 
-MEMORY_NS = 520.0  # from a load to its data: by steps of marches that wait for it, H200, 2026-11-26
-
 
 @dataclasses.dataclass(frozen=True)
 class Target:
@@ -47,11 +45,6 @@ class Target:
         if self.backend == "hip":
             return "wmma" if str(self.arch).startswith("gfx1") else "mfma"
         return {9: "wgmma", 10: "tcgen05", 11: "tcgen05"}.get(int(self.arch) // 10, "mma.sync")
-
-    @property
-    def memory_clocks(self) -> float:
-        """From a load to its data, from a memory that is busy."""
-        return MEMORY_NS * self.clock_ghz
 
     @property
     def has_warpgroups(self) -> bool:

@@ -215,16 +215,17 @@ def _fitting(problem: ConvProblem, pass_: str, target: Target, entry: configs.En
 def ranked(problem: ConvProblem, pass_: str, target: Target, name: str) -> list[tuple[cost.Estimate, dict]]:
     """An algorithm's configurations, the modelled fastest first; of the best, other divisions of their work as well."""
 
-    def estimated(config: dict, fit: int) -> tuple[cost.Estimate, dict]:
-        return cost.estimate(problem, tiling(name, problem, pass_, config, target, fit), target), config
+    def estimated(config: dict, fit: int, risk: float) -> tuple[cost.Estimate, dict]:
+        estimate = cost.estimate(problem, tiling(name, problem, pass_, config, target, fit), target)
+        return estimate if risk == 1.0 else estimate.scaled(risk), config
 
     choices = []
-    for tile, fit in fitting(name, problem, pass_, target):
+    for tile, fit, risk in fitting(name, problem, pass_, target):
         first, *others = divided(name, problem, pass_, tile, target, fit)
-        choices.append((estimated(first, fit), fit, others))
+        choices.append((estimated(first, fit, risk), fit, risk, others))
     choices.sort(key=lambda choice: choice[0][0].score)
-    found = [choice for choice, _, _ in choices]
-    found += [estimated(config, fit) for _, fit, others in choices[:REFINED] for config in others]
+    found = [choice[0] for choice in choices]
+    found += [estimated(config, fit, risk) for _, fit, risk, others in choices[:REFINED] for config in others]
     return sorted(found, key=lambda choice: choice[0].score)
 
 

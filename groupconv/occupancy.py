@@ -22,7 +22,8 @@ _CUDA = {
     120: (65536, 1536, 24, 8),
 }  # fmt: skip
 _CDNA, _RDNA = (131072, 2048, 32, 8), (98304, 1024, 32, 24)
-BRINK = 0.95  # of a thread's registers: what takes more may spill with another Triton; a guess
+BRINK = 0.95  # of a thread's registers: what takes more may spill with another Triton,
+SPILLING = 1.2  # and then take so much longer; guesses
 RESERVED = 1024  # bytes of shared memory that CUDA keeps for itself, of each program
 
 WORKSPACE = 0.25  # of the bytes that a pass moves: what partial sums of a filter gradient may take beside them
@@ -119,9 +120,13 @@ class Room:
         can be estimated.
         """
         if compiled is not None:
-            sound = compiled.registers > 0 and compiled.shared_bytes <= self._shared
-            return sound and compiled.registers <= BRINK * self.most_registers(held.warps)
+            return compiled.registers > 0 and compiled.shared_bytes <= self._shared
         return held.shared_bytes <= self._shared and self.share(held) <= self._fit.most
+
+    def risk(self, held: Held, compiled: Compiled | None) -> float:
+        """What a program's time is to be multiplied by, as another Triton may make it spill."""
+        at_brink = compiled is not None and compiled.registers > BRINK * self.most_registers(held.warps)
+        return SPILLING if at_brink else 1.0
 
     def share(self, held: Held) -> float:
         """Of the registers that a thread can have, as estimated."""

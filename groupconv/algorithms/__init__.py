@@ -103,9 +103,9 @@ def able(problem: ConvProblem, pass_: str, target: Target) -> list[str]:
 
 
 @functools.lru_cache(1024)  # `lack` and the plan both ask
-def fitting(name: str, problem: ConvProblem, pass_: str, target: Target) -> tuple[tuple[dict, int], ...]:
-    """The tiles of an algorithm that fit, each with how many programs of it share a multiprocessor; and of those only
-    the ones with the widest accesses of the result.
+def fitting(name: str, problem: ConvProblem, pass_: str, target: Target) -> tuple[tuple[dict, int, float], ...]:
+    """The tiles of an algorithm that fit, each with how many programs of it share a multiprocessor, and the risk that
+    it spills (`occupancy.Room`); and of those only the ones with the widest accesses of the result.
 
     Where none does, the one that takes the fewest registers, if there are nearly so many: limits are on the safe side.
     The general algorithm has a tile for everything.
@@ -126,12 +126,16 @@ def fitting(name: str, problem: ConvProblem, pass_: str, target: Target) -> tupl
         if name == GENERAL or (sound and room.share(last[1]) <= STRETCHED):
             good.append(last)
     widest = max((held.vector for _, held, _ in good), default=0)
-    return tuple((tile, room.resident(held, known)) for tile, held, known in good if held.vector == widest)
+    return tuple(
+        (tile, room.resident(held, known), room.risk(held, known))
+        for tile, held, known in good
+        if held.vector == widest
+    )
 
 
 def candidates(name: str, problem: ConvProblem, pass_: str, target: Target) -> tuple[dict, ...]:
     """The tiles of `fitting`."""
-    return tuple(tile for tile, _ in fitting(name, problem, pass_, target))
+    return tuple(tile for tile, _, _ in fitting(name, problem, pass_, target))
 
 
 def possible(name: str, problem: ConvProblem, pass_: str, tile: dict, target: Target) -> bool:

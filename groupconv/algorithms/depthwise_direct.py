@@ -196,9 +196,6 @@ def tiling(problem: ConvProblem, pass_: str, config: dict, target: Target, fit: 
     step = 25 + march.loads * (7 + vector + 6 * (ahead > 1)) + march.stores * (6 + vector)
     step = (step + (march.multiply_adds + march.moved) * vector) * elements / vector
     once = march.taps * vector * 3 + (march.sums + 12) * elements + 20 * march.sums + 80
-    # A program's steps wait for what they load, if not for each other; so do its first loads, and its last sums.
-    latency = target.memory_clocks
-    waits = max(latency / ahead, step) if ahead else latency + step
     # Lanes share what they load in L1, but for the tile's edges; a row segment re-reads its neighbour's rows.
     again = 1 + march.warm_up / steps * (segments > 1)
     halo = 1 + (problem.kw - 1) * problem.dilation[1] / (config["BLOCK_P"] * config["BLOCK_W"] * problem.stride[1])
@@ -217,7 +214,8 @@ def tiling(problem: ConvProblem, pass_: str, config: dict, target: Target, fit: 
         resident=fit,
         launches=1 + (splits > 1),
         shared_bytes=walked * threads * elements * march.loads * max(size * lines, 4 / vector),
-        critical=(steps + march.warm_up) * waits + 2 * latency,
+        trips=steps + march.warm_up,
+        ahead=ahead,
     )
 
 

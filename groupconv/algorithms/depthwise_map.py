@@ -130,6 +130,7 @@ def tiling(problem: ConvProblem, pass_: str, config: dict, target: Target, fit: 
         dram_bytes=problem.min_bytes(pass_),
         resident=fit,
         shared_bytes=(2 * (x + y) + fragments) * size,
+        trips=blocks * math.ceil(made.h_in / GROUP),
     )
 
 

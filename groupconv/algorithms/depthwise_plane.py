@@ -272,6 +272,7 @@ def tiling(problem: ConvProblem, pass_: str, config: dict, target: Target, fit: 
         dram_bytes=problem.min_bytes(pass_) + partials,
         resident=fit,
         launches=2 if partials else 1,
+        trips=each,
     )  # fmt: skip
 
 

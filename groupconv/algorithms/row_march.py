@@ -333,8 +333,8 @@ def tiling(problem: ConvProblem, pass_: str, config: dict, target: Target, fit: 
     # or 5 where taps share them, a product of 16 in K that warps share 5 of each, and sums and results are moved or
     # converted once.
     access = (8 if pipelined else 5) * bytes_ / 16 if nhwc else 5
-    moved = march.sums + march.stored + (march.held if pipelined else 0)
-    instructions = 40 * threads + moved * size.result
+    rotated = march.sums + march.stored + (march.held if pipelined else 0)
+    instructions = 40 * threads + rotated * size.result
     instructions += access * (size.loaded + march.stored * size.result)
     flops = shared = 0.0
     for m, n, k, count in (
@@ -348,11 +348,6 @@ def tiling(problem: ConvProblem, pass_: str, config: dict, target: Target, fit: 
             shared += m * k * count + (m / 64 * k * n if warpgroups else 0)
             instructions += m * k / 8 * (5 * count if warpgroups else n / 4)
     shared += size.loaded + (2 * march.stored + march.held - march.fresh) * size.result
-    latency, own = target.memory_clocks, instructions / threads
-    if pipelined or ahead:
-        waits = max(latency / (ahead or config["num_stages"] - 1), own)
-    else:
-        waits = latency + own
     weights = max(size.columns * size.wide * (march.sums > 0), size.products * size.weight * (march.held > 0))
     once = weights * 6 + 100 * threads
     return Tiling(
@@ -364,7 +359,8 @@ def tiling(problem: ConvProblem, pass_: str, config: dict, target: Target, fit: 
         resident=fit,
         launches=1 + (splits > 1),
         shared_bytes=walked * shared * bytes_,
-        critical=walked / programs * waits + 2 * latency,
+        trips=walked / programs,
+        ahead=config["num_stages"] - 1 if pipelined else ahead,
     )
 
 
