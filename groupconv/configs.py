@@ -193,7 +193,7 @@ def check_config(algorithm: str, config: Mapping[str, Any]) -> None:
     fields = (*bounds, *OPTIONS)
     _require(set(config) == set(fields), f"config of {algorithm} must have exactly {', '.join(fields)}")
     for field, value in config.items():
-        _require(_is_positive_int(value), f"{field} must be a positive integer")
+        _require(_is_positive_int(value) or value == bounds.get(field, (1,))[0], f"{field} must be a positive integer")
         if field != "num_stages" and len(bounds.get(field, ())) < 3:
             _require(value & (value - 1) == 0, f"{field} must be a power of two")
     for field, (least, most, *step) in bounds.items():

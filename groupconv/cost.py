@@ -61,6 +61,7 @@ class Tiling(NamedTuple):
 
 
 MEMORY_NS = 520.0  # from a load to its data: by steps of marches that wait for it, H200, 2026-11-26
+UNHIDDEN = 2.0  # times as long take the parts of a program that has a multiprocessor to itself, by the same run
 ISSUE_SLOTS = 4 * 32  # thread instructions a clock and multiprocessor
 SHARED_BYTES = 128  # a clock and multiprocessor
 OVERLAP_LOST = 0.05  # of the work that the slowest resource hides; it only ranks tilings
@@ -84,7 +85,7 @@ def estimate(problem: ConvProblem, tiling: Tiling, target: Target) -> Estimate:
     alone = (tiling.trips / max(1, tiling.ahead) + 2) * MEMORY_NS * 1e-3
     if not tiling.ahead and tiling.programs:
         busy = parts["matrix"] + parts["issue"] + parts["shared"]
-        alone += busy * target.multiprocessors / tiling.programs
+        alone += UNHIDDEN * busy * target.multiprocessors / tiling.programs
     parts["latency"] = tiling.programs / places * alone
     bound = max(parts, key=parts.__getitem__)
     # Inside a multiprocessor the programs share what bounds them, so the one with most programs ends last; but they

@@ -172,7 +172,9 @@ def test_what_was_compiled_goes_before_the_estimate():
     too_much = held._replace(sums=1e9)
     assert not room.fits(too_much)
     assert room.fits(too_much, occupancy.Compiled(200, held.shared_bytes))
-    assert not room.fits(held, occupancy.Compiled(255, held.shared_bytes))
+    brink = occupancy.Compiled(255, held.shared_bytes)  # where another Triton's may spill
+    assert room.fits(held, brink)
+    assert room.risk(held, brink) > room.risk(held, occupancy.Compiled(200, held.shared_bytes)) == 1
     few, many = (room.resident(held, occupancy.Compiled(registers, 1024)) for registers in (255, 32))
     assert few < many
 
