@@ -68,6 +68,8 @@ class Call:
         }
         self.copy_bias = bias is not None and not bias.is_contiguous()
         self._x_traits, self._w_traits = traits(x), traits(w)
+        self._common = all(self._lies_as_most(name, tensor, self.strides) for name, tensor in (("x", x), ("w", w)))
+        self._off = trial.why_off()  # when plans were last concluded from
         self._kind = x.dtype, x.device
         # By pass, and the strides and alignment of dy: what was decided for this call alone.
         self._decided: dict[tuple, dispatch.PassPlan] = {}
@@ -81,6 +83,13 @@ class Call:
         self._unproven: dict[str, bool] = {}
         for concluded in ("torch_fprop", "all_torch"):
             self.__dict__.pop(concluded, None)
+
+    def current(self) -> Call:
+        """Itself; concluded anew, if trials were turned on or off since."""
+        if self.backend == "auto" and self._off != (off := trial.why_off()):
+            self._off = off
+            self._forget()
+        return self
 
     # Of the backward passes nothing is planned before gradients are wanted.
 
@@ -104,7 +113,7 @@ class Call:
         found = self._unproven.get(pass_)
         if found is None:
             decided = (pass_, None) in self._decided
-            found = self._unproven[pass_] = not decided and trial.is_unproven(self.plan, pass_)
+            found = self._unproven[pass_] = not decided and trial.is_unproven(self.plan, pass_, self._common)
         return found
 
     def _prepare(self, pass_: str, algorithm: str, config: dict | None, strides: dict) -> Callable:
@@ -162,6 +171,7 @@ class Call:
             key = needs, traits(dy), traits(x), traits(w)
         except RuntimeError:  # a wrapper, of vmap say
             return None
+        self.current()
         run = self._backward.get(key)
         if run is None:
             if not self._fits(dy, x, w):
@@ -259,7 +269,12 @@ class Call:
         return run
 
     def saves(self, need_x: bool, need_w: bool) -> tuple[bool, bool]:
-        """Which of x and w a backward that needs these gradients reads; F.conv2d's reads both."""
+        """Which of x and w a backward that needs these gradients reads; F.conv2d's reads both.
+
+        Activation checkpointing makes the forward pass again, and wants as many tensors as it saw before.
+        """
+        if torch_private.saved_tensors_are_packed():
+            return True, True
         return need_w or (need_x and self._may_be_torch("dgrad")), need_x or (need_w and self._may_be_torch("wgrad"))
 
     def _may_be_torch(self, pass_: str) -> bool:
@@ -291,11 +306,11 @@ class Call:
         decided = self._decided.get((pass_, form)) or self._decided.get((pass_, None))
         if decided is not None:
             return decided
-        if not self._is_unproven(pass_):
+        common = dy is None or self._lies_as_most("dy", dy, self._with(dy))
+        if not self._is_unproven(pass_) and not trial.is_unproven(self.plan, pass_, self._common and common):
             return getattr(self.plan, pass_)
-        if (pass_, form) not in self._trials:
-            self._trials[pass_, form] = self._new_trial(pass_, form, operands)
-        return self._trials[pass_, form]
+        found = self._trials.get((pass_, form)) or self._new_trial(pass_, form, operands)
+        return self._trials.setdefault((pass_, form), found)
 
     def _new_trial(self, pass_: str, form: tuple | None, operands: dict[str, Tensor | None]) -> trial.Trial:
         dy = operands.get("dy")
@@ -303,10 +318,10 @@ class Call:
         tensors = {name: tensor for name, tensor in operands.items() if tensor is not None}
         unaligned = [name for name, tensor in tensors.items() if tensor.data_ptr() & 15]
         job = {
-            "pass_": pass_, "problem": dataclasses.asdict(self.problem), "target": self.plan.target.arch_name,
-            "strides": strides, "unaligned": unaligned,
+            "pass_": pass_, "problem": dataclasses.asdict(self.problem), "strides": strides, "unaligned": unaligned,
+            "target": self.plan.target.arch_name, "on": dataclasses.asdict(self.plan.target),
         }  # fmt: skip
-        common = not unaligned and all(self._is_dense(name, strides) for name in tensors)
+        common = all(self._lies_as_most(name, tensor, strides) for name, tensor in tensors.items())
 
         def prepare(algorithm: str, config: dict) -> Callable:
             return self._prepare(pass_, algorithm, config, strides)
@@ -316,12 +331,12 @@ class Call:
 
         return trial.Trial(self.problem, pass_, self.plan.target, prepare, job, common, ended)
 
-    def _is_dense(self, name: str, strides: dict[str, tuple[int, ...]]) -> bool:
-        """Whether an operand lies as in most calls of such a problem: dense, in one memory format with the result."""
+    def _lies_as_most(self, name: str, tensor: Tensor, strides: dict[str, tuple[int, ...]]) -> bool:
+        """Whether an operand lies as in most calls of such a problem: aligned, dense, in the result's memory format."""
         p = self.problem
         shape = {"x": p.x_shape, "w": p.w_shape, "dy": p.y_shape}.get(name)
-        if shape is None:  # the bias
-            return True
+        if tensor.data_ptr() & 15 or shape is None:  # the bias has one axis
+            return not tensor.data_ptr() & 15
         dense = meaningful_strides(shape, dense_strides(shape, p.layout == "nhwc"))
         return p.layout == p.out_layout and meaningful_strides(shape, strides[name]) == dense
 

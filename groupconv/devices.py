@@ -6,6 +6,7 @@ import dataclasses
 import difflib
 import functools
 import re
+from typing import Any
 
 import torch
 
@@ -189,6 +190,12 @@ def named(target: str) -> Target:
         for name in difflib.get_close_matches(reduced, known)
     )
     raise ValueError(f"{message}. Did you mean {' or '.join(near)}?" if near else message)
+
+
+def of_fields(fields: dict[str, Any]) -> Target:
+    """The target of which JSON carried the fields."""
+    rates = tuple((dtype, rate) for dtype, rate in fields["matrix_tflops"])
+    return Target(**fields | {"matrix_tflops": rates})
 
 
 @functools.cache

@@ -101,6 +101,13 @@ class View:
         return descriptor
 
 
+def cache_folder() -> str:
+    """Where Triton looks now for what was compiled before."""
+    import triton
+
+    return str(triton.knobs.cache.dir)
+
+
 class Launch:
     """One kernel with its grid, scalar arguments and compile options fixed; calling it takes the tensors.
 

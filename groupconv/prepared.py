@@ -58,7 +58,7 @@ def set_trials(wanted: bool | None) -> None:
     Args:
         wanted: None, the default, follows PyTorch: on where torch.backends.cudnn.benchmark is True, and neither
             torch.backends.cudnn.deterministic nor torch.use_deterministic_algorithms. True and False decide. The flags
-            are read, never written, when a kind of call is first seen; this function has all calls planned anew.
+            are read, never written, in each call; while trials are off, those that are under way rest.
 
     Raises: ValueError for anything else.
     Accuracy: the result of a call on trial is F.conv2d's or that of a kernel whose result differed from F.conv2d's by
@@ -66,7 +66,6 @@ def set_trials(wanted: bool | None) -> None:
     Source: own derivation. `groupconv.trials` and `groupconv.explain` show the state, `groupconv trials` the file.
     """
     trial.wish(wanted)
-    reset()
 
 
 # --- The problem of a call -------------------------------------------------------------------------------------------
@@ -141,8 +140,8 @@ def lookup(x: Tensor, w: Tensor, bias: Tensor | None, stride, padding, dilation,
         args = normalise(x.shape, w.shape, *arguments)
         if args is None or any(map(is_unreadable, (x, w, bias))) or not consistent(x, w, bias):
             return None
-        call = _plan_call(key, x, w, bias, args, backend)
-    return call
+        return _plan_call(key, x, w, bias, args, backend)
+    return call.current()
 
 
 def lookup_of_operator(x: Tensor, w: Tensor, bias: Tensor | None, args: ConvArgs, backend: str) -> Call | None:
@@ -153,7 +152,7 @@ def lookup_of_operator(x: Tensor, w: Tensor, bias: Tensor | None, args: ConvArgs
     call = _CALLS.get(key)
     if call is None and is_convolution(x.shape, w.shape, args) and not any(map(is_unreadable, (x, w, bias))):
         call = _plan_call(key, x, w, bias, args, backend)
-    return call
+    return None if call is None else call.current()
 
 
 def _plan_call(key: tuple, x, w, bias, args: ConvArgs, backend: str) -> Call:

@@ -70,6 +70,12 @@ def made_with() -> dict[str, str]:
     }
 
 
+def is_fair() -> bool:
+    """Whether F.conv2d is at its best: cuDNN is searched, for any algorithm."""
+    cudnn, deterministic = torch.backends.cudnn, torch.are_deterministic_algorithms_enabled()
+    return cudnn.enabled and cudnn.benchmark and not cudnn.deterministic and not deterministic
+
+
 _RESULTS: dict[tuple[str, str], Result] = {}  # of this process, by device and class
 
 

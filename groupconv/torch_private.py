@@ -16,6 +16,9 @@ from torch._C import (
     DispatchKey,
     DispatchKeySet,
     _ExcludeDispatchKeyGuard,
+    _get_cudnn_benchmark,
+    _get_cudnn_deterministic,
+    _get_deterministic_algorithms,
     _get_fp32_precision_getter,
     _get_tracing_state,
     _is_any_autocast_enabled,
@@ -24,19 +27,26 @@ from torch._C import (
     _len_torch_dispatch_stack,
     _will_engine_execute_node,
 )
+from torch._C._autograd import _top_saved_tensors_default_hooks
 from torch._C._functorch import TransformType, get_interpreter_stack, maybe_current_level
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
 
 __all__ = [
-    "FakeTensor", "TorchDispatchMode", "any_autocast", "being_traced", "current_gpu", "direct_apply", "dispatch_modes",
+    "FakeTensor", "TorchDispatchMode", "any_autocast", "being_traced", "cudnn_is_deterministic", "cudnn_searches",
+    "current_gpu", "determinism_is_asked_for", "direct_apply", "dispatch_modes",
     "forward_mode_is_on", "fp32_precision_of_convolutions", "fusers_of_quantization", "is_being_derived",
-    "is_going_to_run", "is_watched", "overrides_are_on", "register_decomposition", "without_dispatch_key",
+    "is_going_to_run", "is_watched", "overrides_are_on", "register_decomposition", "saved_tensors_are_packed",
+    "without_dispatch_key",
 ]  # fmt: skip
 
 any_autocast: Callable[[], bool] = _is_any_autocast_enabled
 being_traced: Callable[[], object | None] = _get_tracing_state  # by torch.jit, or None
+# torch.backends.cudnn.benchmark and .deterministic, and torch.are_deterministic_algorithms_enabled, without a detour.
+cudnn_searches: Callable[[], bool] = _get_cudnn_benchmark
+cudnn_is_deterministic: Callable[[], bool] = _get_cudnn_deterministic
+determinism_is_asked_for: Callable[[], bool] = _get_deterministic_algorithms
 dispatch_modes: Callable[[], int] = _len_torch_dispatch_stack  # how many are on
 # "ieee", "tf32" or "none": torch.backends.cudnn.conv.fp32_precision without its class.
 fp32_precision_of_convolutions: Callable[[], str] = functools.partial(_get_fp32_precision_getter, "cuda", "conv")
@@ -82,6 +92,11 @@ def forward_mode_is_on() -> bool:
 def is_being_derived() -> bool:
     """Whether torch.func applies a transform other than vmap, which are those that take derivatives."""
     return any(transform.key() != TransformType.Vmap for transform in get_interpreter_stack() or ())
+
+
+def saved_tensors_are_packed() -> bool:
+    """Whether hooks take what autograd saves, to offload it, or to compute it again in the backward pass."""
+    return _top_saved_tensors_default_hooks(True) is not None
 
 
 def is_going_to_run(node) -> bool:

@@ -22,7 +22,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from . import configs, dispatch, launcher, raced, workers
+from . import configs, dispatch, launcher, raced, torch_private, workers
 from .devices import Target
 from .problem import PASSES, ConvProblem
 
@@ -30,7 +30,8 @@ SEEN = 4  # calls of a kind, before it goes on trial: last batches and other rar
 MOST_TRIALS = 256  # of a process
 SAMPLES, MOST_SAMPLES = 5, 20  # of a contender, after a first that does not count: where its times agree, and else
 NOISE = 0.1  # of the median, between quartiles: from here on times do not agree
-INCONCLUSIVE = 20  # checks without a finite result of F.conv2d, until loss scaling has found its scale; then out
+INCONCLUSIVE = 20  # checks that can tell nothing, while loss scaling finds its scale, or gradients are zero; then out
+TELLING = 4.0  # bounds that a result must be large, in the scale of random operands', to tell a right one from zeros
 MOST_PROCESSES = 4
 COMPILE_SECONDS = 300.0  # a compiler that takes longer is ended
 IDLE_SECONDS = 30.0  # then processes without work are
@@ -58,18 +59,21 @@ def why_off() -> str:
         return _unable
     if _wished is False:
         return "groupconv.set_trials(False)"
-    if not torch.backends.cudnn.benchmark:
+    if not torch_private.cudnn_searches():
         return "torch.backends.cudnn.benchmark is False"
-    if torch.backends.cudnn.deterministic or torch.are_deterministic_algorithms_enabled():
+    if torch_private.cudnn_is_deterministic() or torch_private.determinism_is_asked_for():
         return "deterministic algorithms are asked for"
     return ""
 
 
-def is_unproven(plan: dispatch.Plan, pass_: str) -> bool:
-    """Whether a plan's pass is a model's choice that has to prove itself."""
+def is_unproven(plan: dispatch.Plan, pass_: str, common: bool) -> bool:
+    """Whether a plan's pass is a model's choice that has to prove itself; or one that did so where operands lie as in
+    most calls, as they do not in this (`common`).
+    """
     if plan.backend != "auto" or plan.refusal is not None or plan.problem.batch == 0 or why_off():
         return False
-    return getattr(plan, "fused" if pass_ == "backward" else pass_).source == "modelled"
+    chosen = getattr(plan, "fused" if pass_ == "backward" else pass_)
+    return chosen.source == "modelled" or (chosen.source == "raced" and chosen.algorithm != "torch" and not common)
 
 
 # --- The device: events and readings, none of which is waited for ----------------------------------------------------
@@ -141,15 +145,17 @@ def _close_when_idle(answer: object) -> None:
     global _idle
     with _lock:
         if _workers is not None and not _workers.unanswered and _idle is None:
-            _idle = threading.Timer(IDLE_SECONDS, end_processes)
+            _idle = threading.Timer(IDLE_SECONDS, end_processes, [True])
             _idle.daemon = True
             _idle.start()
 
 
-def end_processes() -> None:
+def end_processes(if_idle: bool = False) -> None:
     """End those that compile; the next job starts others."""
     global _workers, _idle
     with _lock:
+        if if_idle and _workers is not None and _workers.unanswered:  # asked while the timer went off
+            return
         ending, _workers, _idle = _workers, None, None
     if ending is not None:
         ending.close()
@@ -213,19 +219,26 @@ class Racer:
 class Contender(Racer):
     """A plan of ours. out: why it is out of the race, "" while it is not. proven: whether its numbers are right."""
 
-    def __init__(self, algorithm: str, config: dict[str, int], answer: concurrent.futures.Future[workers.Fields]):
+    def __init__(self, algorithm: str, config: dict[str, int], job: workers.Fields):
         super().__init__()
-        self.algorithm, self.config, self.answer = algorithm, config, answer
+        self.algorithm, self.config, self._job = algorithm, config, job
+        self.compile()
         self.run: Callable | None = None
         self.out, self.proven, self.inconclusive = "", False, 0
         self.reading: Callable[[], list[float] | None] | None = None
+
+    def compile(self) -> None:
+        """Have it compiled into the folder where this process looks now."""
+        self.folder = launcher.cache_folder()
+        job = {"algorithm": self.algorithm, "config": self.config, "folder": self.folder, **self._job}
+        self.answer = submit(job)
 
     def __str__(self) -> str:
         return " ".join([self.algorithm, *map(str, self.config.values())])
 
 
 class Status(NamedTuple):
-    """A trial as `trials` shows it. state: "compiling", "checking", "racing", "raced" or "stopped"."""
+    """A trial as `trials` shows it. state: "compiling", "checking", "racing", "paused", "raced" or "stopped"."""
 
     problem: ConvProblem
     pass_: str
@@ -286,15 +299,16 @@ class Trial:
 
     def _next(self) -> Racer | None:
         """Whose turn it is: F.conv2d's or a contender's, to be checked or timed; None where nobody's time counts."""
-        if self._result is not None or self._stopped:
+        if self._result is not None or self._stopped:  # a call that was prepared while the trial ended in another
+            self._ended(self._result)
             return None
         try:
             self._seen += 1
             known = raced.lookup(self.target.slug, self.problem, self.pass_) if self._common else None
             if known is not None:  # of the same class, another call or device was quicker
                 self._end(known)
-            elif why := why_off():
-                self._stop(why)
+            elif why_off():  # for now
+                return None
             elif self._contenders is not None or (self._seen >= SEEN and self._begin()):
                 return self._turn()
         except Exception as error:  # no thread can be started, say: a call goes on
@@ -306,6 +320,10 @@ class Trial:
         unproven = [one for one in racing if not one.proven]
         if unproven:
             ready = [one for one in unproven if one.answer.done() and one.reading is None]
+            for one in ready:
+                if one.run is None and one.folder != launcher.cache_folder():  # as Inductor moves it
+                    one.compile()
+            ready = [one for one in ready if one.answer.done()]
             return min(ready, key=lambda one: one.inconclusive, default=None)
         racers: list[Racer] = [self._base, *racing]
         for racer in racers:
@@ -320,11 +338,9 @@ class Trial:
         if len(STARTED) >= MOST_TRIALS:
             self._stop(f"{MOST_TRIALS} others went before")
             return False
-        self._contenders = [
-            Contender(name, config, submit({"algorithm": name, "config": config, **self._job}))
-            for name, config in dispatch.contenders(self.problem, self.pass_, self.target)
-        ]
         STARTED.append(self)
+        chosen = dispatch.contenders(self.problem, self.pass_, self.target)
+        self._contenders = [Contender(name, config, self._job) for name, config in chosen]
         return True
 
     def _racing(self) -> list[Contender]:
@@ -376,14 +392,14 @@ class Trial:
 
     def _judge(self, one: Contender, numbers: Any) -> None:
         for pass_, (difference, norm, scale) in zip(self._parts, numbers, strict=True):
-            if not math.isfinite(norm):
-                one.inconclusive += 1
-                if one.inconclusive >= INCONCLUSIVE:
-                    one.out = "F.conv2d's results were not finite"
-                return
             bound = self.problem.error_bound(pass_) + TORCH_ERROR[self.problem.dtype]
             # Sums that cancel are not to be blamed for what was rounded before.
-            error = difference / max(norm, scale) if difference else 0.0
+            error = difference / max(norm, scale) if difference and math.isfinite(norm) else 0.0
+            if error <= bound and not (0.0 < TELLING * bound * scale < norm < math.inf):
+                one.inconclusive += 1
+                if one.inconclusive >= INCONCLUSIVE:
+                    one.out = "F.conv2d's results were zero, or not finite"
+                return
             if not error <= bound:
                 one.out = f"wrong: {pass_} differs from F.conv2d's by {error:.2g}, the bound is {bound:.2g}"
                 warnings.warn(
@@ -402,7 +418,9 @@ class Trial:
         found = raced.of_now(configs.Entry(key, algorithm, config, round(ours, 3), round(theirs, 3)))
         if self._common:
             raced.keep(self.target.slug, found)
-        if self._common and len(racing) == len(self._contenders or ()):  # what failed may not fail another time
+        # What failed may not fail another time, and F.conv2d be faster where cuDNN searches.
+        lasting = len(racing) == len(self._contenders or ()) and raced.is_fair()
+        if self._common and lasting:
             with contextlib.suppress(RuntimeError):  # the interpreter ends
                 threading.Thread(target=raced.write, args=(self.target.slug, found)).start()
         self._end(found)
@@ -430,6 +448,8 @@ class Trial:
             state, details = "raced", "; ".join(filter(None, (self._result.told, self._out)))
         elif self._stopped:
             state, details = "stopped", self._stopped
+        elif why := why_off():
+            state, details = "paused", why
         elif not all(one.out or one.answer.done() for one in contenders):
             state, details = "compiling", f"{sum(one.answer.done() for one in contenders)} of {len(contenders)}"
         else:
@@ -447,7 +467,7 @@ def _progress(one: Contender) -> str:
 
 
 def _norm(tensor: Tensor) -> Tensor:
-    return torch.linalg.vector_norm(tensor, dtype=torch.float32)
+    return torch.linalg.vector_norm(tensor, dtype=torch.float64)  # fp32 has no squares of what bf16 holds
 
 
 def _rms(tensor: Tensor | None) -> Tensor:
@@ -470,12 +490,12 @@ def notes(plan: dispatch.Plan) -> dict[str, str]:
     found, why = {}, why_off()
     for pass_ in PASSES:
         if plan.backend == "auto" and plan.refusal is None and getattr(plan, pass_).source == "modelled":
-            mine = (trial for trial in STARTED if trial.is_of(plan.problem, pass_, plan.target))
+            mine = (trial for trial in reversed(STARTED) if trial.is_of(plan.problem, pass_, plan.target))
             status = next((trial.status for trial in mine), None)
-            if status is not None:
-                found[pass_] = f"on trial, {status.state}: {status.details}; F.conv2d serves until it is over"
-            elif why:
+            if why:
                 found[pass_] = f"not on trial: {why}"
+            elif status is not None:
+                found[pass_] = f"on trial, {status.state}: {status.details}; F.conv2d serves until it is over"
             else:
                 found[pass_] = f"F.conv2d serves; a kind of call that is seen {SEEN} times goes on trial"
     return found

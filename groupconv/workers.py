@@ -97,6 +97,11 @@ def rerun_compiling(argv: list[str]) -> int | None:
 # --- The asking side -------------------------------------------------------------------------------------------------
 
 
+def _search_path() -> str:
+    """What the caller imports from, as PYTHONPATH has it; Python itself looks at strings only."""
+    return os.pathsep.join(path for path in sys.path if isinstance(path, str))
+
+
 class Workers:
     """`count` processes of one module, each answering a job at a time, started when they are needed.
 
@@ -115,7 +120,7 @@ class Workers:
             self._environment["TRITON_INTERPRET"] = "1"
         if background:
             # What the caller can import its processes can, and nothing that only lies where it runs.
-            self._environment |= HIDDEN_GPUS | {"PYTHONPATH": os.pathsep.join(sys.path), "PYTHONSAFEPATH": "1"}
+            self._environment |= HIDDEN_GPUS | {"PYTHONPATH": _search_path(), "PYTHONSAFEPATH": "1"}
         self._count, self._seconds = count, seconds
         self._jobs: queue.SimpleQueue[tuple[Fields, concurrent.futures.Future[Fields]] | None] = queue.SimpleQueue()
         self._lock = threading.Lock()
@@ -155,7 +160,7 @@ class Workers:
             try:
                 process = process or self._start()
             except Exception as error:
-                reply = {"failed": in_a_line(error), "unstarted": True}
+                reply = {"failed": in_a_line(error), "unstarted": not self._closed}
             else:
                 reply, process = self._ask(*process, job)
             with self._lock:
@@ -181,8 +186,16 @@ class Workers:
         finally:
             if clock is not None:
                 clock.cancel()
+        said: Any = None
         if line:
-            return json.loads(line), (process, errors)
+            with contextlib.suppress(ValueError):
+                said = json.loads(line)
+            if isinstance(said, dict) and "failed" in said:
+                return said, (process, errors)
+            process.kill()  # something prints where answers belong
+            process.wait()
+            errors.close()
+            return {"failed": f"{self._name}: no answer but {line.strip()[:100]!r}"}, None
         status = process.wait()
         errors.seek(0)
         last = (errors.read().strip().splitlines() or [""])[-1]

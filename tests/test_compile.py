@@ -1,13 +1,18 @@
 """What the compiler makes of the kernels, for GPUs that are not there. Runs outside the interpreter, in children."""
 
+import dataclasses
 import os
 import subprocess
 import sys
+from unittest import mock
 
+import filelock
 import pytest
+import triton
 
 from groupconv import devices, dispatch, launcher
 from groupconv.compiling import command
+from groupconv.compiling import compiler as compiling
 from groupconv.compiling.compiler import Compiler, Job
 from groupconv.perf_reports import layers
 from groupconv.problem import PASSES, PLANNED, ConvProblem
@@ -320,3 +325,29 @@ with stub_driver.active("sm_90"):
 print("ok")
 """
     assert python(code).strip() == "ok"
+
+
+def test_gpus_without_a_representative(compiler):
+    """Of a GPU whose architecture has no entry, what is compiled goes by the GPU itself."""
+    like, layer = devices.named("sm_86"), layers.suite("bf16", "nhwc")[0]
+    on = dataclasses.replace(like, slug="nvidia_orin", arch=87)
+    name, config, _ = dispatch.best(layer.problem, "fprop", on, ["row_march"])
+    job = Job(name, "fprop", config, layer.problem, on.arch_name, on=on)
+    assert compiler.answer(job).failed == ""
+    assert "not known" in compiler.answer(dataclasses.replace(job, on=None)).failed
+
+
+def test_compiling_goes_on_without_locks(monkeypatch, tmp_path):
+    """Another user's lock, or a file system that has none."""
+    done = []
+    for folder, broken in ((tmp_path, PermissionError), (tmp_path, NotImplementedError), (tmp_path / "file", None)):
+        if broken is None:
+            folder.touch()
+        else:
+            monkeypatch.setattr(filelock.FileLock, "acquire", mock.Mock(side_effect=broken))
+        monkeypatch.setattr(triton.knobs.cache, "dir", str(folder))
+        with compiling._alone({"a": 1}):
+            done.append(broken)
+    assert len(done) == 3
+    with pytest.raises(OSError, match="of the job"), compiling._alone({}):
+        raise OSError("of the job")

@@ -23,6 +23,7 @@ from groupconv.problem import ConvProblem
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="test_gpu.py has the trials of a GPU")
 SLUG = devices.DEFAULT.slug
+IS_FAIR = raced.is_fair
 TURNS = trial.SEEN + 3 + 4 * (1 + trial.SAMPLES) + 1  # calls until a trial of three is over, if times agree
 
 
@@ -85,6 +86,8 @@ def scripted(monkeypatch, tmp_path, few_programs):
     for module in (prepared, eager):
         monkeypatch.setattr(module, "refusal", lambda x, backend: prepared.unsupported(x))
     monkeypatch.setenv("GROUPCONV_CONFIG_DIR", str(tmp_path))
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", True)
+    monkeypatch.setattr(raced, "is_fair", lambda: True)  # deterministic algorithms are on in all tests, to fill memory
     start_anew()
     groupconv.set_trials(True)
     yield device
@@ -321,6 +324,40 @@ def test_what_raises_later_is_out_too(scripted):
     assert served(scripted, x, w) == "torch"
 
 
+@pytest.mark.parametrize(
+    ("dtype", "x_by", "w_by", "biased"),
+    [
+        (torch.float32, 0.0, 1.0, False),
+        (torch.float32, 0.0, 1.0, True),  # y is the bias
+        (torch.float16, 1e-7, 1e-2, False),  # results are too small for fp16
+        (torch.bfloat16, 1e20, 1e-20, False),  # squares for fp32 too large,
+        (torch.bfloat16, 1e-24, 1.0, False),  # or too small
+    ],
+)
+def test_what_tells_nothing_proves_nothing(scripted, dtype, x_by, w_by, biased):
+    """A wrong kernel is found out by the first operands that can tell."""
+    x, w = operands(dtype=dtype)
+    bias = torch.randn(16).to(dtype) if biased else None
+    times(scripted, 100.0, row_march=50.0)
+    scripted.faults["row_march"] = (lambda y: y if x_by == 0 else wrong(y)) if biased else wrong
+    for _ in range(trial.SEEN + 6):
+        groupconv.triton_conv(x * x_by, w * w_by, bias, padding=1, groups=4)
+    scripted.faults["row_march"] = wrong
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        until_decided(forward, x, w, bias=bias)
+    assert served(scripted, x, w, bias=bias) != "row_march"
+    assert "wrong" in groupconv.trials()[0].details
+
+
+def test_checks_that_never_tell_end(scripted):
+    x, w = operands()
+    times(scripted, 100.0, row_march=50.0)
+    until_decided(forward, torch.zeros_like(x), w)
+    assert served(scripted, x, w) == "torch"
+    assert "were zero" in groupconv.trials()[0].details
+
+
 def test_results_that_are_not_finite_prove_nothing(scripted):
     x, w = operands()
     times(scripted, 100.0, row_march=50.0)
@@ -370,7 +407,7 @@ def test_no_process_can_be_started(scripted, ours_modelled):
     scripted.answer = {"failed": "OSError: no more processes", "unstarted": True}
     for _ in range(trial.SEEN + 2):
         forward(x, w)
-    assert states() == [("fprop", "stopped")]
+    assert states() == [("fprop", "paused")]
     assert "no more processes" in trial.why_off()
     # Plans are as without trials.
     modelled = dispatch.plan_pass(plan(x, w).problem, "fprop", prepared.target_of(x.device))
@@ -514,6 +551,24 @@ def test_all_lost_is_plain_torch(scripted):
     assert kept.all_torch
     y = groupconv.triton_conv(x, w.requires_grad_(), padding=1, groups=4)
     assert "Convolution" in type(y.grad_fn).__name__
+
+
+def test_checkpoints_of_equal_layers(scripted):
+    """A layer decides its class between another's forward pass and the same made again: as much is saved in both."""
+    x, w = operands()
+    times(scripted, 100.0, row_march=50.0)
+    frozen = [w.clone(), w.clone(), w.clone()]
+
+    def layer(x, w):
+        return groupconv.triton_conv(x, w, padding=1, groups=4)
+
+    for _ in range(2 * TURNS):
+        y = leaf = x.clone().requires_grad_()
+        for weight in frozen:
+            y = torch.utils.checkpoint.checkpoint(layer, y, weight, use_reentrant=False)
+        (found,) = torch.autograd.grad(y.square().sum(), leaf)
+        assert bool(found.isfinite().all())
+    assert ("dgrad", "raced") in states()
 
 
 def test_double_backward_and_checkpoints(scripted):
@@ -664,15 +719,41 @@ def test_flags_of_torch_decide(scripted, ours_modelled, monkeypatch):
 
 
 def test_flags_that_change_in_the_middle(scripted, ours_modelled):
-    """A trial ends where trials do, and plans are the model's; F.conv2d was never forced on anyone."""
+    """A trial rests while trials do, and plans are the model's; then it goes on."""
     x, w = operands()
     times(scripted, 100.0, row_march=50.0)
     for _ in range(trial.SEEN + 2):
         forward(x, w)
-    trial.wish(False)
+    submitted = len(scripted.submitted)
+    torch.use_deterministic_algorithms(False)
+    groupconv.set_trials(None)
+    for flags in ({"benchmark": False}, {"benchmark": True, "deterministic": True}):
+        with torch.backends.cudnn.flags(enabled=True, **flags):
+            for _ in range(2):
+                assert served(scripted, x, w) == plan(x, w).fprop.algorithm != "torch"
+            assert states() == [("fprop", "paused")]
+            assert "not on trial: " in str(trial.notes(plan(x, w)))
+    assert states() == [("fprop", "checking")], groupconv.trials()
+    for _ in range(TURNS):
+        forward(x, w)
+    assert states() == [("fprop", "raced")]
+    assert len(scripted.submitted) == submitted
+    assert served(scripted, x, w) == "row_march"
+
+
+def test_a_call_prepared_while_its_trial_ended(scripted):
+    """As another thread may: it is prepared anew, by what the trial found."""
+    x, w = operands()
+    times(scripted, 100.0, row_march=50.0)
+    for _ in range(trial.SEEN):
+        forward(x, w)
+    (kept,) = prepared._CALLS.values()
+    stale = kept._forward
+    for _ in range(TURNS):
+        forward(x, w)
+    kept._forward = stale
     forward(x, w)
-    assert states() == [("fprop", "stopped")]
-    assert served(scripted, x, w) == plan(x, w).fprop.algorithm != "torch"
+    assert served(scripted, x, w) == "row_march"
 
 
 @pytest.mark.parametrize("backend", ["triton", "triton:implicit_gemm", "torch"])
@@ -721,6 +802,30 @@ def wait_for_file():
     while not path.exists() and time.monotonic() < end:
         time.sleep(0.01)
     return path
+
+
+@pytest.mark.parametrize(
+    ("flags", "fair"),
+    [
+        ({"enabled": True, "benchmark": True}, True),
+        ({"enabled": True, "benchmark": False}, False),
+        ({"enabled": False, "benchmark": True}, False),
+        ({"enabled": True, "benchmark": True, "deterministic": True}, False),
+    ],
+)
+def test_only_fair_races_are_written(scripted, monkeypatch, flags, fair):
+    """Where F.conv2d was not at its best, the result is this process's."""
+    monkeypatch.setattr(raced, "is_fair", IS_FAIR)
+    assert not raced.is_fair()
+    torch.use_deterministic_algorithms(False)
+    x, w = operands()
+    times(scripted, 100.0, row_march=50.0)
+    with torch.backends.cudnn.flags(**flags):
+        until_decided(forward, x, w)
+        assert served(scripted, x, w) == "row_march"
+    if not fair:
+        time.sleep(0.2)
+    assert (wait_for_file() if fair else raced.user_file(SLUG)).exists() == fair
 
 
 def test_another_process_starts_decided(scripted):
@@ -972,6 +1077,35 @@ with workers.Workers("hanging", False, 1, background=True, seconds=float(sys.arg
         )  # fmt: skip
         assert done.returncode == 0, done.stderr
         assert said in done.stdout
+
+
+def test_a_worker_that_says_something_else(tmp_path, monkeypatch):
+    """It is ended, and the next job has another; whatever there is in sys.path."""
+    (tmp_path / "chatty.py").write_text(
+        "from groupconv import workers\nprint('hello', flush=True)\nworkers.serve(lambda job: {'failed': ''})\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setattr(sys, "path", [*sys.path, tmp_path])
+    with workers.Workers("chatty", False, 1, background=True) as chatty:
+        for _ in range(2):
+            assert chatty.submit({}).result(60)["failed"] == "chatty: no answer but 'hello'"
+        assert chatty.unanswered == 0
+
+
+def test_an_idle_timer_leaves_processes_that_were_asked(monkeypatch):
+    class Busy:
+        unanswered, closed = 1, False
+
+        def close(self):
+            self.closed = True
+
+    busy = Busy()
+    monkeypatch.setattr(trial, "_workers", busy)
+    trial.end_processes(if_idle=True)
+    assert not busy.closed
+    busy.unanswered = 0
+    trial.end_processes(if_idle=True)
+    assert busy.closed
 
 
 def test_a_process_that_cannot_be_started(monkeypatch):

@@ -11,6 +11,7 @@ import dataclasses
 import hashlib
 import json
 import pathlib
+from collections.abc import Iterator
 from typing import Any
 
 import filelock
@@ -30,8 +31,8 @@ LOCKS = 64  # files, by the hash of a job
 class Job:
     """A configuration to compile for a problem on a target.
 
-    strides: of the call's tensors, as `prepare` takes them; None for dense ones. unaligned: those of its operands whose
-    addresses are no multiples of 16 bytes.
+    target: a name; on: the GPU itself, if there is one. strides: of the call's tensors, as `prepare` takes them; None
+    for dense ones. unaligned: those of its operands whose addresses are no multiples of 16 bytes.
     """
 
     algorithm: str
@@ -41,6 +42,7 @@ class Job:
     target: str
     strides: dict[str, tuple[int, ...]] | None = None
     unaligned: tuple[str, ...] = ()
+    on: devices.Target | None = None
 
     def __str__(self) -> str:
         p, options = self.problem, " ".join(str(size) for size in self.config.values())
@@ -77,9 +79,9 @@ def launched(job: Job) -> tuple[launcher.Launch, ...]:
         None if name is None else _meta(shapes[name], strides.get(name, (1,)), problem, name in job.unaligned)
         for name in names
     ]
-    with stub_driver.active(job.target):
-        prepare = REGISTRY[job.algorithm].prepare
-        call = prepare(problem, job.pass_, job.config, devices.named(job.target), strides)
+    on = job.on or devices.named(job.target)
+    with stub_driver.active(on):
+        call = REGISTRY[job.algorithm].prepare(problem, job.pass_, job.config, on, strides)
         call(*operands)
     return call.launches
 
@@ -132,21 +134,28 @@ class Compiler:
 
 
 def _answer(fields: dict[str, Any]) -> dict[str, Any]:
-    """Of processes that are asked the same at once one compiles, and the others find it in Triton's cache."""
+    """Of processes that are asked the same at once one compiles, and the others find it in Triton's cache: in `folder`,
+    if a job names one.
+    """
+    fields = dict(fields)
+    triton.knobs.cache.dir = fields.pop("folder", None) or triton.knobs.cache.dir
     strides = {name: tuple(sizes) for name, sizes in (fields["strides"] or {}).items()}
-    job = Job(**fields | {"problem": workers.problem_of(fields["problem"]), "strides": strides or None})
-    with _lock(fields):
+    on = None if fields["on"] is None else devices.of_fields(fields["on"])
+    job = Job(**fields | {"problem": workers.problem_of(fields["problem"]), "strides": strides or None, "on": on})
+    with _alone(fields):
         return dataclasses.asdict(compiled(job))
 
 
-def _lock(fields: dict[str, Any]) -> contextlib.AbstractContextManager[Any]:
+@contextlib.contextmanager
+def _alone(fields: dict[str, Any]) -> Iterator[None]:
+    """While no other process does the same, if there is a cache that is shared."""
     number = int(hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest(), 16) % LOCKS
-    try:
-        folder = pathlib.Path(triton.knobs.cache.dir, "groupconv-locks")
-        folder.mkdir(parents=True, exist_ok=True)
-        return filelock.FileLock(folder / f"{number}.lock")
-    except OSError:  # no cache that could be shared
-        return contextlib.nullcontext()
+    with contextlib.ExitStack() as stack:
+        with contextlib.suppress(OSError, NotImplementedError):  # another user's, or a file system without locks
+            folder = pathlib.Path(triton.knobs.cache.dir, "groupconv-locks")
+            folder.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(filelock.FileLock(folder / f"{number}.lock"))
+        yield
 
 
 if __name__ == "__main__":

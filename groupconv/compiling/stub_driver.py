@@ -46,6 +46,9 @@ class _Launcher:
         pass
 
 
+_NUMBERS = {slug: number for number, slug in enumerate(devices.BY_SLUG)}
+
+
 class StubDriver:
     launcher_cls = _Launcher
 
@@ -53,7 +56,7 @@ class StubDriver:
         self.target = target
         self.utils = _Utils(target)
         # A number for each target: kernels remember what they compiled by device number.
-        self.number = 1 + list(devices.BY_SLUG).index(target.slug)
+        self.number = 1 + _NUMBERS.setdefault(target.slug, len(_NUMBERS))
 
     def is_active(self) -> bool:
         return True
@@ -87,10 +90,10 @@ def target() -> devices.Target | None:
 
 
 @contextlib.contextmanager
-def active(target: str) -> Iterator[None]:
-    """Launch into the void for a named target; Triton's own driver is back afterwards."""
+def active(target: str | devices.Target) -> Iterator[None]:
+    """Launch into the void for a target, or one of a name; Triton's own driver is back afterwards."""
     before = triton.runtime.driver._active
-    triton.runtime.driver.set_active(StubDriver(devices.named(target)))
+    triton.runtime.driver.set_active(StubDriver(devices.named(target) if isinstance(target, str) else target))
     try:
         yield
     finally:

@@ -39,7 +39,7 @@ class Contender:
     def job(self, problem: ConvProblem, pass_: str, target: Target) -> Job:
         """What compiles one of ours."""
         assert self.config is not None
-        return Job(self.provider, pass_, self.config, problem, target.arch_name)
+        return Job(self.provider, pass_, self.config, problem, target.arch_name, on=target)
 
 
 def same_layout(problem: ConvProblem) -> Contender:
