@@ -45,6 +45,7 @@ class Tiling(NamedTuple):
     shared_bytes: written to and read from shared memory. waits: clocks of one multiprocessor in which its matrix unit
     has nothing to do, because a product waits for the one before it. trips: steps of a program that wait for memory,
     one after another, and ahead: how many steps before its own a load is made; 0 where nothing is done while it waits.
+    pipelined: whether what a program does in different steps overlaps.
     """
 
     programs: int
@@ -58,6 +59,7 @@ class Tiling(NamedTuple):
     waits: float = 0.0
     trips: float = 0.0
     ahead: int = 0
+    pipelined: bool = False
 
 
 MEMORY_NS = 520.0  # from a load to its data: by steps of marches that wait for it, H200, 2026-11-26
@@ -79,14 +81,13 @@ def estimate(problem: ConvProblem, tiling: Tiling, target: Target) -> Estimate:
         "issue": tiling.instructions / (ISSUE_SLOTS * clocks),
         "shared": tiling.shared_bytes / (SHARED_BYTES * clocks),
     }
-    # What a program takes by itself: where few share a multiprocessor, others do not hide it. If no load goes ahead,
-    # its parts come one after another.
+    # What a program takes by itself: where few share a multiprocessor, others do not hide it.
     places = target.multiprocessors * tiling.resident
-    alone = (tiling.trips / max(1, tiling.ahead) + 2) * MEMORY_NS * 1e-3
-    if not tiling.ahead and tiling.programs:
-        busy = parts["matrix"] + parts["issue"] + parts["shared"]
-        alone += UNHIDDEN * busy * target.multiprocessors / tiling.programs
-    parts["latency"] = tiling.programs / places * alone
+    trips = tiling.trips / max(1, tiling.ahead) * MEMORY_NS * 1e-3
+    busy = parts["matrix"] + parts["issue"] + parts["shared"]
+    busy *= UNHIDDEN * target.multiprocessors / max(1, tiling.programs)
+    alone = trips if tiling.pipelined else max(busy, trips) if tiling.ahead else busy + trips
+    parts["latency"] = tiling.programs / places * (alone + 2 * MEMORY_NS * 1e-3)
     bound = max(parts, key=parts.__getitem__)
     # Inside a multiprocessor the programs share what bounds them, so the one with most programs ends last; but they
     # wait side by side. Memory is shared by all, and kept busy by half of the programs that fit at once.

@@ -4,7 +4,8 @@ The convolution of a stretch of an input row with filter row r is the product wi
 w[r, s] where input column k meets output column j through tap s. Per channel M = lanes: a lane is one (image, class
 of rows, segment of rows, block of columns), rows DIL_H apart being a class, and all lanes share the T_r. A program
 marches down the rows of BLOCK_M lanes of BLOCK_C channels: the channels are the batch of a 3-D dot, or, where BLOCK_C
-is 1, the dots are 2-D. A lane's windows overlap its neighbours', whose loads L1 serves.
+is 1, the dots are 2-D. A lane's windows overlap its neighbours', whose loads L1 serves; they go BLOCK_A steps ahead of
+the march, into registers.
 Source: own derivation, no code adapted.
 """
 
@@ -50,6 +51,20 @@ def channels_of(pid, CHANNELS: tl.constexpr, BLOCK_C: tl.constexpr):
         return pid % ((CHANNELS + BLOCK_C - 1) // BLOCK_C) * BLOCK_C + tl.arange(0, BLOCK_C)
 
 
+@triton.jit
+def input_tile(
+    x_ptr, x_at, in_row, col, live, in_channel, step, h_in, w_in, stride_x_h, stride_x_w,
+    FIRST: tl.constexpr, X_ALIGN: tl.constexpr, X_RUN: tl.constexpr, INDEX_64: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """The row `step` rows into the march, from column FIRST of each lane's window on."""
+    h = in_row + step
+    in_map = along(live & (h >= 0) & (h < h_in), 1, BLOCK_C) & along(in_channel, 0, BLOCK_C)
+    w = col + FIRST
+    x_row = x_ptr + tl.multiple_of(index(step, INDEX_64) * stride_x_h, X_ALIGN)
+    inside = as_mask(in_map & (w >= 0) & (w < w_in // X_RUN * X_RUN))
+    return tl.load(x_row + FIRST * stride_x_w + x_at, mask=inside, other=0.0)
+
+
 @triton.jit(do_not_specialize=SIZES)
 def march_kernel(
     x_ptr, wgt_ptr, bias_ptr, y_ptr,
@@ -64,7 +79,7 @@ def march_kernel(
     X_PIXELS_LAST: tl.constexpr, Y_PIXELS_LAST: tl.constexpr, X_ALIGN: tl.constexpr, Y_ALIGN: tl.constexpr,
     X_RUN: tl.constexpr, Y_RUN: tl.constexpr, INDEX_64: tl.constexpr,
     PRECISION: tl.constexpr, EMULATE_BF16: tl.constexpr,
-    BLOCK_C: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_K: tl.constexpr,
+    BLOCK_C: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_A: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """One program: BLOCK_C channels of BLOCK_M lanes of y = conv(x), or, TRANSPOSED, of dx (y) from dy (x).
 
@@ -130,16 +145,25 @@ def march_kernel(
     acc = ()
     for _ in tl.static_range(OUT * (WARM + 1)):
         acc = acc + (zero,)
+    ahead = ()
+    for i in tl.static_range(BLOCK_A * IN):
+        for chunk in tl.static_range(CHUNKS):
+            ahead = ahead + (
+                input_tile(
+                    x_ptr, x_at, in_row, col, live, in_channel, (first * IN + i) * DIL_H, h_in, w_in,
+                    stride_x_h, stride_x_w, chunk * BLOCK_K, X_ALIGN, X_RUN, INDEX_64, BLOCK_C,
+                ),
+            )  # fmt: skip
     for t in tl.range(first, last, num_stages=1):
         for i in tl.static_range(IN):
-            step = (t * IN + i) * DIL_H
-            h = in_row + step
-            in_map = along(live & (h >= 0) & (h < h_in), 1, BLOCK_C) & along(in_channel, 0, BLOCK_C)
             for chunk in tl.static_range(CHUNKS):
-                w = col + chunk * BLOCK_K
-                x_row = x_ptr + tl.multiple_of(index(step, INDEX_64) * stride_x_h, X_ALIGN)
-                inside = as_mask(in_map & (w >= 0) & (w < w_in // X_RUN * X_RUN))
-                x = tl.load(x_row + chunk * BLOCK_K * stride_x_w + x_at, mask=inside, other=0.0)
+                ahead = ahead + (
+                    input_tile(
+                        x_ptr, x_at, in_row, col, live, in_channel, ((t + BLOCK_A) * IN + i) * DIL_H, h_in, w_in,
+                        stride_x_h, stride_x_w, chunk * BLOCK_K, X_ALIGN, X_RUN, INDEX_64, BLOCK_C,
+                    ),
+                )  # fmt: skip
+                x = ahead[i * CHUNKS + chunk]
                 met = ()
                 for a in tl.static_range(OUT * (WARM + 1)):
                     if OLDEST + a * NEXT + i < KH:
@@ -148,6 +172,7 @@ def march_kernel(
                     else:
                         met = met + (acc[a],)
                 acc = met
+        ahead = ahead[IN * CHUNKS :]
         for i in tl.static_range(OUT):
             step = ((t - WARM) * OUT + i) * DIL_H
             h = out_row + step

@@ -293,7 +293,10 @@ def _tiles(algorithm, problem: ConvProblem, pass_: str, on, tiles: str) -> dict:
         return tiling(algorithm.NAME, problem, pass_, config, on).programs
 
     found = sorted(candidates(algorithm.NAME, problem, pass_, on), key=programs)
-    return found[0] if tiles == "few" else next((c for c in found if programs(c) >= MANY), found[-1])
+    tile = found[0] if tiles == "few" else next((c for c in found if programs(c) >= MANY), found[-1])
+    if algorithm.NAME == "depthwise_toeplitz" and pass_ != "wgrad" and INTERPRETED:
+        tile |= {"BLOCK_A": (problem.w_in + problem.kw) % 3}
+    return tile
 
 
 @contextlib.contextmanager

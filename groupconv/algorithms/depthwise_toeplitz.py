@@ -29,7 +29,7 @@ from .calls import (
 NAME = "depthwise_toeplitz"
 BLOCKS = {
     "BLOCK_C": (1, 32), "BLOCK_M": (16, 256), "BLOCK_W": (8, 64), "BLOCK_H": (4, 1024), "BLOCK_T": (1, 32),
-    "BLOCK_U": (1, 8, 1),
+    "BLOCK_U": (1, 8, 1), "BLOCK_A": (0, 2),
 }  # fmt: skip
 # BLOCK_H: the most output rows of a segment, about. BLOCK_T: wgrad's filter rows of a program, and BLOCK_U its steps
 # that share a row's change of layout.
@@ -192,7 +192,7 @@ def held(problem: ConvProblem, pass_: str, tile: dict, target: Target) -> Held:
     if target.backend == "hip":  # matrices stay in registers, and one row after the other goes through
         in_registers = 0 if pass_ == "wgrad" else matrices * tile["BLOCK_C"]
         shared = max(BLOCK_K, block_w) * tile["BLOCK_M"]
-    loaded = made.read * window * columns
+    loaded = made.read * window * columns * (1 + tile["BLOCK_A"])
     return Held(
         tile["num_warps"],
         tile["BLOCK_C"] * shared * problem.element_bytes,
@@ -215,10 +215,13 @@ def tiles(problem: ConvProblem, pass_: str, target: Target) -> Iterator[list[dic
             for block_t, height in itertools.product((4, 8, 16) if pass_ == "wgrad" else (16,), heights):
                 tile = {
                     "BLOCK_C": block_c, "BLOCK_M": block_m, "BLOCK_W": block_w, "BLOCK_H": height,
-                    "BLOCK_T": block_t, "BLOCK_U": 1, "num_warps": warps, "num_stages": 1,
+                    "BLOCK_T": block_t, "BLOCK_U": 1, "BLOCK_A": 0,
+                    "num_warps": warps, "num_stages": 1,
                 }  # fmt: skip
-                unrolls = _unrolls(problem, tile) if pass_ == "wgrad" else [1]
-                yield [tile | {"BLOCK_U": unroll} for unroll in unrolls]
+                if pass_ == "wgrad":
+                    yield [tile | {"BLOCK_U": unroll} for unroll in _unrolls(problem, tile)]
+                else:
+                    yield [tile | {"BLOCK_A": ahead} for ahead in (1, 0)]
 
 
 def _wgrad_split(problem: ConvProblem, config: dict, made: Launched) -> tuple[int, int]:
@@ -301,14 +304,16 @@ def tiling(problem: ConvProblem, pass_: str, config: dict, target: Target, fit: 
         launches=1 + (splits > 1),
         shared_bytes=shared,
         trips=moved / programs * march / unroll,
+        ahead=config["BLOCK_A"],
     )
 
 
 def prepare(problem: ConvProblem, pass_: str, config: dict, target: Target, strides: dict):
     top, _, pad, _ = problem.pad
     tiles, options = split_config(config)
-    del tiles["BLOCK_H"], tiles["BLOCK_T"], tiles["BLOCK_U"]
     transposed, wgrad = pass_ == "dgrad", pass_ == "wgrad"
+    for name in ("BLOCK_H", "BLOCK_T", "BLOCK_U", *(["BLOCK_A"] if wgrad else [])):
+        del tiles[name]
     made = _launched(problem, pass_, config)
     cut = made.cut
     step = config["BLOCK_W"] // problem.stride[1] if transposed else config["BLOCK_W"] * problem.stride[1]

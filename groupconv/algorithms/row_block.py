@@ -255,7 +255,8 @@ def tiling(problem: ConvProblem, pass_: str, config: dict, target: Target, fit: 
         launches=1 + (splits > 1),
         shared_bytes=steps * ((step.source + step.other) * size + step.products * each.shared_bytes),
         trips=steps / programs,
-        ahead=config["num_stages"] - 1 if problem.layout == "nhwc" else 0,
+        ahead=config["num_stages"] - 1 if nhwc else 0,
+        pipelined=nhwc,
         waits=waits(each, programs, steps, chained, config["num_warps"], fit, problem.dtype, target),
     )
 

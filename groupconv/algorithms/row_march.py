@@ -361,6 +361,7 @@ def tiling(problem: ConvProblem, pass_: str, config: dict, target: Target, fit: 
         shared_bytes=walked * shared * bytes_,
         trips=walked / programs,
         ahead=config["num_stages"] - 1 if pipelined else ahead,
+        pipelined=pipelined,
     )
 
 
