@@ -2,6 +2,7 @@
 
     python tests/compiled_code.py run --layers regnety --out FOLDER     # make softgpu ARGS=...
     python tests/compiled_code.py waits                                 # make waits
+    python tests/compiled_code.py counts                                # counted over modelled
 
 `run` takes what is planned for the layers of the suite, on smaller maps, batches and group counts, against float64.
 Each pass runs twice: on dense tensors, a wgmma reading shared memory when it is issued; and on views with gaps between
@@ -15,6 +16,7 @@ import concurrent.futures
 import contextlib
 import dataclasses
 import hashlib
+import itertools
 import json
 import multiprocessing
 import os
@@ -114,11 +116,13 @@ def run_pass(
 
 
 def against_model(results, tiling, target: devices.Target) -> dict[str, tuple[float, float]]:
-    """(counted, modelled) of a pass's launches, in the terms of groupconv.cost.Tiling."""
+    """(counted, modelled) of a pass's launches, in the terms of groupconv.cost.Tiling; "wavefronts" are those of shared
+    memory, bank conflicts and all, against as few as its bytes could be.
+    """
     totals = [softgpu.totals(result) for result in results]
 
     def total(name):
-        return sum(each.get(name, 0) for each in totals)
+        return sum(value for each in totals for key, value in each.items() if key.startswith(name))
 
     half = 2 if target.has_warpgroups else 1  # the model counts what runs at half the rate twice
     counted = {
@@ -128,7 +132,8 @@ def against_model(results, tiling, target: devices.Target) -> dict[str, tuple[fl
         "matrix_flops": total("wgmma_flops") + half * total("mma_flops"),
         "dram_bytes": total("dram_read") + total("dram_written"),
     }
-    return {name: (value, getattr(tiling, name)) for name, value in counted.items()}
+    found = {name: (float(value), getattr(tiling, name)) for name, value in counted.items()}
+    return found | {"wavefronts": (float(total("wavefronts ")), float(total("ideal ")))}
 
 
 # --- Every planned configuration -------------------------------------------------------------------------------------
@@ -244,6 +249,46 @@ def run_command(args: argparse.Namespace) -> int:
     return 1 if bad or len(ran) < len(wanted) else 0
 
 
+# --- Counts ----------------------------------------------------------------------------------------------------------
+
+
+def examples(target: str) -> Iterator[Job]:
+    """A planned pass of each algorithm and layout, bf16; where no plan takes an algorithm, one that it can serve."""
+    on = devices.named(target)
+    for layout, pass_ in itertools.product(LAYOUTS, PLANNED):
+        found: dict[str, Job] = {}
+        for layer in layers.suite("bf16", layout):
+            names = able(layer.problem, pass_, on)
+            taken = dispatch.best(layer.problem, pass_, on, names)[0] if names else ""
+            for name in names:
+                if name not in found or (name == taken and "planned" not in found[name].layer):
+                    _, config, _ = dispatch.best(layer.problem, pass_, on, [name])
+                    words = f"{layer.name} planned" if name == taken else layer.name
+                    found[name] = Job(words, layer.problem, pass_, target, name, config)
+        yield from (found[name] for name in REGISTRY if name in found)
+
+
+def counts_command(args: argparse.Namespace) -> int:
+    """A line an example: counted over modelled of each resource, and wavefronts of shared memory over the fewest."""
+    names = ("l2_bytes", "shared_bytes", "matrix_flops", "instructions", "dram_bytes", "wavefronts")
+    print("| algorithm | pass | layout | layer |", *(f"{name.replace('_', ' ')} |" for name in names))
+    print("|---|---|---|---|" + "---|" * len(names))
+    for job in examples(args.target):
+        problem = shrunk(job.problem, pixels=28, groups=16)
+        if lack(job.algorithm, problem, job.pass_, devices.named(job.target)):
+            continue
+        _, session = run_pass(problem, job.pass_, job.algorithm, job.config, job.target, soft=softgpu.SOFT)
+        asked = tiling(job.algorithm, problem, job.pass_, job.config, devices.named(job.target))
+        found = against_model(session.results, asked, devices.named(job.target))
+        ratios = (f"{found[name][0] / found[name][1]:.2f}" if found[name][1] else "-" for name in names)
+        print(
+            f"| {job.algorithm} | {job.pass_} | {problem.layout} | {job.layer} |",
+            *(f"{r} |" for r in ratios),
+            flush=True,
+        )
+    return 0
+
+
 # --- Waits -----------------------------------------------------------------------------------------------------------
 
 
@@ -320,6 +365,9 @@ def main(argv: list[str] | None = None) -> int:
     run.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes")
     run.add_argument("--seconds", type=float, default=float("inf"), help="stop then; the same command goes on")
     run.add_argument("--out", type=pathlib.Path, default=softgpu.SCRATCH / "results", help="a folder (%(default)s)")
+    counts = commands.add_parser("counts", help="what is counted of a kernel of each algorithm, over what is modelled")
+    counts.set_defaults(command=counts_command)
+    counts.add_argument("--target", choices=TARGETS, default="sm_90")
     waits = commands.add_parser("waits", help="waits of machine code and of PTX, sm_90, channels_last")
     waits.set_defaults(command=waits_command)
     waits.add_argument("--dtypes", nargs="+", default=["bf16"])

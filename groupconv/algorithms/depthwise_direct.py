@@ -193,8 +193,8 @@ def tiling(problem: ConvProblem, pass_: str, config: dict, target: Target, fit: 
     walked = programs * (steps + march.warm_up) - tiles * march.warm_up * (pass_ != "fprop")
     # Counted in the compiled loops of sm_90: an access takes its address and mask 6 instructions, and each element is
     # converted; what is loaded far ahead, and x in wgrad, is moved from register to register.
-    step = 25 + march.loads * (7 + vector + 6 * (ahead > 1)) + march.stores * (6 + vector)
-    step = (step + (march.multiply_adds + march.moved) * vector) * elements / vector
+    each = march.loads * (7 + vector + 6 * (ahead > 1)) + march.stores * (6 + vector)
+    step = 25 + (each + (march.multiply_adds + march.moved) * vector) * elements / vector
     once = march.taps * vector * 3 + (march.sums + 12) * elements + 20 * march.sums + 80
     # Lanes share what they load in L1, but for the tile's edges; a row segment re-reads its neighbour's rows.
     again = 1 + march.warm_up / steps * (segments > 1)
