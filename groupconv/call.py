@@ -248,7 +248,7 @@ class Call:
         )
 
         def grads(dy, x, w):
-            dx, dw = torch_reference.backward(self.args, dy, x, w, *by_torch) if any(by_torch) else (None, None)
+            dx, dw = self._by_reference(dy, x, w, *by_torch) if any(by_torch) else (None, None)
             return dx if to_x is None else to_x(dy, w), dw if to_w is None else to_w(dy, x)
 
         return grads
@@ -262,11 +262,15 @@ class Call:
 
         def run(dy, x, w):
             def by_torch(*_):
-                return torch_reference.backward(self.args, dy, x, w, *mask)[which]
+                return self._by_reference(dy, x, w, *mask)[which]
 
             return choice(by_torch, dy, (w, x)[which])
 
         return run
+
+    def _by_reference(self, dy: Tensor, x: Tensor | None, w: Tensor | None, need_x: bool, need_w: bool):
+        """(dx, dw) by F.conv2d's backward; other plans than now may have chosen what was saved."""
+        return torch_reference.backward(self.args, dy, *self.in_place_of_unsaved(x, w), need_x, need_w)
 
     def saves(self, need_x: bool, need_w: bool) -> tuple[bool, bool]:
         """Which of x and w a backward that needs these gradients reads; F.conv2d's reads both.

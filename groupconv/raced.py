@@ -95,7 +95,7 @@ def write(slug: str, found: Result) -> None:
     import filelock
 
     path = user_file(slug)
-    if path is None or (path.exists() and not path.is_file()):  # a pipe would wait for its reader
+    if path is None:
         return
     fields = {
         "device": slug, "utc": found.utc, **dataclasses.asdict(found.entry), "made_with": made_with(),
@@ -103,13 +103,15 @@ def write(slug: str, found: Result) -> None:
     }  # fmt: skip
     line = json.dumps(fields) + "\n"
     try:
+        if path.exists() and not path.is_file():  # a pipe would wait for its reader
+            return
         path.parent.mkdir(parents=True, exist_ok=True)
         with filelock.FileLock(f"{path}.lock", timeout=LOCK_SECONDS), path.open("a+b") as file:
             if file.tell():
                 file.seek(-1, os.SEEK_END)
                 line = line if file.read(1) == b"\n" else "\n" + line  # after one that a kill cut short
             file.write(line.encode())
-    except (OSError, filelock.Timeout):  # a read-only home
+    except (OSError, NotImplementedError, filelock.Timeout):  # a read-only home, or no locks
         pass
 
 

@@ -30,7 +30,10 @@ SEEN = 4  # calls of a kind, before it goes on trial: last batches and other rar
 MOST_TRIALS = 256  # of a process
 SAMPLES, MOST_SAMPLES = 5, 20  # of a contender, after a first that does not count: where its times agree, and else
 NOISE = 0.1  # of the median, between quartiles: from here on times do not agree
-INCONCLUSIVE = 20  # checks that can tell nothing, while loss scaling finds its scale, or gradients are zero; then out
+# Checks that can tell nothing, while loss scaling finds its scale, or gradients are zero, before a contender is out.
+# After each, twice as many calls go by as before: layers of one kind share a trial, and a step calls them all.
+INCONCLUSIVE = 12
+UNTOLD = "F.conv2d's results were zero, or not finite"
 TELLING = 4.0  # bounds that a result must be large, in the scale of random operands', to tell a right one from zeros
 MOST_PROCESSES = 4
 COMPILE_SECONDS = 300.0  # a compiler that takes longer is ended
@@ -224,7 +227,7 @@ class Contender(Racer):
         self.algorithm, self.config, self._job = algorithm, config, job
         self.compile()
         self.run: Callable | None = None
-        self.out, self.proven, self.inconclusive = "", False, 0
+        self.out, self.proven, self.inconclusive, self.due = "", False, 0, 0
         self.reading: Callable[[], list[float] | None] | None = None
 
     def compile(self) -> None:
@@ -323,7 +326,7 @@ class Trial:
             for one in ready:
                 if one.run is None and one.folder != launcher.cache_folder():  # as Inductor moves it
                     one.compile()
-            ready = [one for one in ready if one.answer.done()]
+            ready = [one for one in ready if one.answer.done() and one.due <= self._seen]
             return min(ready, key=lambda one: one.inconclusive, default=None)
         racers: list[Racer] = [self._base, *racing]
         for racer in racers:
@@ -397,8 +400,9 @@ class Trial:
             error = difference / max(norm, scale) if difference and math.isfinite(norm) else 0.0
             if error <= bound and not (0.0 < TELLING * bound * scale < norm < math.inf):
                 one.inconclusive += 1
+                one.due = self._seen + 2**one.inconclusive
                 if one.inconclusive >= INCONCLUSIVE:
-                    one.out = "F.conv2d's results were zero, or not finite"
+                    one.out = UNTOLD
                 return
             if not error <= bound:
                 one.out = f"wrong: {pass_} differs from F.conv2d's by {error:.2g}, the bound is {bound:.2g}"
@@ -411,6 +415,9 @@ class Trial:
         one.proven = True
 
     def _decide(self, racing: list[Contender]) -> None:
+        if not racing and any(one.out == UNTOLD for one in self._contenders or ()):
+            self._stop(UNTOLD)
+            return
         theirs = self._base.median
         best = min(racing, key=lambda one: one.median, default=None)
         algorithm, config, ours = ("torch", {}, theirs) if best is None else (best.algorithm, best.config, best.median)
@@ -438,7 +445,7 @@ class Trial:
     def _forget(self) -> None:
         """What holds launches and events; why some are out is kept."""
         self._out = "; ".join(f"{one}: {one.out}" for one in self._contenders or () if one.out)
-        self._contenders = None
+        self._contenders, self._base = None, Racer()
 
     @property
     def status(self) -> Status:

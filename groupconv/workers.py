@@ -11,7 +11,6 @@ import contextlib
 import json
 import os
 import queue
-import signal
 import subprocess
 import sys
 import tempfile
@@ -57,10 +56,8 @@ def processes(wanted: int | None = None) -> int:
 def serve(answer: Callable[[Fields], Fields]) -> None:
     """Answer jobs until the input ends, or the process that asks. What a job raises is its answer."""
     threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
-    if BACKGROUND in sys.argv:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # it is the caller that is interrupted
-        if hasattr(os, "nice"):
-            os.nice(19)
+    if BACKGROUND in sys.argv and hasattr(os, "nice"):
+        os.nice(19)
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)  # whatever else prints must not end up among the answers
     for line in sys.stdin:
@@ -121,7 +118,7 @@ class Workers:
         if background:
             # What the caller can import its processes can, and nothing that only lies where it runs.
             self._environment |= HIDDEN_GPUS | {"PYTHONPATH": _search_path(), "PYTHONSAFEPATH": "1"}
-        self._count, self._seconds = count, seconds
+        self._count, self._seconds, self._background = count, seconds, background
         self._jobs: queue.SimpleQueue[tuple[Fields, concurrent.futures.Future[Fields]] | None] = queue.SimpleQueue()
         self._lock = threading.Lock()
         self._threads: list[threading.Thread] = []
@@ -210,6 +207,7 @@ class Workers:
             process = subprocess.Popen(
                 self._command,
                 stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True, env=self._environment,
+                start_new_session=self._background,  # it is the caller that Ctrl-C means
             )  # fmt: skip
             self._started.append(process)
         return process, errors

@@ -353,9 +353,14 @@ def test_what_tells_nothing_proves_nothing(scripted, dtype, x_by, w_by, biased):
 def test_checks_that_never_tell_end(scripted):
     x, w = operands()
     times(scripted, 100.0, row_march=50.0)
-    until_decided(forward, torch.zeros_like(x), w)
+    zeros = torch.zeros_like(x)
+    for _ in range(2 ** (trial.INCONCLUSIVE + 1)):
+        groupconv.triton_conv(zeros, w, padding=1, groups=4)
+        if states() == [("fprop", "stopped")]:
+            break
     assert served(scripted, x, w) == "torch"
     assert "were zero" in groupconv.trials()[0].details
+    assert raced.lookup(SLUG, plan(x, w).problem, "fprop") is None
 
 
 def test_results_that_are_not_finite_prove_nothing(scripted):
@@ -375,14 +380,17 @@ def test_sums_that_cancel_are_not_held_against_a_kernel(scripted):
     x, w = operands(dtype=torch.bfloat16)
     x = torch.ones_like(x)
 
-    def step():
+    def step(cancelling):
         ours = w.detach().requires_grad_()
         y = groupconv.triton_conv(x, ours, padding=0, groups=4)
         dy = torch.randn(y.shape)
-        dy = (dy - dy.mean((0, 2, 3), keepdim=True)).to(y.dtype)
+        dy = (dy - cancelling * dy.mean((0, 2, 3), keepdim=True)).to(y.dtype)
         torch.autograd.grad(y, ours, dy.to(memory_format=torch.channels_last))
 
-    until_decided(step)
+    for _ in range(TURNS):
+        step(1)
+    assert ("wgrad", "checking") in states()  # what is left tells nothing
+    until_decided(step, 0)
     assert ("wgrad", "raced") in states()
     assert not any("wrong" in status.details for status in groupconv.trials())
 
@@ -662,6 +670,37 @@ def test_gradients_in_other_layouts(scripted):
     for kind in ("expanded", "dense"):
         until_decided(step, kind)
     assert states().count(("wgrad", "raced")) == 2
+
+
+def test_layouts_that_decide_differently(scripted):
+    """F.conv2d for an expanded dy, and ours for dense ones, which want no w saved."""
+    x, w = operands()
+    w.requires_grad_()
+    times(scripted, 100.0)
+
+    def step(kind):
+        y = groupconv.triton_conv(x, w, padding=1, groups=4)
+        (dw,) = torch.autograd.grad(y, w, torch.ones(()).expand_as(y) if kind == "expanded" else torch.ones_like(y))
+        (expected,) = torch.autograd.grad(F.conv2d(x, w, padding=1, groups=4), w, torch.ones_like(y))
+        assert (dw - expected).norm() <= 1e-2 * expected.norm()
+
+    until_decided(step, "expanded")
+    times(scripted, 100.0, row_march=50.0)
+    until_decided(step, "dense")
+    for kind in ("expanded", "dense", "expanded"):
+        step(kind)
+    assert plan(x, w).wgrad.algorithm == "row_march"
+
+
+def test_steps_without_evidence(scripted):
+    """However many layers share a trial, some steps of overflow do not end it."""
+    x, w = operands()
+    times(scripted, 100.0, row_march=50.0)
+    for _ in range(30 * 10):
+        groupconv.triton_conv(x * float("inf"), w, padding=1, groups=4)
+    assert states() == [("fprop", "checking")]
+    until_decided(forward, x, w)
+    assert served(scripted, x, w) == "row_march"
 
 
 def test_bias_and_another_batch(scripted):
