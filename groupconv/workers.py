@@ -187,7 +187,7 @@ class Workers:
         if line:
             with contextlib.suppress(ValueError):
                 said = json.loads(line)
-            if isinstance(said, dict) and "failed" in said:
+            if isinstance(said, dict):
                 return said, (process, errors)
             process.kill()  # something prints where answers belong
             process.wait()

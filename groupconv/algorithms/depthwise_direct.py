@@ -132,7 +132,8 @@ def tiles(problem: ConvProblem, pass_: str, target: Target) -> Iterator[list[dic
         channels = problem.c_out if pass_ == "fprop" else problem.c_in
         fitting = max(8, triton.next_power_of_2(channels))
         vectors = [v for v in (1, 2, 4, 8) if v <= math.gcd(16 // problem.element_bytes, problem.c_in)][-3:]
-        shapes = [(threads * v // c, c) for c in (16, 32, 64, 128) if c <= fitting for v in vectors if v <= c]
+        blocks = [c for c in (16, 32, 64, 128) if c <= fitting] or [8]
+        shapes = [(threads * v // c, c) for c in blocks for v in vectors if v <= c]
         widths = [1, 2, 4, 8]
     else:  # neighbouring lanes are neighbours in memory, and so the columns of a lane would not be
         shapes, widths = [(threads * elements, 1) for elements in (1, 2, 4, 8, 16)], [1]

@@ -303,7 +303,7 @@ def tiling(problem: ConvProblem, pass_: str, config: dict, target: Target, fit: 
         resident=fit,
         launches=1 + (splits > 1),
         shared_bytes=shared,
-        trips=moved / programs * march / unroll,
+        trips=moved / max(1, programs) * march / unroll,
         ahead=config["BLOCK_A"],
     )
 

@@ -359,7 +359,7 @@ def tiling(problem: ConvProblem, pass_: str, config: dict, target: Target, fit: 
         resident=fit,
         launches=1 + (splits > 1),
         shared_bytes=walked * shared * bytes_,
-        trips=walked / programs,
+        trips=walked / max(1, programs),
         ahead=config["num_stages"] - 1 if pipelined else ahead,
         pipelined=pipelined,
     )
