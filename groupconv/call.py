@@ -311,7 +311,7 @@ class Call:
         if decided is not None:
             return decided
         common = dy is None or self._lies_as_most("dy", dy, self._with(dy))
-        if not self._is_unproven(pass_) and not trial.is_unproven(self.plan, pass_, self._common and common):
+        if not trial.is_unproven(self.plan, pass_, self._common and common):
             return getattr(self.plan, pass_)
         found = self._trials.get((pass_, form)) or self._new_trial(pass_, form, operands)
         return self._trials.setdefault((pass_, form), found)
@@ -339,10 +339,11 @@ class Call:
         """Whether an operand lies as in most calls of such a problem: aligned, dense, in the result's memory format."""
         p = self.problem
         shape = {"x": p.x_shape, "w": p.w_shape, "dy": p.y_shape}.get(name)
-        if tensor.data_ptr() & 15 or shape is None:  # the bias has one axis
-            return not tensor.data_ptr() & 15
+        aligned = not tensor.data_ptr() & 15
+        if shape is None:  # the bias has one axis
+            return aligned
         dense = meaningful_strides(shape, dense_strides(shape, p.layout == "nhwc"))
-        return p.layout == p.out_layout and meaningful_strides(shape, strides[name]) == dense
+        return aligned and p.layout == p.out_layout and meaningful_strides(shape, strides[name]) == dense
 
     def _ended(self, pass_: str, form: tuple | None, common: bool, found: raced.Result | None) -> None:
         """A trial is over: plan by what it found, from the next call on."""

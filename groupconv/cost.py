@@ -62,8 +62,10 @@ class Tiling(NamedTuple):
     pipelined: bool = False
 
 
-MEMORY_NS = 520.0  # from a load to its data: by steps of marches that wait for it, H200, 2026-11-26
-UNHIDDEN = 2.0  # times as long take the parts of a program that has a multiprocessor to itself, by the same run
+MEMORY_NS = 520.0  # from a load to its data: a guess, by the shortest steps of marches that wait for it (H200)
+UNHIDDEN = (
+    2.0  # times as long take the parts of a program that has a multiprocessor to itself: a guess, by its 3-D dots
+)
 ISSUE_SLOTS = 4 * 32  # thread instructions a clock and multiprocessor
 SHARED_BYTES = 128  # a clock and multiprocessor
 OVERLAP_LOST = 0.05  # of the work that the slowest resource hides; it only ranks tilings

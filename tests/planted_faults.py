@@ -308,8 +308,8 @@ FAULTS = [
     ),
     Fault(
         "groupconv/call.py",
-        "        if tensor.data_ptr() & 15 or shape is None:",
-        "        if shape is None:",
+        "        aligned = not tensor.data_ptr() & 15",
+        "        aligned = True",
         "a race of unaligned tensors decides for all",
     ),
 ]  # fmt: skip
