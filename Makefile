@@ -45,9 +45,11 @@ test-newest: $(INSTALLED) $(NEWEST_TRITON)
 	PYTHONPATH=$(abspath $(NEWEST_TRITON)) $(BIN)/python -m pytest -n auto tests/test_compile.py -k "vectorised or wide"
 	PYTHONPATH=$(abspath $(NEWEST_TRITON)) TRITON_INTERPRET=0 $(BIN)/python -m pytest -n auto tests/softgpu
 
-# What tiles take of registers, compiled for SECONDS and then fitted: autotune_configs/registers.csv and .json.
+# What tiles take of registers, compiled for SECONDS and then fitted: autotune_configs/registers.csv and .json. And what
+# the model, which goes by them, is over and under what was measured.
 registers: $(INSTALLED)
 	$(BIN)/python -m groupconv.perf_reports.registers --seconds $(or $(SECONDS),0) $(ARGS)
+	$(BIN)/python -m groupconv.perf_reports.calibration --write
 
 # Every configuration that is planned for the suite, on the software GPU; run again, it goes on.
 softgpu: $(INSTALLED)

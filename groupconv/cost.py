@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -22,9 +23,9 @@ def floor_us(problem: ConvProblem, pass_: str, target: Target) -> float:
 
 
 class Estimate(NamedTuple):
-    """A modelled time and what bounds it: "memory", "l2", "matrix", "issue", "shared" or "latency".
+    """A modelled time and what most of it goes to: "memory", "l2", "matrix", "issue", "shared" or "latency".
 
-    score: by which tilings are compared; of two bound by the same, the one that asks less of the rest is better.
+    score: by which tilings are compared; of two that a limit makes equal, the one that asks less of the rest is better.
     """
 
     time_us: float
@@ -45,7 +46,7 @@ class Tiling(NamedTuple):
     shared_bytes: written to and read from shared memory. waits: clocks of one multiprocessor in which its matrix unit
     has nothing to do, because a product waits for the one before it. trips: steps of a program that wait for memory,
     one after another, and ahead: how many steps before its own a load is made; 0 where nothing is done while it waits.
-    pipelined: whether what a program does in different steps overlaps.
+    work: what of WEIGHTS its time is made up by.
     """
 
     programs: int
@@ -59,55 +60,75 @@ class Tiling(NamedTuple):
     waits: float = 0.0
     trips: float = 0.0
     ahead: int = 0
-    pipelined: bool = False
+    work: str = "products"
 
 
+class Weights(NamedTuple):
+    """Of the times that a kernel's resources would take alone, how much its own time has of each."""
+
+    memory: float
+    shared: float
+    issue: float
+    matrix: float
+    waits: float
+
+
+# What a program waits for, others hide in part only, so that resources add up. Fitted to what was measured on an H200,
+# 2026-11-26 (`python -m groupconv.perf_reports.calibration`): "products" of tiles (111 passes, which lie 15% from it),
+# and "batched" ones, of three axes, whose programs have a multiprocessor almost to themselves (18 passes, 17%).
+# "multiply-adds" is a guess: so went 71 passes of a former depthwise_direct.
+WEIGHTS = {
+    "products": Weights(memory=0.74, shared=1.25, issue=0.56, matrix=0.24, waits=0.84),
+    "batched": Weights(memory=0.0, shared=0.0, issue=6.8, matrix=5.3, waits=0.0),
+    "multiply-adds": Weights(memory=0.6, shared=0.2, issue=2.1, matrix=0.0, waits=0.0),
+}
 MEMORY_NS = 520.0  # from a load to its data: a guess, by the shortest steps of marches that wait for it (H200)
-UNHIDDEN = (
-    2.0  # times as long take the parts of a program that has a multiprocessor to itself: a guess, by its 3-D dots
-)
 ISSUE_SLOTS = 4 * 32  # thread instructions a clock and multiprocessor
 SHARED_BYTES = 128  # a clock and multiprocessor
-OVERLAP_LOST = 0.05  # of the work that the slowest resource hides; it only ranks tilings
-MATRIX_EFFICIENCY = 0.6  # of the rate of a large matrix product, for products fed by gathers
+TIED = 0.05  # of all that a limit hides; it only ranks tilings
+
+
+def alone(problem: ConvProblem, tiling: Tiling, target: Target) -> Weights:
+    """The microseconds that each resource would take alone; but memory, stretched by what the last programs leave idle:
+    inside a multiprocessor the programs share what there is, so the one with most programs ends last.
+    """
+    rate = target.matrix_rate(problem.dtype) or target.matrix_rate("fp32")
+    clocks = target.multiprocessors * target.clock_ghz * 1e3  # of all multiprocessors in a microsecond
+    each = tiling.programs / target.multiprocessors
+    stretch = math.ceil(each) / each if each else 1.0
+    return Weights(
+        memory=tiling.dram_bytes / (target.copy_gbps * 1e3),
+        shared=stretch * tiling.shared_bytes / (SHARED_BYTES * clocks),
+        issue=stretch * tiling.instructions / (ISSUE_SLOTS * clocks),
+        matrix=stretch * tiling.matrix_flops / (rate * 1e6),
+        waits=stretch * tiling.waits / clocks,
+    )
 
 
 def estimate(problem: ConvProblem, tiling: Tiling, target: Target) -> Estimate:
-    """The modelled time of a tiling: its slowest resource, stretched by what the last programs leave idle."""
-    rate = target.matrix_rate(problem.dtype) or target.matrix_rate("fp32")
-    clocks = target.multiprocessors * target.clock_ghz * 1e3  # of all multiprocessors in a microsecond
-    parts = {
-        "memory": tiling.dram_bytes / (target.copy_gbps * 1e3),
-        "l2": tiling.l2_bytes / (target.l2_gbps * 1e3),
-        "matrix": tiling.matrix_flops / (rate * MATRIX_EFFICIENCY * 1e6) + tiling.waits / clocks,
-        "issue": tiling.instructions / (ISSUE_SLOTS * clocks),
-        "shared": tiling.shared_bytes / (SHARED_BYTES * clocks),
-    }
-    # What a program takes by itself: where few share a multiprocessor, others do not hide it.
-    places = target.multiprocessors * tiling.resident
-    trips = tiling.trips / max(1, tiling.ahead) * MEMORY_NS * 1e-3
-    busy = parts["matrix"] + parts["issue"] + parts["shared"]
-    busy *= UNHIDDEN * target.multiprocessors / max(1, tiling.programs)
-    alone = trips if tiling.pipelined else max(busy, trips) if tiling.ahead else busy + trips
-    parts["latency"] = tiling.programs / places * (alone + 2 * MEMORY_NS * 1e-3)
-    bound = max(parts, key=parts.__getitem__)
-    # Inside a multiprocessor the programs share what bounds them, so the one with most programs ends last; but they
-    # wait side by side. Memory is shared by all, and kept busy by half of the programs that fit at once.
-    waves = tiling.programs / (places if bound in ("memory", "latency") else target.multiprocessors)
-    stretch = math.ceil(waves) / waves if waves else 1.0
-    idle = stretch if bound != "memory" else max(1.0, stretch / 2)
-    time = parts[bound] * idle + LAUNCH_US * tiling.launches
-    return Estimate(time, bound, time + OVERLAP_LOST * (sum(parts.values()) - parts[bound]))
+    """The modelled time of a tiling: what its resources add up to, but no less than memory, L2 or latency allow."""
+    weights, parts = WEIGHTS[tiling.work], alone(problem, tiling, target)
+    memory, shared, issue, matrix, waits = map(operator.mul, weights, parts)
+    total = memory + shared + issue + matrix + waits
+    largest = max((memory, "memory"), (shared, "shared"), (issue, "issue"), (matrix + waits, "matrix"))
+    # Programs that share a multiprocessor wait side by side; where nothing is loaded ahead, they work in between.
+    trips = tiling.trips / max(1, tiling.ahead) + 2
+    rounds = math.ceil(tiling.programs / (target.multiprocessors * tiling.resident))
+    latency = rounds * trips * MEMORY_NS * 1e-3 + (0.0 if tiling.ahead else (total - memory) / tiling.resident)
+    l2 = tiling.l2_bytes / (target.l2_gbps * 1e3)
+    time, bound = max((total, largest[1]), (parts.memory, "memory"), (l2, "l2"), (latency, "latency"))
+    time += LAUNCH_US * tiling.launches
+    return Estimate(time, bound, time + TIED * total)
 
 
-# PyTorch's time over the floor where nobody measured it, by group width (narrow: up to 32) and pass. A prior, to decide
-# what "auto" does before a measurement does: cuDNN is near the floor for wide groups and several times above it for
-# narrow ones; PyTorch's depthwise wgrad re-reads its input for every tap.
+# F.conv2d's time over `torch_floor_us` where nobody measured it, by group width and pass: medians of what was measured
+# on an H200, 2026-11-26, bf16, channels_last. A prior, to decide what "auto" does before a measurement does.
 TORCH_OVER_FLOOR = {
-    "depthwise": {"fprop": 2.5, "dgrad": 2.5, "wgrad": 6.0},
-    "narrow": {"fprop": 4.0, "dgrad": 4.0, "wgrad": 5.0},
-    "wide": {"fprop": 1.6, "dgrad": 1.8, "wgrad": 1.8},
+    "depthwise": {"fprop": 4.8, "dgrad": 9.4, "wgrad": 5.2},
+    "narrow": {"fprop": 5.7, "dgrad": 6.2, "wgrad": 6.6},
+    "wide": {"fprop": 8.9, "dgrad": 7.3, "wgrad": 6.1},
 }
+UNGROUPED = 1.7  # the same of convolutions in one group, where cuDNN is at home: a guess
 
 
 def width_class(problem: ConvProblem) -> str:
@@ -129,16 +150,15 @@ def torch_floor_us(problem: ConvProblem, pass_: str, target: Target) -> float:
 def torch_prior_us(
     problem: ConvProblem, pass_: str, target: Target, measured: Mapping[str, float] | None = None
 ) -> float:
-    """A modelled time of F.conv2d for layers that nobody measured: a prior over the floor, no more.
+    """A modelled time of F.conv2d for layers that nobody measured: a prior over its floor, no more.
 
     measured: the multiples found on this device for some of its "WIDTH_CLASS PASS", which take the place of
     TORCH_OVER_FLOOR's.
     """
     if pass_ == "backward":
         return sum(torch_prior_us(problem, part, target, measured) for part in ("dgrad", "wgrad"))
-    kind = width_class(problem)
+    kind, floor = width_class(problem), torch_floor_us(problem, pass_, target)
+    if problem.groups == 1 and problem.cin_g > 1:
+        return UNGROUPED * floor + LAUNCH_US
     found = (measured or {}).get(f"{kind} {pass_}")
-    if found is not None:
-        return found * torch_floor_us(problem, pass_, target)
-    prior = TORCH_OVER_FLOOR[kind][pass_] * floor_us(problem, pass_, target)
-    return max(prior, torch_floor_us(problem, pass_, target)) + LAUNCH_US
+    return TORCH_OVER_FLOOR[kind][pass_] * floor + LAUNCH_US if found is None else found * floor

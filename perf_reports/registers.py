@@ -211,7 +211,7 @@ def fitted(chosen: list[Sample]) -> occupancy.Registers:
     fit = occupancy.UNKNOWN
     if len(sound) >= ENOUGH:
         parts = np.array([sample.parts for sample in sound])
-        weights = _least_squares(parts, np.array([float(sample.row.registers) for sample in sound]))
+        weights = least_squares(parts, np.array([float(sample.row.registers) for sample in sound]))
         constant, sums, words, accesses = (float(f"{weight:.3g}") for weight in weights)
         fit = occupancy.Registers(constant, sums, words, accesses, 0.0)
     most, gain, highest = 0.0, 0, 0
@@ -222,7 +222,7 @@ def fitted(chosen: list[Sample]) -> occupancy.Registers:
     return fit._replace(most=min(CAUTION, math.ceil(100 * most) / 100))
 
 
-def _least_squares(parts: np.ndarray, taken: np.ndarray) -> np.ndarray:
+def least_squares(parts: np.ndarray, taken: np.ndarray) -> np.ndarray:
     """Weights, none of them negative. The best are plain least squares of some of the parts: all subsets are tried."""
     count, least, best = parts.shape[1], np.inf, np.zeros(parts.shape[1])
     for subset in range(1, 2**count):

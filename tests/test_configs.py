@@ -10,6 +10,7 @@ import sys
 import tempfile
 import warnings
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -18,6 +19,7 @@ from hypothesis import strategies as st
 from groupconv import cli, configs, devices, dispatch
 from groupconv.algorithms import REGISTRY, able, gemm, lack
 from groupconv.measuring import command, stub
+from groupconv.perf_reports import calibration
 from groupconv.problem import PASSES, ConvProblem
 
 PROBLEM = ConvProblem(32, 64, 28, 28, 64, 3, 3, (1, 1), (1, 1, 1, 1), (1, 1), 16, "bf16")
@@ -462,3 +464,17 @@ def test_columns_are_cut_to_the_group(width):
     tiles = gemm.column_tiles(width, pointwise(width, "bf16"), devices.named("sm_90"))
     assert min(-(-width // size) * size for size in tiles) * 0.85 <= width
     assert all(size % 16 == 0 for size in gemm.column_tiles(width, pointwise(width, "bf16"), devices.named("gfx942")))
+
+
+def test_the_model_is_as_it_was_fitted():
+    """Weights are near the best that the shipped measurements allow, and the files' factors are over this model."""
+    for path in calibration.device_files():
+        file = configs.parse_device(path.read_text(encoding="utf-8"), path.name)
+        found = list(calibration.samples(file))
+        assert calibration.factors(found) == file.calibration.ours
+        for work in {sample.work for sample in found}:
+            alike = [sample for sample in found if sample.work == work]
+            best = calibration.fitted(alike)
+            by_fit = calibration.spread([sample.measured_us / np.dot(best, sample.alone) for sample in alike])
+            by_model = calibration.spread([sample.measured_us / sample.modelled_us for sample in alike])
+            assert by_model <= by_fit + 0.05, work

@@ -161,10 +161,7 @@ def divided(
     fit: `resident`, where it is known.
     """
     fit = resident(name, problem, pass_, tile, target) if fit is None else fit
-    blocks = {field: value for field, value in tile.items() if field.startswith("BLOCK_")}
-    options = {field: value for field, value in tile.items() if field.islower()}
-    divisions = REGISTRY[name].divisions(problem, pass_, tile, target, fit)
-    return [{**blocks, **division, **options} for division in divisions]
+    return [tile | division for division in REGISTRY[name].divisions(problem, pass_, tile, target, fit)]
 
 
 def tiling(name: str, problem: ConvProblem, pass_: str, config: dict, target: Target, fit: int | None = None) -> Tiling:

@@ -162,7 +162,6 @@ def tiling(problem: ConvProblem, pass_: str, config: dict, target: Target, fit: 
         shared_bytes=tiles * steps * (bk * size * (bm + bn) + each.shared_bytes),
         trips=steps / splits,
         ahead=config["num_stages"] - 1 if nhwc else 0,
-        pipelined=nhwc,
         waits=waits(each, tiles * splits, tiles * steps, 0, config["num_warps"], fit, problem.dtype, target),
     )
 

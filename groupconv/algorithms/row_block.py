@@ -256,7 +256,6 @@ def tiling(problem: ConvProblem, pass_: str, config: dict, target: Target, fit: 
         shared_bytes=steps * ((step.source + step.other) * size + step.products * each.shared_bytes),
         trips=steps / max(1, programs),
         ahead=config["num_stages"] - 1 if nhwc else 0,
-        pipelined=nhwc,
         waits=waits(each, programs, steps, chained, config["num_warps"], fit, problem.dtype, target),
     )
 

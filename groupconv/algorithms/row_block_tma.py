@@ -258,7 +258,6 @@ def tiling(problem: ConvProblem, pass_: str, config: dict, target: Target, fit: 
         shared_bytes=steps * ((step.source + step.other) * size + step.products * parts * each.shared_bytes),
         trips=steps / max(1, tiles * splits),
         ahead=config["num_stages"] - 1,
-        pipelined=True,
         waits=waits(each, starts, steps, chained, config["num_warps"], fit, problem.dtype, target),
     )
 

@@ -243,11 +243,11 @@ def tiles(problem: ConvProblem, pass_: str, target: Target) -> Iterator[list[dic
             continue
         spans = [1] if target.matrix_unit == "wgmma" else sorted({1, widest})  # no others won on an H200, 2026-11-26
         if pass_ in ("wgrad", "backward") and not _by_multiply_adds(problem, target):
-            spans = [max(widest, 64 // made.block_k)]  # 64 rows for four warps
+            spans = sorted({widest, max(widest, 64 // made.block_k)})  # 64 rows for four warps
         ways = [(3, 0), (2, 0), (1, 1)] if target.backend == "cuda" else [(3, 0), (2, 0)]
-        for span, warps, (stages, ahead) in itertools.product(spans, (4, 8, 2), ways):  # the first of equals is taken
-            if warps == 2 and not (target.matrix_unit == "wgmma" and pass_ in ("fprop", "dgrad")):
-                continue
+        # Of matrix units that read registers, fewer warps read less: each of them reads all of the right operand.
+        numbers = (4, 8, 2, 1) if target.backend == "cuda" else (4, 8)
+        for span, warps, (stages, ahead) in itertools.product(spans, numbers, ways):  # the first of equals is taken
             tile = {
                 "BLOCK_P": block_p, "BLOCK_C": block_c, "BLOCK_S": span,
                 "BLOCK_R": _beside(problem, pass_, block_c, warps, target), "BLOCK_A": ahead,
@@ -306,7 +306,7 @@ def tiling(problem: ConvProblem, pass_: str, config: dict, target: Target, fit: 
     grid = _grid(problem, pass_, config)
     march, made = _march(problem, pass_), _cut(problem, pass_, config["BLOCK_C"])
     size, bytes_, nhwc = _size(problem, pass_, config), problem.element_bytes, problem.layout == "nhwc"
-    block_p, block_c = config["BLOCK_P"], config["BLOCK_C"]
+    block_p, block_c, chunks = config["BLOCK_P"], config["BLOCK_C"], math.ceil(march.shifts / config["BLOCK_S"])
     threads = target.warp_size * config["num_warps"]
     programs = made.tiles * grid.groups * grid.segments
     # Steps that meet rows of the source, of all programs.
@@ -337,16 +337,20 @@ def tiling(problem: ConvProblem, pass_: str, config: dict, target: Target, fit: 
     instructions = 40 * threads + rotated * size.result
     instructions += access * (size.loaded + march.stored * size.result)
     flops = shared = 0.0
-    for m, n, k, count in (
-        (block_p, size.columns, size.wide, size.joint * (march.sums > 0)),
-        (size.wide, size.products * block_c, block_p, size.products * (march.held > 0)),
+    for m, n, k, count, tiles in (  # tiles: of the source, each the left operand of some products
+        (block_p, size.columns, size.wide, size.joint * (march.sums > 0), march.rows_loaded),
+        (size.wide, size.products * block_c, block_p, size.products * (march.held > 0), 1),
     ):
         if count:
             warpgroups = target.has_warpgroups and m >= 64 and config["num_warps"] >= 4
             flops += 2 * m * n * k * (2 if target.has_warpgroups and not warpgroups else 1)
-            # The left operand is read once a product, and the right one for each 64 rows; mma.sync keeps both.
-            shared += m * k * count + (m / 64 * k * n if warpgroups else 0)
-            instructions += m * k / 8 * (5 * count if warpgroups else n / 4)
+            if warpgroups:  # read the left operand once a product, and the right one for each 64 rows
+                shared += m * k * count + m / 64 * k * n
+                instructions += 5 * m * k / 8 * count
+            else:  # a warp reads its rows of the left operand once, and all of the right one
+                reads = m * k * tiles * chunks + k * n * config["num_warps"]
+                shared += reads
+                instructions += (reads + m * k * n / 8) / 8
     shared += size.loaded + (2 * march.stored + march.held - march.fresh) * size.result
     weights = max(size.columns * size.wide * (march.sums > 0), size.products * size.weight * (march.held > 0))
     once = weights * 6 + 100 * threads
@@ -361,7 +365,6 @@ def tiling(problem: ConvProblem, pass_: str, config: dict, target: Target, fit: 
         shared_bytes=walked * shared * bytes_,
         trips=walked / max(1, programs),
         ahead=config["num_stages"] - 1 if pipelined else ahead,
-        pipelined=pipelined,
     )
 
 

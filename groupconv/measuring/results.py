@@ -58,10 +58,11 @@ def calibration(results: list[Result], target: Target) -> configs.Calibration:
         if result.torch_us is not None and pass_ != "backward":
             over = result.torch_us / cost.torch_floor_us(problem, pass_, target)
             torch.setdefault(f"{cost.width_class(problem)} {pass_}", []).append(over)
-    return configs.Calibration(_medians(ours), _medians(torch))
+    return configs.Calibration(medians(ours), medians(torch))
 
 
-def _medians(by_name: dict[str, list[float]]) -> dict[str, float]:
+def medians(by_name: dict[str, list[float]]) -> dict[str, float]:
+    """Of each name that has enough ratios."""
     enough = {name: ratios for name, ratios in sorted(by_name.items()) if len(ratios) >= LEAST_MEASURED}
     return {name: round(statistics.median(ratios), 4) for name, ratios in enough.items()}
 
@@ -123,7 +124,12 @@ def write(path: pathlib.Path, device: str, kind: str, tuned_with: dict, results:
         "schema": configs.SCHEMA, "device": device, "kind": kind, "kernels_sha256": configs.kernels_sha256(),
         "tuned_with": tuned_with, "calibration": dataclasses.asdict(factors),
     }  # fmt: skip
-    lines = ",\n".join(f"  {json.dumps(dataclasses.asdict(by_class[name]))}" for name in sorted(by_class))
+    save(path, head, [dataclasses.asdict(by_class[name]) for name in sorted(by_class)])
+
+
+def save(path: pathlib.Path, head: dict, entries: list[dict]) -> None:
+    """Write a device's file, an entry a line, if it follows the schema; else DamagedFile."""
+    lines = ",\n".join(f"  {json.dumps(each)}" for each in entries)
     text = f'{json.dumps(head)[:-1]},\n "entries": [\n{lines}\n ]}}\n'
     configs.parse_device(text, str(path))
     path.parent.mkdir(parents=True, exist_ok=True)
