@@ -5,6 +5,7 @@ every step of its loop it loads the source's rows that any of its rows meets, an
 multiplies each pair that meets: BLOCK_R + KH - 1 loads for BLOCK_R * KH products at stride 1, where the plain implicit
 GEMM loads a tile for each product. Which rows meet is known at compile time. The reduction is flattened over the
 column taps and channels of a group, so that neither is padded; rows DIL_H apart are a class of their own.
+BLOCK_L: whether the source waits for its products in registers (tiles.in_registers).
 BLOCK_N may be any sum of powers of two (tiles.part_sizes). A tile lies with its contiguous axis last: *_PIXELS_LAST
 says that this is the columns (NCHW) and not the channels (NHWC). *_ALIGN is the power of two that divides a tensor's
 strides of pixels, as in implicit_gemm.py.
@@ -15,8 +16,8 @@ import triton
 import triton.language as tl
 
 from .tiles import (  # isort: skip
-    NOWHERE, as_mask, below, cols, index, landed, mma, narrow, part, part_count, part_zeros, phase_taps, rows,
-    turned,
+    NOWHERE, as_mask, below, cols, in_registers, index, landed, mma, narrow, part, part_count, part_zeros, phase_taps,
+    rows, turned,
 )  # fmt: skip
 
 SIZES = ("batch", "h_in", "w_in", "h_out", "w_out", "row_blocks")
@@ -89,6 +90,7 @@ def first_row(block, STEP: tl.constexpr, BLOCK_R: tl.constexpr):
 def load_rows(
     ptr, at, live, first, height, stride_h,
     MET: tl.constexpr, PIXELS_LAST: tl.constexpr, ALIGN: tl.constexpr, INDEX_64: tl.constexpr,
+    BLOCK_L: tl.constexpr,
 ):  # fmt: skip
     """Tiles, lanes first, of the source's rows that a block meets; `at` and `live` are those of row 0."""
     tiles = ()
@@ -96,7 +98,7 @@ def load_rows(
         row = first + source_row(MET, j)
         row_ptr = ptr + tl.multiple_of(index(row, INDEX_64) * stride_h, ALIGN)
         tile = tl.load(row_ptr + at, mask=as_mask(live & below(row, height)), other=0.0)
-        tiles = tiles + (turned(tile, PIXELS_LAST),)
+        tiles = tiles + (in_registers(turned(tile, PIXELS_LAST), BLOCK_L),)
     return tiles
 
 
@@ -132,6 +134,7 @@ def fprop_kernel(
     X_ALIGN: tl.constexpr, Y_ALIGN: tl.constexpr, WGT_ALIGN: tl.constexpr, INDEX_64: tl.constexpr,
     PRECISION: tl.constexpr, EMULATE_BF16: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    BLOCK_L: tl.constexpr,
 ):  # fmt: skip
     """One program: BLOCK_R rows by BLOCK_M lanes (batch x w_out) of y by BLOCK_N output channels of one group.
 
@@ -180,8 +183,9 @@ def fprop_kernel(
                 inside = (n < COUT_G)[None, :] & (k < K)[:, None]
                 weights = weights + (tl.load(wgt_ptr + (wgt_n[None, :] + wgt_k[:, None]), mask=inside, other=0.0),)
         tiles = load_rows(
-            x_ptr, x_p + x_k, live, oh * CONV_STRIDE_H, h_in, stride_x_h, MET, X_PIXELS_LAST, X_ALIGN, INDEX_64
-        )
+            x_ptr, x_p + x_k, live, oh * CONV_STRIDE_H, h_in, stride_x_h,
+            MET, X_PIXELS_LAST, X_ALIGN, INDEX_64, BLOCK_L,
+        )  # fmt: skip
         acc = products(acc, tiles, weights, MET, BLOCK_R, PARTS, PRECISION, EMULATE_BF16)
 
     y_p = rows(tl.multiple_of(image * stride_y_n + ow * stride_y_w, Y_ALIGN), Y_PIXELS_LAST)
@@ -215,6 +219,7 @@ def dgrad_kernel(
     DY_ALIGN: tl.constexpr, DX_ALIGN: tl.constexpr, WGT_ALIGN: tl.constexpr, INDEX_64: tl.constexpr,
     PRECISION: tl.constexpr, EMULATE_BF16: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    BLOCK_L: tl.constexpr,
 ):  # fmt: skip
     """One program: BLOCK_R rows by BLOCK_M lanes of dx by BLOCK_N input channels of one group.
 
@@ -270,8 +275,9 @@ def dgrad_kernel(
                 inside = (n < CIN_G)[None, :] & (k < K)[:, None]
                 weights = weights + (tl.load(wgt_ptr + (wgt_k + (n * stride_wgt_c)[None, :]), mask=inside, other=0.0),)
         tiles = load_rows(
-            dy_ptr, dy_p + dy_k, live, ih // CONV_STRIDE_H, h_out, stride_dy_h, MET, DY_PIXELS_LAST, DY_ALIGN, INDEX_64
-        )
+            dy_ptr, dy_p + dy_k, live, ih // CONV_STRIDE_H, h_out, stride_dy_h,
+            MET, DY_PIXELS_LAST, DY_ALIGN, INDEX_64, BLOCK_L,
+        )  # fmt: skip
         acc = products(acc, tiles, weights, MET, BLOCK_R, PARTS, PRECISION, EMULATE_BF16)
 
     dx_p = rows(tl.multiple_of(image * stride_dx_n + iw * stride_dx_w, DX_ALIGN), DX_PIXELS_LAST)
@@ -302,6 +308,7 @@ def wgrad_kernel(
     DY_ALIGN: tl.constexpr, X_ALIGN: tl.constexpr, INDEX_64: tl.constexpr,
     PRECISION: tl.constexpr, EMULATE_BF16: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    BLOCK_L: tl.constexpr,
 ):  # fmt: skip
     """One program: the sum over `chunk` blocks of pixels of one (group, tap and channel, output-channel) tile.
 
@@ -338,7 +345,7 @@ def wgrad_kernel(
         iw = rows(tl.where(image < batch, iw, NOWHERE).to(tl.int32), X_PIXELS_LAST)
         tiles = load_rows(
             x_ptr, x_p + x_m, below(iw + reach, w_in), oh * CONV_STRIDE_H, h_in, stride_x_h,
-            MET, X_PIXELS_LAST, X_ALIGN, INDEX_64,
+            MET, X_PIXELS_LAST, X_ALIGN, INDEX_64, BLOCK_L,
         )  # fmt: skip
         dy_p = rows(tl.multiple_of(image * stride_dy_n + ow * stride_dy_w, DY_ALIGN), DY_PIXELS_LAST)
         for i in tl.static_range(BLOCK_R):

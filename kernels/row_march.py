@@ -21,7 +21,7 @@ Source: own derivation, no code adapted.
 import triton
 import triton.language as tl
 
-from .tiles import NOWHERE, as_mask, below, cols, index, mma, narrow, pointers, rows, touched, turned
+from .tiles import NOWHERE, as_mask, below, cols, in_registers, index, mma, narrow, pointers, rows, touched, turned
 
 SIZES = ("batch", "h_in", "w_in", "h_out", "w_out", "segments", "steps")
 
@@ -186,7 +186,7 @@ def fprop_kernel(
     PRECISION: tl.constexpr, EMULATE_BF16: tl.constexpr,
     STEP_C: tl.constexpr, READ_C: tl.constexpr, BLOCK_K: tl.constexpr,
     BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_R: tl.constexpr,
-    BLOCK_A: tl.constexpr,
+    BLOCK_A: tl.constexpr, BLOCK_L: tl.constexpr,
 ):  # fmt: skip
     """One program: `steps` output rows of BLOCK_P lanes (batch x classes x w_out) by STEP_C of y's channels.
 
@@ -265,7 +265,7 @@ def fprop_kernel(
                         chunk * BLOCK_S, KW, DIL_H, DIL_W, X_PIXELS_LAST, X_ALIGN, INDEX_64,
                     ),
                 )  # fmt: skip
-                x = turned(ahead[i * CHUNKS + chunk], X_PIXELS_LAST)
+                x = in_registers(turned(ahead[i * CHUNKS + chunk], X_PIXELS_LAST), BLOCK_L)
                 met = ()
                 for j in tl.static_range(PRODUCTS):
                     if row_met(j, BLOCK_R, LIVE, i, CONV_STRIDE_H, KH):
@@ -396,7 +396,7 @@ def backward_kernel(
     INDEX_64: tl.constexpr, PRECISION: tl.constexpr, EMULATE_BF16: tl.constexpr,
     STEP_C: tl.constexpr, READ_C: tl.constexpr, BLOCK_K: tl.constexpr,
     BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_R: tl.constexpr,
-    BLOCK_A: tl.constexpr,
+    BLOCK_A: tl.constexpr, BLOCK_L: tl.constexpr,
 ):  # fmt: skip
     """One program: STEP_C input channels of `steps` * CONV_STRIDE_H input rows, in `blocks` blocks of BLOCK_P lanes.
 
@@ -527,7 +527,7 @@ def backward_kernel(
                         chunk * BLOCK_S, BLOCK_S, SHIFTS, SHIFT_STEP, DY_PIXELS_LAST, DY_ALIGN,
                     ),
                 )  # fmt: skip
-                d = turned(dy_ahead[chunk], DY_PIXELS_LAST)
+                d = in_registers(turned(dy_ahead[chunk], DY_PIXELS_LAST), BLOCK_L)
                 if WANT_DX:
                     met = ()
                     for j in tl.static_range(PRODUCTS):

@@ -26,6 +26,19 @@ def touched(tile):
 
 
 @triton.jit
+def in_registers(tile, YES: tl.constexpr):
+    """The tile, 16 bits an element; if YES, products of warp groups that have it on their left read it from registers.
+
+    A move that ptxas drops hides from Triton that it was loaded. Else it stays in shared memory, where each product
+    reads it anew.
+    """
+    if YES:
+        return tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [tile], dtype=tile.dtype, is_pure=True, pack=2)
+    else:
+        return tile
+
+
+@triton.jit
 def landed(total, LAST_COLUMNS: tl.constexpr):
     """The sum of a product, waited for if the step's last part of columns is too narrow for a product of warp groups.
 

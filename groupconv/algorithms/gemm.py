@@ -15,6 +15,7 @@ from ..problem import ConvProblem
 
 MOST_SPLITS = 256
 START_STEPS = 4  # as long as a program takes to load its first tiles and to store its sums; a guess
+MOST_WAITING = 64  # columns of a product whose left operand may wait in registers: a guess
 LEAST_STEPS = 8  # of a split, which has to fill the pipeline first
 # Guesses, in the modelled times only.
 DRAIN_CLOCKS = 40  # from a warp group's product to the next that adds to it, where Triton waits in between
@@ -58,6 +59,14 @@ def pipelined_bytes(operands: Iterable[tuple[int, int]], tile: dict, size: int, 
     return elements * size
 
 
+def kept_left(problem: ConvProblem, rows: int, columns: int, warps: int, target: Target) -> list[int]:
+    """Whether the left operand of products may wait in registers, BLOCK_L: of warp groups' alone, which else read it
+    from shared memory each time, and more slowly than they multiply it with few columns.
+    """
+    by_groups = target.matrix_unit == "wgmma" and warps >= 4 and rows >= 64
+    return [1, 0] if by_groups and problem.element_bytes == 2 and parts(columns)[0] <= MOST_WAITING else [0]
+
+
 def registers_for_all(options: dict, target: Target) -> dict:
     """Compile options that let a thread have all registers there are.
 
@@ -76,12 +85,12 @@ class Product:
 
 
 @functools.lru_cache(4096)
-def product(m: int, n: int, k: int, warps: int, element_bytes: int, target: Target) -> Product:
+def product(m: int, n: int, k: int, warps: int, element_bytes: int, target: Target, left: bool = False) -> Product:
     """An [m, k] tile times [k, n], whose columns are as many products as they have parts.
 
     A warp group reads its rows from shared memory for each part, and the columns for each 64 rows; where there are
     fewer rows than 64 for each group, the groups share the columns instead. Without warp groups a warp reads what it
-    multiplies into registers: 16 rows or more, and all columns.
+    multiplies into registers: 16 rows or more, and all columns. left: its rows are in registers.
     """
     sizes = parts(n)
     groups = warps // 4
@@ -91,7 +100,7 @@ def product(m: int, n: int, k: int, warps: int, element_bytes: int, target: Targ
         return Product(2.0 * m * n * k * half_rate, read, m * n * k / 32)
     own = max(1, groups * 64 // m)  # groups that share rows
     slow = 8 * (sizes[-1] == 8)  # columns without an instruction of a warp group, at half the rate
-    read = k * (m * own * len(sizes) + n * max(1, m // 64)) * element_bytes
+    read = k * (m * own * len(sizes) * (not left) + n * max(1, m // 64)) * element_bytes
     issued = groups * len(sizes) * math.ceil(m / (64 * groups)) * math.ceil(k / 16)  # by warp groups
     return Product(2.0 * m * (n + slow) * k, read, 5 * 128 * issued)
 

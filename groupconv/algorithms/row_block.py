@@ -29,6 +29,7 @@ from .calls import (
 from .gemm import (
     MOST_SPLITS,
     column_tiles,
+    kept_left,
     pipelined_bytes,
     product,
     registers_for_all,
@@ -39,7 +40,9 @@ from .gemm import (
 )
 
 NAME = "row_block"
-BLOCKS = {"BLOCK_R": (1, 16, 1), "BLOCK_M": (16, 512), "BLOCK_N": (8, 512, 8), "BLOCK_K": (16, 512)}
+BLOCKS = {
+    "BLOCK_R": (1, 16, 1), "BLOCK_M": (16, 512), "BLOCK_N": (8, 512, 8), "BLOCK_K": (16, 512), "BLOCK_L": (0, 1),
+}  # fmt: skip
 DIVISION = {"SPLITS": (1, MOST_SPLITS, 1)}  # of wgrad's blocks
 MOST_ROWS = 8
 MOST_TAPS = 7  # kernel rows: each has its tiles in every step
@@ -153,10 +156,11 @@ def tiles(problem: ConvProblem, pass_: str, target: Target) -> Iterator[list[dic
                 continue
             if starved(bn, bk, warps, problem.element_bytes, target):
                 continue
-            tile = {"BLOCK_R": block_r, "BLOCK_M": bm, "BLOCK_N": bn, "BLOCK_K": bk, "num_warps": warps}
+            tile = {"BLOCK_R": block_r, "BLOCK_M": bm, "BLOCK_N": bn, "BLOCK_K": bk, "BLOCK_L": 0, "num_warps": warps}
             for stages in (3, 2):  # as many as there is room for
                 if _shared_bytes(problem, pass_, tile | {"num_stages": stages}, target) <= target.shared_bytes:
-                    yield [tile | {"num_stages": stages}]
+                    for left in kept_left(problem, bm, bn, warps, target):
+                        yield [tile | {"BLOCK_L": left, "num_stages": stages}]
                     break
 
 
@@ -226,7 +230,7 @@ def _split(problem: ConvProblem, pass_: str, config: dict) -> tuple[int, int]:
 def tiling(problem: ConvProblem, pass_: str, config: dict, target: Target, fit: int) -> Tiling:
     splits, _ = _split(problem, pass_, config)
     work, step = work_of(problem, pass_), _step(problem, pass_, config)
-    block_r, bm, bn, bk = (config[name] for name in BLOCKS)
+    block_r, bm, bn, bk, left = (config[name] for name in BLOCKS)
     size, nhwc, threads = problem.element_bytes, problem.layout == "nhwc", target.warp_size * config["num_warps"]
     blocks = row_blocks(work, block_r)
     tiles = math.ceil(work.m / bm) * math.ceil(work.n / bn) * problem.groups * work.phases
@@ -239,7 +243,7 @@ def tiling(problem: ConvProblem, pass_: str, config: dict, target: Target, fit: 
     def sectors(width):  # whole ones of 32 bytes
         return max(1.0, 32 / (width * size)) if nhwc else 1.0
 
-    each = product(bm, bn, bk, config["num_warps"], size, target)
+    each = product(bm, bn, bk, config["num_warps"], size, target, bool(left))
     source, other = _runs(problem, pass_)
     # Products that add to one sum in a step wait for each other.
     chained = steps * max(0, step.products - (problem.kh if pass_ == "wgrad" else block_r))
@@ -253,7 +257,7 @@ def tiling(problem: ConvProblem, pass_: str, config: dict, target: Target, fit: 
         dram_bytes=problem.min_bytes(pass_) + partials,
         resident=fit,
         launches=1 + (splits > 1),
-        shared_bytes=steps * ((step.source + step.other) * size + step.products * each.shared_bytes),
+        shared_bytes=steps * ((step.source * (1 + left) + step.other) * size + step.products * each.shared_bytes),
         trips=steps / max(1, programs),
         ahead=config["num_stages"] - 1 if nhwc else 0,
         waits=waits(each, programs, steps, chained, config["num_warps"], fit, problem.dtype, target),
@@ -268,6 +272,7 @@ def prepare(problem: ConvProblem, pass_: str, config: dict, target: Target, stri
     blocks, options = split_config(config)
     options = registers_for_all(options, target)
     kernel = {"fprop": kernels.fprop_kernel, "dgrad": kernels.dgrad_kernel, "wgrad": kernels.wgrad_kernel}[pass_]
+    blocks["BLOCK_L"] *= not launcher.interpreting(kernel)  # which knows no assembly
     blocks_of_rows = row_blocks(work, config["BLOCK_R"])
     scalars = {
         **convolution(problem),

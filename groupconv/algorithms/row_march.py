@@ -28,9 +28,13 @@ from .calls import (
     pixels_last,
     split_config,
 )
+from .gemm import kept_left
 
 NAME = "row_march"
-BLOCKS = {"BLOCK_P": (16, 512), "BLOCK_C": (16, 256), "BLOCK_S": (1, 16), "BLOCK_R": (1, 8), "BLOCK_A": (0, 2)}
+BLOCKS = {
+    "BLOCK_P": (16, 512), "BLOCK_C": (16, 256), "BLOCK_S": (1, 16), "BLOCK_R": (1, 8), "BLOCK_A": (0, 2),
+    "BLOCK_L": (0, 1),
+}  # fmt: skip
 MOST_SEGMENTS = 16
 # SEGMENTS: of the rows. LANE_BLOCKS: blocks of lanes that a program walks down, one after another; in fprop 1.
 DIVISION = {"SEGMENTS": (1, MOST_SEGMENTS, 1), "LANE_BLOCKS": (1, 2**20)}
@@ -250,11 +254,14 @@ def tiles(problem: ConvProblem, pass_: str, target: Target) -> Iterator[list[dic
         for span, warps, (stages, ahead) in itertools.product(spans, numbers, ways):  # the first of equals is taken
             tile = {
                 "BLOCK_P": block_p, "BLOCK_C": block_c, "BLOCK_S": span,
-                "BLOCK_R": _beside(problem, pass_, block_c, warps, target), "BLOCK_A": ahead,
+                "BLOCK_R": _beside(problem, pass_, block_c, warps, target), "BLOCK_A": ahead, "BLOCK_L": 0,
                 "num_warps": warps, "num_stages": stages,
             }  # fmt: skip
             if _possible(problem, pass_, tile, target):
-                yield [tile]
+                # What makes all tiles of a result together reads its left operand once.
+                rows = span * made.block_k if pass_ in ("wgrad", "backward") else 0
+                for left in kept_left(problem, rows, block_c, warps, target):
+                    yield [tile | {"BLOCK_L": left}]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -344,8 +351,8 @@ def tiling(problem: ConvProblem, pass_: str, config: dict, target: Target, fit: 
         if count:
             warpgroups = target.has_warpgroups and m >= 64 and config["num_warps"] >= 4
             flops += 2 * m * n * k * (2 if target.has_warpgroups and not warpgroups else 1)
-            if warpgroups:  # read the left operand once a product, and the right one for each 64 rows
-                shared += m * k * count + m / 64 * k * n
+            if warpgroups:  # read the left operand once a product or tile, and the right one for each 64 rows
+                shared += m * k * (tiles * chunks if config["BLOCK_L"] else count) + m / 64 * k * n
                 instructions += 5 * m * k / 8 * count
             else:  # a warp reads its rows of the left operand once, and all of the right one
                 reads = m * k * tiles * chunks + k * n * config["num_warps"]
@@ -373,6 +380,7 @@ def prepare(problem: ConvProblem, pass_: str, config: dict, target: Target, stri
     grid = _grid(problem, pass_, config)
     kernel = kernels.fprop_kernel if pass_ == "fprop" else kernels.backward_kernel
     blocks, options = split_config(config)
+    blocks["BLOCK_L"] *= not launcher.interpreting(kernel)  # which knows no assembly
     x, w, y, dx, dw, dy = (strides.get(name) for name in ("x", "w", "y", "dx", "dw", "dy"))
     splits = grid.groups * grid.segments
     scalars = {
