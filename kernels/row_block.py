@@ -17,7 +17,7 @@ import triton.language as tl
 
 from .tiles import (  # isort: skip
     NOWHERE, as_mask, below, cols, in_registers, index, landed, mma, narrow, part, part_count, part_zeros, phase_taps,
-    rows, turned,
+    rows, touched, turned,
 )  # fmt: skip
 
 SIZES = ("batch", "h_in", "w_in", "h_out", "w_out", "row_blocks")
@@ -103,9 +103,17 @@ def load_rows(
 
 
 @triton.jit
+def ended(total, LAST_COLUMNS: tl.constexpr, BLOCK_L: tl.constexpr):
+    """The sum of a step's last product, waited for where it must be: with BLOCK_L the next step writes registers that
+    products read their left operand from.
+    """
+    return touched(total) if BLOCK_L else landed(total, LAST_COLUMNS)
+
+
+@triton.jit
 def products(
     acc, tiles, weights, MET: tl.constexpr, BLOCK_R: tl.constexpr, PARTS: tl.constexpr,
-    PRECISION: tl.constexpr, EMULATE_BF16: tl.constexpr,
+    PRECISION: tl.constexpr, EMULATE_BF16: tl.constexpr, BLOCK_L: tl.constexpr = False,
 ):  # fmt: skip
     """The sums of a block's rows, each plus tiles of the source times the weights of the kernel row that joins them."""
     sums = ()
@@ -116,7 +124,7 @@ def products(
                 if kernel_row(MET, j, i) >= 0:
                     wgt = weights[kernel_row(MET, j, i) * PARTS + n]
                     total = mma(tiles[j], wgt, total, PRECISION, EMULATE_BF16)
-            sums = sums + (landed(total, weights[PARTS - 1].shape[1]) if i == BLOCK_R - 1 else total,)
+            sums = sums + (ended(total, weights[PARTS - 1].shape[1], BLOCK_L) if i == BLOCK_R - 1 else total,)
     return sums
 
 
@@ -186,7 +194,7 @@ def fprop_kernel(
             x_ptr, x_p + x_k, live, oh * CONV_STRIDE_H, h_in, stride_x_h,
             MET, X_PIXELS_LAST, X_ALIGN, INDEX_64, BLOCK_L,
         )  # fmt: skip
-        acc = products(acc, tiles, weights, MET, BLOCK_R, PARTS, PRECISION, EMULATE_BF16)
+        acc = products(acc, tiles, weights, MET, BLOCK_R, PARTS, PRECISION, EMULATE_BF16, BLOCK_L)
 
     y_p = rows(tl.multiple_of(image * stride_y_n + ow * stride_y_w, Y_ALIGN), Y_PIXELS_LAST)
     live_p = rows(image < batch, Y_PIXELS_LAST)
@@ -278,7 +286,7 @@ def dgrad_kernel(
             dy_ptr, dy_p + dy_k, live, ih // CONV_STRIDE_H, h_out, stride_dy_h,
             MET, DY_PIXELS_LAST, DY_ALIGN, INDEX_64, BLOCK_L,
         )  # fmt: skip
-        acc = products(acc, tiles, weights, MET, BLOCK_R, PARTS, PRECISION, EMULATE_BF16)
+        acc = products(acc, tiles, weights, MET, BLOCK_R, PARTS, PRECISION, EMULATE_BF16, BLOCK_L)
 
     dx_p = rows(tl.multiple_of(image * stride_dx_n + iw * stride_dx_w, DX_ALIGN), DX_PIXELS_LAST)
     live_p = rows(live_p, DX_PIXELS_LAST)
@@ -364,7 +372,7 @@ def wgrad_kernel(
                     x = tl.trans(tiles[source_of(MET, i, r)])
                     total = mma(x, dys[n_part], acc[r * PARTS + n_part], PRECISION, EMULATE_BF16)
                     last = i == BLOCK_R - 1 and r == KH - 1
-                    sums = sums + (landed(total, dys[PARTS - 1].shape[1]) if last else total,)
+                    sums = sums + (ended(total, dys[PARTS - 1].shape[1], BLOCK_L) if last else total,)
             acc = sums
 
     for r in tl.static_range(KH):

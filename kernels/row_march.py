@@ -186,7 +186,7 @@ def fprop_kernel(
     PRECISION: tl.constexpr, EMULATE_BF16: tl.constexpr,
     STEP_C: tl.constexpr, READ_C: tl.constexpr, BLOCK_K: tl.constexpr,
     BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_R: tl.constexpr,
-    BLOCK_A: tl.constexpr, BLOCK_L: tl.constexpr,
+    BLOCK_A: tl.constexpr,
 ):  # fmt: skip
     """One program: `steps` output rows of BLOCK_P lanes (batch x classes x w_out) by STEP_C of y's channels.
 
@@ -265,7 +265,7 @@ def fprop_kernel(
                         chunk * BLOCK_S, KW, DIL_H, DIL_W, X_PIXELS_LAST, X_ALIGN, INDEX_64,
                     ),
                 )  # fmt: skip
-                x = in_registers(turned(ahead[i * CHUNKS + chunk], X_PIXELS_LAST), BLOCK_L)
+                x = turned(ahead[i * CHUNKS + chunk], X_PIXELS_LAST)
                 met = ()
                 for j in tl.static_range(PRODUCTS):
                     if row_met(j, BLOCK_R, LIVE, i, CONV_STRIDE_H, KH):
@@ -407,6 +407,7 @@ def backward_kernel(
     them are then complete. Per phase and kernel row
       dx: M = lanes, N = BLOCK_C input channels, K = BLOCK_S shifts of BLOCK_K output channels;
       dw: M = BLOCK_S shifts of BLOCK_K output channels, N = BLOCK_C input channels, K = lanes.
+    BLOCK_L: whether dy waits for dw's products, which all read it, in registers (tiles.in_registers).
     Steps from `end` on have no rows of dy. Strides and dilations above 1 do not meet on an axis.
     dw: [programs of one channel tile, c_out, CIN_G, KH, KW] by strides, the filter gradient itself or partial sums;
     each pair of an input and an output pixel belongs to the program that owns the input pixel.
@@ -527,7 +528,7 @@ def backward_kernel(
                         chunk * BLOCK_S, BLOCK_S, SHIFTS, SHIFT_STEP, DY_PIXELS_LAST, DY_ALIGN,
                     ),
                 )  # fmt: skip
-                d = in_registers(turned(dy_ahead[chunk], DY_PIXELS_LAST), BLOCK_L)
+                d = in_registers(turned(dy_ahead[chunk], DY_PIXELS_LAST), WANT_DW and BLOCK_L)
                 if WANT_DX:
                     met = ()
                     for j in tl.static_range(PRODUCTS):
@@ -554,6 +555,11 @@ def backward_kernel(
                             met = (dw[DW_TILES - back],) + met
                     dw = met
             dy_ahead = dy_ahead[CHUNKS:]
+            if WANT_DW and BLOCK_L:  # the next step writes registers that products read their left operand from
+                met = ()
+                for i in tl.static_range(DW_TILES):
+                    met = met + (touched(dw[i]),)
+                dw = met
             if WANT_DX:
                 dx = sums if BLOCK_R == 1 else added(dx, sums, DX_TILES, BLOCK_R, BLOCK_P, BLOCK_C)
                 store_input_rows(

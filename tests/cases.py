@@ -253,7 +253,7 @@ def _tiles(algorithm, problem: ConvProblem, pass_: str, on, tiles: str) -> dict:
         m, n, k = algorithm.axes(problem, pass_)
         step = problem.stride[0] if pass_ == "dgrad" else 1
         high = step * max(1, min(4, problem.h_out) // step) if tiles == "few" else 2 * step
-        blocks = (high, _extent(m, tiles), _columns(n, tiles), _extent(round(k), tiles))
+        blocks = (high, _extent(m, tiles), _columns(n, tiles), _extent(round(k), tiles), 0)
         return dict(zip(algorithm.BLOCKS, blocks, strict=True)) | {"num_warps": 4, "num_stages": 2}
 
     if algorithm.NAME == "row_block_tma" and (INTERPRETED or tiles == "many"):
@@ -286,7 +286,7 @@ def _tiles(algorithm, problem: ConvProblem, pass_: str, on, tiles: str) -> dict:
         beside = 1 if pass_ == "wgrad" else (1, 2, 4, 8)[(problem.h_in + problem.groups) % 4]
         ahead = (problem.w_in + problem.kw) % 3
         blocks = {"BLOCK_P": lanes, "BLOCK_C": 64, "BLOCK_S": 4, "BLOCK_R": beside, "BLOCK_A": ahead}
-        return blocks | {"num_warps": 4, "num_stages": 1 if ahead else 2}
+        return blocks | {"BLOCK_L": 0, "num_warps": 4, "num_stages": 1 if ahead else 2}
 
     def programs(candidate):
         config = divided(algorithm.NAME, problem, pass_, candidate, on)[0]

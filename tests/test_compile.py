@@ -308,7 +308,7 @@ with stub_driver.active("sm_90"):
     step()
     first = len(compiled)
     step()
-    assert 3 <= len(compiled) == first, compiled  # forward, one or two gradients, the sum of the splits
+    assert 2 <= len(compiled) == first, compiled  # forward, one or two gradients, the sum of any splits
     assert len(prepared._CALLS) == 1
     with torch.no_grad():
         groupconv.triton_conv(channels_last(5, 32, 11, 9), w, padding=1, groups=8, backend="triton")

@@ -60,7 +60,15 @@ def _slice():
     for pass_ in ("fprop", "dgrad"):
         yield job("regnetx_080.s3", pass_, "sm_90", "row_block_tma", BLOCK_M=64, BLOCK_I=4)
     narrow = {"BLOCK_R": 2, "BLOCK_M": 64, "BLOCK_N": 40, "BLOCK_K": 32, "num_warps": 4, "num_stages": 2}
+    narrow["BLOCK_L"] = 0
     yield job("regnetx_040.s3", "wgrad", "sm_90", "row_block", **narrow)
+    # The left operand in registers, of few rows and few steps; and of one kernel row, with nothing carried along.
+    for pass_ in PASSES:
+        yield job("regnetx_040.s3", pass_, "sm_90", "row_block", **narrow | {"BLOCK_L": 1})
+    for layer, pass_ in (("resnext50_32x4d.s1", "wgrad"), ("resnext50_32x4d.s2d", "backward")):
+        yield job(layer, pass_, "sm_90", "row_march", BLOCK_P=64, BLOCK_S=4, num_warps=4, BLOCK_L=1, BLOCK_A=0)
+    alone = {"BLOCK_P": 128, "BLOCK_C": 32, "BLOCK_S": 1, "num_warps": 4, "num_stages": 3}
+    yield job("shufflenet_g8.s1d", "wgrad", "sm_90", "row_march", **alone | {"BLOCK_L": 1, "BLOCK_A": 0})
     yield job("shufflenet_g3.s2c", "wgrad", "sm_80", "row_block")
 
 
@@ -163,7 +171,12 @@ PLANS = {
     if layer.name in COUNTED
     for pass_ in PLANNED
     for job in compiled_code.planned(layer, pass_, "sm_90")
+    if job.config["num_warps"] >= 4  # fewer are no warp group
 }
+
+
+def test_most_plans_have_warp_groups():
+    assert len(PLANS) >= 2 * len(COUNTED)
 
 
 @pytest.mark.parametrize("job", PLANS.values(), ids=PLANS)

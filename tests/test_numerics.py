@@ -91,8 +91,8 @@ def test_several_blocks_of_lanes(pass_, stride, beside, device):
         8, 12, 6, 7 * stride, 12, 3, 3, (stride, stride), (1, 1, 1, 1), groups=3, dtype="fp16", out_layout="nchw"
     )
     config = {
-        "BLOCK_P": 16, "BLOCK_C": 16, "BLOCK_S": 4, "BLOCK_R": beside, "BLOCK_A": 1, "SEGMENTS": 1, "LANE_BLOCKS": 2,
-        "num_warps": 4, "num_stages": 2,
+        "BLOCK_P": 16, "BLOCK_C": 16, "BLOCK_S": 4, "BLOCK_R": beside, "BLOCK_A": 1, "BLOCK_L": 0, "SEGMENTS": 1,
+        "LANE_BLOCKS": 2, "num_warps": 4, "num_stages": 2,
     }  # fmt: skip
     given = cases.operands(cases.Case(problem, "nhwc", dy="nchw"), device)
     with cases.guarded():

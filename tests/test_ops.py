@@ -635,7 +635,7 @@ def test_sequences_seen_as_maps_are_planned_as_they_lie(axis):
     x = torch.empty(8, 2048, 256, dtype=torch.bfloat16, device="meta").transpose(1, 2).unsqueeze(axis)
     w = torch.empty(256, 1, 4, dtype=torch.bfloat16, device="meta").unsqueeze(axis)
     padding = (0, 3) if axis == 2 else (3, 0)
-    plan = explain(x, w, padding=padding, groups=256, target="nvidia_h200")
+    plan = explain(x, w, padding=padding, groups=256, backend="triton", target="nvidia_h200")
     assert plan.problem.layout == "nhwc"
     assert plan.fprop.config["BLOCK_C"] >= 16
 

@@ -380,7 +380,7 @@ def prepare(problem: ConvProblem, pass_: str, config: dict, target: Target, stri
     grid = _grid(problem, pass_, config)
     kernel = kernels.fprop_kernel if pass_ == "fprop" else kernels.backward_kernel
     blocks, options = split_config(config)
-    blocks["BLOCK_L"] *= not launcher.interpreting(kernel)  # which knows no assembly
+    left = blocks.pop("BLOCK_L") * (not launcher.interpreting(kernel))  # which knows no assembly
     x, w, y, dx, dw, dy = (strides.get(name) for name in ("x", "w", "y", "dx", "dw", "dy"))
     splits = grid.groups * grid.segments
     scalars = {
@@ -402,7 +402,8 @@ def prepare(problem: ConvProblem, pass_: str, config: dict, target: Target, stri
         return Single(launcher.Launch(kernel, programs, scalars, **options), problem.y_shape, y)
     result = FilterGradient(problem, splits, dw if march.held else None)
     scalars |= {
-        "blocks": grid.blocks, **result.arguments, **named_strides("dy", dy), **named_strides("dx", dx),
+        "blocks": grid.blocks, "BLOCK_L": left, **result.arguments,
+        **named_strides("dy", dy), **named_strides("dx", dx),
         "DY_PIXELS_LAST": pixels_last(dy), "DX_PIXELS_LAST": pixels_last(dx),
         "DY_ALIGN": align(dy), "DX_ALIGN": align(dx),
         "WANT_DX": pass_ != "wgrad", "WANT_DW": pass_ != "dgrad",
