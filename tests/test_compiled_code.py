@@ -62,6 +62,7 @@ def _slice():
     narrow = {"BLOCK_R": 2, "BLOCK_M": 64, "BLOCK_N": 40, "BLOCK_K": 32, "num_warps": 4, "num_stages": 2}
     narrow["BLOCK_L"] = 0
     yield job("regnetx_040.s3", "wgrad", "sm_90", "row_block", **narrow)
+    yield job("shufflenet_g3.s2c", "wgrad", "sm_80", "row_block")
     # The left operand in registers, of few rows and few steps; and of one kernel row, with nothing carried along.
     for pass_ in PASSES:
         yield job("regnetx_040.s3", pass_, "sm_90", "row_block", **narrow | {"BLOCK_L": 1})
@@ -69,7 +70,6 @@ def _slice():
         yield job(layer, pass_, "sm_90", "row_march", BLOCK_P=64, BLOCK_S=4, num_warps=4, BLOCK_L=1, BLOCK_A=0)
     alone = {"BLOCK_P": 128, "BLOCK_C": 32, "BLOCK_S": 1, "num_warps": 4, "num_stages": 3}
     yield job("shufflenet_g8.s1d", "wgrad", "sm_90", "row_march", **alone | {"BLOCK_L": 1, "BLOCK_A": 0})
-    yield job("shufflenet_g3.s2c", "wgrad", "sm_80", "row_block")
 
 
 SLICE = {job.key: job for job in _slice() if job is not None}

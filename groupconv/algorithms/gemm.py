@@ -59,12 +59,15 @@ def pipelined_bytes(operands: Iterable[tuple[int, int]], tile: dict, size: int, 
     return elements * size
 
 
-def kept_left(problem: ConvProblem, rows: int, columns: int, warps: int, target: Target) -> list[int]:
+def kept_left(problem: ConvProblem, rows: int, columns: int, warps: int, reads: int, target: Target) -> list[int]:
     """Whether the left operand of products may wait in registers, BLOCK_L: of warp groups' alone, which else read it
     from shared memory each time, and more slowly than they multiply it with few columns.
+
+    reads: products that have a tile on their left.
     """
     by_groups = target.matrix_unit == "wgmma" and warps >= 4 and rows >= 64
-    return [1, 0] if by_groups and problem.element_bytes == 2 and parts(columns)[0] <= MOST_WAITING else [0]
+    worth = reads > 1 and parts(columns)[0] <= MOST_WAITING
+    return [1, 0] if by_groups and worth and problem.element_bytes == 2 else [0]
 
 
 def registers_for_all(options: dict, target: Target) -> dict:

@@ -30,6 +30,7 @@ from .gemm import (
     MOST_SPLITS,
     column_tiles,
     kept_left,
+    parts,
     pipelined_bytes,
     product,
     registers_for_all,
@@ -159,7 +160,7 @@ def tiles(problem: ConvProblem, pass_: str, target: Target) -> Iterator[list[dic
             tile = {"BLOCK_R": block_r, "BLOCK_M": bm, "BLOCK_N": bn, "BLOCK_K": bk, "BLOCK_L": 0, "num_warps": warps}
             for stages in (3, 2):  # as many as there is room for
                 if _shared_bytes(problem, pass_, tile | {"num_stages": stages}, target) <= target.shared_bytes:
-                    for left in kept_left(problem, bm, bn, warps, target):
+                    for left in kept_left(problem, bm, bn, warps, problem.kh * len(parts(bn)), target):
                         yield [tile | {"BLOCK_L": left, "num_stages": stages}]
                     break
 

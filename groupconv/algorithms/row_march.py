@@ -260,7 +260,7 @@ def tiles(problem: ConvProblem, pass_: str, target: Target) -> Iterator[list[dic
             if _possible(problem, pass_, tile, target):
                 # What makes all tiles of a result together reads its left operand once.
                 rows = span * made.block_k if pass_ in ("wgrad", "backward") else 0
-                for left in kept_left(problem, rows, block_c, warps, target):
+                for left in kept_left(problem, rows, block_c, warps, _march(problem, pass_).products, target):
                     yield [tile | {"BLOCK_L": left}]
 
 
