@@ -14,6 +14,7 @@ from groupconv import devices, dispatch, launcher
 from groupconv.compiling import command
 from groupconv.compiling import compiler as compiling
 from groupconv.compiling.compiler import Compiler, Job
+from groupconv.kernels.tiles import part_sizes
 from groupconv.perf_reports import layers
 from groupconv.problem import PASSES, PLANNED, ConvProblem
 
@@ -129,9 +130,11 @@ def check_wide(compiler):
     But for what belongs to a part of the columns too narrow to give every thread as much.
     """
     for job, used in outcomes(compiler, [by_implicit_gemm(*case) for case in WIDE]):
-        whole = 0.7 if job.config["BLOCK_N"].bit_count() > 1 else 1
-        assert used.wide_loads >= whole * used.loads > 0
-        assert used.wide_stores >= whole * used.stores > 0
+        each = 8 * devices.named(job.target).warp_size * job.config["num_warps"]  # elements of 16 bytes a thread
+        sizes = part_sizes(job.config["BLOCK_N"])
+        narrow = sum(size * job.config["BLOCK_K"] < each for size in sizes)
+        assert 0 < used.loads <= used.wide_loads + narrow * job.config["num_stages"]
+        assert 0 < used.stores <= used.wide_stores + sum(size * job.config["BLOCK_M"] < each for size in sizes)
         assert used.matrix == "HGMMA" or (job.target == "sm_80" and used.matrix_count > 0)
 
 
