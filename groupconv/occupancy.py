@@ -23,7 +23,7 @@ _CUDA = {
 }  # fmt: skip
 _CDNA, _RDNA = (131072, 2048, 32, 8), (98304, 1024, 32, 24)
 BRINK = 0.95  # of a thread's registers: what takes more may spill with another Triton,
-SPILLING = 1.2  # and then take so much longer; guesses
+SPILLING = 1.3  # and then take so much longer; guesses
 RESERVED = 1024  # bytes of shared memory that CUDA keeps for itself, of each program
 
 WORKSPACE = 0.25  # of the bytes that a pass moves: what partial sums of a filter gradient may take beside them
