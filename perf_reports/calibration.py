@@ -34,7 +34,7 @@ FOLDER = registers.FOLDER
 
 @dataclasses.dataclass(frozen=True)
 class Sample:
-    """A measured pass. alone: microseconds of each resource; taken: measured, and modelled, both without launches."""
+    """A measured pass, in microseconds: each resource alone, measured and modelled without launches, and launches."""
 
     algorithm: str
     pass_: str
@@ -42,6 +42,12 @@ class Sample:
     alone: cost.Weights
     measured_us: float
     modelled_us: float
+    launch_us: float
+
+    @property
+    def factor(self) -> float:
+        """Measured over modelled time, launches and all, as configuration files have it."""
+        return (self.measured_us + self.launch_us) / (self.modelled_us + self.launch_us)
 
 
 def samples(file: configs.DeviceFile) -> Iterator[Sample]:
@@ -57,7 +63,7 @@ def samples(file: configs.DeviceFile) -> Iterator[Sample]:
             modelled, launches = cost.estimate(layer.problem, asked, target), cost.LAUNCH_US * asked.launches
             yield Sample(
                 entry.algorithm, pass_, asked.work, cost.alone(layer.problem, asked, target),
-                entry.time_us - launches, modelled.time_us - launches,
+                entry.time_us - launches, modelled.time_us - launches, launches,
             )  # fmt: skip
 
 
@@ -74,13 +80,10 @@ def spread(ratios: list[float]) -> float:
 
 
 def factors(chosen: list[Sample]) -> dict[str, float]:
-    """Measured over modelled, by algorithm and pass where there are enough, as configuration files have it: medians."""
+    """Their medians, by algorithm and pass where there are enough."""
     by_name = collections.defaultdict(list)
     for sample in chosen:
-        launches = cost.LAUNCH_US
-        by_name[f"{sample.algorithm} {sample.pass_}"].append(
-            (sample.measured_us + launches) / (sample.modelled_us + launches)
-        )
+        by_name[f"{sample.algorithm} {sample.pass_}"].append(sample.factor)
     return results.medians(by_name)
 
 

@@ -59,8 +59,7 @@ def _slice():
     # Lanes of images and columns at once; a part of a width too narrow for warp groups, in few rows.
     for pass_ in ("fprop", "dgrad"):
         yield job("regnetx_080.s3", pass_, "sm_90", "row_block_tma", BLOCK_M=64, BLOCK_I=4)
-    narrow = {"BLOCK_R": 2, "BLOCK_M": 64, "BLOCK_N": 40, "BLOCK_K": 32, "num_warps": 4, "num_stages": 2}
-    narrow["BLOCK_L"] = 0
+    narrow = {"BLOCK_R": 2, "BLOCK_M": 64, "BLOCK_N": 40, "BLOCK_K": 32, "BLOCK_L": 0, "num_warps": 4, "num_stages": 2}
     yield job("regnetx_040.s3", "wgrad", "sm_90", "row_block", **narrow)
     yield job("shufflenet_g3.s2c", "wgrad", "sm_80", "row_block")
     # The left operand in registers, of few rows and few steps; and of one kernel row, with nothing carried along.
