@@ -27,7 +27,17 @@ from groupconv.problem import PLANNED, ConvProblem
 
 SMALL = ConvProblem(2, 8, 6, 5, 8, 3, 3, (1, 1), (1, 1, 1, 1), (1, 1), 2, "fp32", "nchw", "nchw")
 SUITE = {layer.name: layer for layer in layers.suite("bf16", "nhwc")}
+SHIPPED_FOLDER = configs.shipped_folder  # which tests do not read otherwise
 CHOSEN = [SUITE[name] for name in ("resnext50_32x4d.s1", "convnext_tiny.s0")]
+
+
+@pytest.fixture
+def shipped(monkeypatch):
+    """What the package ships is read here as in other processes."""
+    monkeypatch.setattr(configs, "shipped_folder", SHIPPED_FOLDER)
+    configs.device_files.cache_clear()
+    yield
+    configs.device_files.cache_clear()
 
 
 @pytest.fixture
@@ -85,6 +95,22 @@ def test_contenders_are_of_every_algorithm_and_hold_the_planned(layer):
             continue
         plan = dispatch.plan_pass(layer.problem, pass_, devices.DEFAULT, "triton")
         assert (plan.algorithm, plan.config) in [(contender.provider, contender.config) for contender in own]
+
+
+@pytest.mark.usefixtures("shipped")
+def test_what_was_measured_before_races_again():
+    """Once, also where the model would not try it any more."""
+    (file,) = configs.device_files(devices.DEFAULT.slug)
+    again = 0
+    for layer in SUITE.values():
+        for pass_ in PLANNED:
+            entry, tier = file.lookup(layer.problem, pass_) or (None, "")
+            if tier == "exact" and entry.algorithm in REGISTRY:
+                own = contenders.ours(layer.problem, pass_, devices.DEFAULT)
+                times = [c.modelled_us for c in own if (c.provider, c.config) == (entry.algorithm, entry.config)]
+                assert len(times) == 1
+                again += times == [None]
+    assert again
 
 
 def test_survivors_keep_the_faster_half_and_what_auto_falls_back_on():
@@ -447,6 +473,7 @@ def test_budget_is_kept(tmp_path, capsys):
     assert entries_of(tmp_path / "stub.json")
 
 
+@pytest.mark.usefixtures("shipped")
 @pytest.mark.parametrize("sign", [signal.SIGKILL, signal.SIGINT], ids=["killed", "interrupted"])
 def test_a_run_goes_on_where_it_was(sign, tmp_path):
     """In the middle: nothing measured is lost or measured again, and the end is that of a run of one piece. An
@@ -479,6 +506,7 @@ def test_a_run_goes_on_where_it_was(sign, tmp_path):
     assert lines_of(path) == after
 
 
+@pytest.mark.usefixtures("shipped")
 def test_two_ranks_find_what_one_does(tmp_path):
     """Under torchrun two processes share the layers, and one file is written: that of a run alone."""
     alone, together = tmp_path / "alone", tmp_path / "together"

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 
-from .. import cost, dispatch
-from ..algorithms import REGISTRY, able
+from .. import configs, cost, dispatch
+from ..algorithms import REGISTRY, able, possible
 from ..compiling.compiler import Job
 from ..devices import Target
 from ..problem import ConvProblem
@@ -59,14 +59,33 @@ def peers(problem: ConvProblem) -> list[Contender]:
 
 
 def ours(problem: ConvProblem, pass_: str, target: Target) -> list[Contender]:
-    """The configurations of our algorithms that are worth compiling, the modelled best of each algorithm first."""
+    """The configurations of our algorithms that are worth compiling, the modelled best of each algorithm first; at the
+    end what the device's files have, so that a run of today's model loses nothing that was found before.
+    """
     ranked = {name: dispatch.ranked(problem, pass_, target, name) for name in able(problem, pass_, target)}
     best_us = min((configurations[0][0].time_us for configurations in ranked.values()), default=0.0)
-    return [
+    found = [
         Contender(name, config, estimate.time_us)
         for name, configurations in ranked.items()
         for estimate, config in worth_compiling(configurations, best_us)
     ]
+    for earlier in _measured(problem, pass_, target):
+        if all((earlier.provider, earlier.config) != (other.provider, other.config) for other in found):
+            found.append(earlier)
+    return found
+
+
+def _measured(problem: ConvProblem, pass_: str, target: Target) -> list[Contender]:
+    """What earlier runs found best for problems of this class."""
+    found = []
+    for file in configs.device_files(target.slug):
+        entry, tier = file.lookup(problem, pass_) or (None, "")
+        if entry is not None and tier == "exact" and entry.algorithm in able(problem, pass_, target):
+            division = REGISTRY[entry.algorithm].DIVISION
+            tile = {name: size for name, size in entry.config.items() if name not in division}
+            if possible(entry.algorithm, problem, pass_, tile, target):
+                found.append(Contender(entry.algorithm, entry.config))
+    return found
 
 
 def worth_compiling(ranked: list[tuple[cost.Estimate, dict]], best_us: float) -> list[tuple[cost.Estimate, dict]]:
