@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 from .. import configs, cost, dispatch
-from ..algorithms import REGISTRY, able, possible
+from ..algorithms import REGISTRY, able, possible, tiling
 from ..compiling.compiler import Job
 from ..devices import Target
 from ..problem import ConvProblem
@@ -84,7 +84,9 @@ def _measured(problem: ConvProblem, pass_: str, target: Target) -> list[Contende
             division = REGISTRY[entry.algorithm].DIVISION
             tile = {name: size for name, size in entry.config.items() if name not in division}
             if possible(entry.algorithm, problem, pass_, tile, target):
-                found.append(Contender(entry.algorithm, entry.config))
+                asked = tiling(entry.algorithm, problem, pass_, entry.config, target)
+                modelled_us = cost.estimate(problem, asked, target).time_us
+                found.append(Contender(entry.algorithm, entry.config, modelled_us))
     return found
 
 
