@@ -16,6 +16,7 @@ NEEDED = {
     "groupconv/compiling/compiler.py",
     "groupconv/measuring/lab.py",
     "groupconv/perf_reports/bench.py",
+    "groupconv/perf_reports/counted.csv",
     "groupconv/perf_reports/suite.csv",
 }
 

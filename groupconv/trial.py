@@ -240,8 +240,11 @@ class Contender(Racer):
         return " ".join([self.algorithm, *map(str, self.config.values())])
 
 
+ENDED = ("raced", "stopped")
+
+
 class Status(NamedTuple):
-    """A trial as `trials` shows it. state: "compiling", "checking", "racing", "paused", "raced" or "stopped"."""
+    """A trial as `trials` shows it. state: "compiling", "checking", "racing", "paused", or one of ENDED."""
 
     problem: ConvProblem
     pass_: str

@@ -25,7 +25,7 @@ from groupconv.compiling.compiler import Compiler
 from groupconv.measuring import stub
 from groupconv.measuring.lab import DeviceLost, Lab, this_gpu
 
-from . import host_overhead, layers, plots, rows, text, training
+from . import counted, host_overhead, layers, plots, rows, text, training
 from .comparison import FILES
 
 RESULTS = "results.csv"
@@ -61,8 +61,10 @@ def report(args: argparse.Namespace) -> int:
             taken, _ = _take("report", "rows", new_rows, writer, deadline, total)
         table = files.read(unfinished / RESULTS, rows.FIELDS)
         drawn = [path.name for path in plots.write(plots.draw(table), unfinished)]
-        served = [] if measuring or taken < total else rows.served(layers.suite(args.dtype, args.layout), target)
-        files.write_atomically(unfinished / "REPORT.md", text.report(table, drawn, taken, total, served))
+        whole = not measuring and taken == total
+        served = rows.served(layers.suite(args.dtype, args.layout), target) if whole else []
+        examples = counted.of_present_kernels(target.arch_name) if whole else []
+        files.write_atomically(unfinished / "REPORT.md", text.report(table, drawn, taken, total, served, examples))
         names = [RESULTS, "REPORT.md", *drawn]
         for name in names:
             os.replace(unfinished / name, folder / name)

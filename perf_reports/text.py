@@ -16,7 +16,7 @@ from groupconv.common import grouped
 from groupconv.common.files import Row
 from groupconv.problem import PASSES, PLANNED
 
-from . import comparison
+from . import comparison, counted
 from . import rows as rows_
 from .comparison import (
     FILES,
@@ -224,8 +224,13 @@ def tables(rows: list[Row]) -> list[Table]:
     return [work, times]
 
 
-def report(rows: list[Row], plots: list[str], taken: int, total: int, served: Iterable[rows_.Served] = ()) -> str:
-    """REPORT.md of the rows of a run that took `taken` of `total`. served: what the model takes for the suite."""
+def report(
+    rows: list[Row], plots: list[str], taken: int, total: int, served: Iterable[rows_.Served] = (),
+    examples: Iterable[counted.Example] = (),
+) -> str:  # fmt: skip
+    """REPORT.md of the rows of a run that took `taken` of `total`. served: what the model takes for the suite;
+    examples: kernels that were counted.
+    """
     modelled = kind(rows) == "modelled"
     lines = [f"# {'Modelled report' if modelled else 'Report'}: {rows[0]['gpu']}", ""]
     if not layer_rows(rows):
@@ -250,6 +255,7 @@ def report(rows: list[Row], plots: list[str], taken: int, total: int, served: It
     about = "Beside each figure, its ratio to the same layer without groups. Bytes: every operand moved once."
     lines += ["## Work", "", about, "", *markdown_table(WORK, work_cells(rows), 1), ""]
     lines += _served(list(served))
+    lines += _over_model(list(examples))
     lines += _counted(rows)
     lines += [f"## Passes ({'times modelled, ' if modelled else ''}code counted)", ""]
     lines += [*markdown_table(time_header(rows), time_cells(rows), 3), ""]
@@ -346,6 +352,35 @@ def _counted(rows: list[Row]) -> list[str]:
     )
     header = ("layer", "width", "pass", "algorithm", *COUNTED_HEADER)
     return ["## Counted", "", about, "", *markdown_table(header, lines, 4), ""]
+
+
+def _over_model(examples: list[counted.Example]) -> list[str]:
+    """The section of what is counted over what is modelled."""
+    if not examples:
+        return []
+    near = []
+    for name, tolerance in counted.NEAR.items():
+        ratios = [ratio for one in examples if (ratio := one.over[name]) is not None]
+        within = sum(abs(ratio - 1) <= tolerance for ratio in ratios)
+        near.append(f"{name.replace('_', ' ')} {within} of {len(ratios)} within {tolerance:.0%}")
+    conflicts = [one.conflicts for one in examples if one.conflicts is not None]
+    free = sum(ratio <= counted.CONFLICTS for ratio in conflicts)
+    about = (
+        f"A planned kernel of each algorithm, pass and layout, bf16, compiled for {examples[0].target} and run "
+        "instruction by instruction on its layer with two images, few groups and a small map, where what is done once "
+        f"a program weighs more than in the whole: {'; '.join(near)}. The last column has the turns that shared memory "
+        f"took over the fewest that its bytes could: {free} of {len(conflicts)} are free of bank conflicts, or nearly."
+    )
+    header = ("algorithm", "pass", "layout", "layer", *(name.replace("_", " ") for name in counted.NEAR), "conflicts")
+    lines = [
+        [one.algorithm, one.pass_, one.layout, one.layer, *map(_ratio, (*one.over.values(), one.conflicts))]
+        for one in examples
+    ]
+    return ["## Counted over modelled", "", about, "", *markdown_table(header, lines, 4), ""]
+
+
+def _ratio(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2f}"
 
 
 # --- `groupconv bench` -----------------------------------------------------------------------------------------------

@@ -6,12 +6,14 @@ import functools
 import gc
 import itertools
 import math
+import time
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from groupconv import trial
 from groupconv.common.files import ENVIRONMENT
 from groupconv.measuring.lab import DeviceLost, failure, settings
 from groupconv.modules import Conv2d, convert
@@ -31,6 +33,7 @@ FORMATS = {"nhwc": torch.channels_last, "nchw": torch.contiguous_format}
 CLASSES = 1000  # of a model that does not say
 SEED = 0
 WARM_UP, STEPS = 3, 20
+SETTLE_SECONDS = 300.0  # until a model's plans have proven themselves
 TOLERANCE = 2e-2  # of a loss and of a layer's result and gradients, relative: several times bf16's rounding
 
 
@@ -62,8 +65,9 @@ def rows(
 
     A step is forward under bf16 autocast, cross entropy, backward and SGD with momentum, on a batch of random images of
     `size` by `size` pixels (None: as large as the model expects). Both providers have the same weights and images, and
-    `timer` times a step. The first step comes before: its losses must agree, and so must, with nn.Conv2d's, each
-    converted layer's result and gradients. A provider that fails or is wrong has a row that says so and no time.
+    `timer` times a step. The first step comes before: its losses must agree. So must each converted layer's result and
+    gradients with nn.Conv2d's, then and once no plan is on trial any more. A provider that fails or is wrong has a row
+    that says so and no time.
 
     Raises:
         ValueError: models that layers.builder refuses, before any work. DeviceLost: the GPU answers no more.
@@ -86,10 +90,12 @@ def _fill(row: Fields, build: Callable[[], nn.Module], device: str, timer: Timer
     try:
         training = _Training(build, row["provider"], row["batch"], row["size"], row["layout"], device)
         row |= {"size": training.images.shape[2], "converted": len(training.converted)}
-        row["loss"], differences = training.first_step()
+        row["loss"], differences = training.checked_step()
         if row["provider"] == "torch":
             row["loss_of_torch"] = row["loss"]
-        row["note"] = _fault(row["loss"], row["loss_of_torch"], differences)
+        row["note"] = _fault(row["loss"], row["loss_of_torch"]) or _difference_fault(differences)
+        if not row["note"] and training.settle():
+            row["note"] = _difference_fault(training.checked_step()[1])
         if not row["note"]:
             p20, p50, p80 = timer(training.step)
             row |= {"ms_p20": p20, "ms_p50": p50, "ms_p80": p80, "images_per_s": row["batch"] / p50 * 1e3}
@@ -114,6 +120,7 @@ class _Training:
         self.images = self.images.to(device, memory_format=FORMATS[layout])
         self.classes = torch.randint(getattr(model, "num_classes", CLASSES), (batch,)).to(device)
         self.optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9)
+        self.earlier = len(trial.trials())  # trials, of models before
 
     def step(self) -> Tensor:
         """The loss before the step."""
@@ -124,7 +131,22 @@ class _Training:
         self.optimizer.step()
         return loss.detach()
 
-    def first_step(self) -> tuple[float, list[tuple[str, float]]]:
+    def settle(self) -> bool:
+        """Go on until no plan of the model is on trial any more, as in a long training: F.conv2d serves until then.
+        Whether there were any; RuntimeError if that takes longer than SETTLE_SECONDS.
+        """
+        if not self.converted or self.images.device.type != "cuda" or trial.why_off():
+            return False
+        for _ in range(trial.SEEN):
+            self.step()
+        end = time.monotonic() + SETTLE_SECONDS
+        while pending := sum(one.state not in trial.ENDED for one in trial.trials()[self.earlier :]):
+            if time.monotonic() > end:
+                raise RuntimeError(f"{pending} plans are still on trial after {SETTLE_SECONDS:.0f} s")
+            self.step()
+        return len(trial.trials()) > self.earlier
+
+    def checked_step(self) -> tuple[float, list[tuple[str, float]]]:
         """The loss, and how much each converted layer, by name, differs from nn.Conv2d on what it was called with.
 
         The loss alone would not tell: networks whose residual branches begin at zero hide there what these compute.
@@ -156,14 +178,19 @@ def _difference(layer: Conv2d, x: Tensor) -> Tensor:
     return torch.stack([(a - b).float().norm() / b.float().norm().clamp_min(1e-30) for a, b in pairs]).max()
 
 
-def _fault(loss: float, loss_of_torch: float | None, differences: list[tuple[str, float]]) -> str:
-    """Why a model is not to be timed; nothing if it is right."""
+def _fault(loss: float, loss_of_torch: float | None) -> str:
+    """Why a model's first loss is not right; nothing if it is."""
     if loss_of_torch is None:
         return "failed: the model as it is has no loss to compare with"
     if not math.isfinite(loss):
         return f"wrong: the loss is {loss}"
     if not abs(loss - loss_of_torch) <= TOLERANCE * abs(loss_of_torch):
         return f"wrong: the loss is {loss:.6g}, but {loss_of_torch:.6g} by the model as it is"
+    return ""
+
+
+def _difference_fault(differences: list[tuple[str, float]]) -> str:
+    """Why a model is not to be timed; nothing if its layers are right."""
     for name, difference in differences:
         if not difference <= TOLERANCE:  # NaN too
             return f"wrong: {name} differs from nn.Conv2d by {difference:.2g}"

@@ -34,9 +34,10 @@ import triton
 from softgpu import machine_code
 
 from groupconv import configs, devices, dispatch
-from groupconv.algorithms import REGISTRY, able, candidates, divided, lack, tiling
-from groupconv.common import progress
+from groupconv.algorithms import REGISTRY, able, candidates, divided, lack
+from groupconv.common import files, progress
 from groupconv.compiling import compiler, resources
+from groupconv.perf_reports import counted as counted_
 from groupconv.perf_reports import layers
 from groupconv.problem import LAYOUTS, PLANNED, ConvProblem
 
@@ -115,25 +116,25 @@ def run_pass(
     }, session
 
 
-def against_model(results, tiling, target: devices.Target) -> dict[str, tuple[float, float]]:
-    """(counted, modelled) of a pass's launches, in the terms of groupconv.cost.Tiling; "wavefronts" are those of shared
-    memory, bank conflicts and all, against as few as its bytes could be.
+def counted(results, target: devices.Target) -> dict[str, float]:
+    """What a pass's launches did, in the terms of groupconv.cost.Tiling; and the wavefronts of shared memory, bank
+    conflicts and all, beside as few as its bytes could be.
     """
     totals = [softgpu.totals(result) for result in results]
 
     def total(name):
-        return sum(value for each in totals for key, value in each.items() if key.startswith(name))
+        return float(sum(value for each in totals for key, value in each.items() if key.startswith(name)))
 
     half = 2 if target.has_warpgroups else 1  # the model counts what runs at half the rate twice
-    counted = {
+    return {
         "l2_bytes": total("l2_bytes"),
         "shared_bytes": total("shared_bytes"),
         "instructions": 32 * total("machine_instructions"),
         "matrix_flops": total("wgmma_flops") + half * total("mma_flops"),
         "dram_bytes": total("dram_read") + total("dram_written"),
+        "wavefronts": total("wavefronts "),
+        "fewest_wavefronts": total("ideal "),
     }
-    found = {name: (float(value), getattr(tiling, name)) for name, value in counted.items()}
-    return found | {"wavefronts": (float(total("wavefronts ")), float(total("ideal ")))}
 
 
 # --- Every planned configuration -------------------------------------------------------------------------------------
@@ -197,9 +198,7 @@ def outcome(job: Job, checks: str) -> dict:
             "findings": [str(finding) for result in session.results for finding in result.findings],
         }
         if not varied:
-            on = devices.named(job.target)
-            asked = tiling(job.algorithm, problem, job.pass_, job.config, on)
-            row["counted, modelled"] = against_model(session.results, asked, on)
+            row["counted"] = counted(session.results, devices.named(job.target))
         bad += [f"{way}: {each}: error {error:.3g} of its bound" for each, error in errors.items() if not error <= 1]
         bad += [f"{way}: {fault.count} times {fault}" for fault in faults]
     return row | {"bad": "\n".join(bad) or None, "seconds": round(time.monotonic() - began, 1)}
@@ -268,24 +267,34 @@ def examples(target: str) -> Iterator[Job]:
         yield from (found[name] for name in REGISTRY if name in found)
 
 
+def count(job: Job) -> dict[str, object] | None:
+    """A row of counted.csv: a job's configuration on a smaller layer; None where that layer is not the algorithm's."""
+    target, problem = devices.named(job.target), shrunk(job.problem, pixels=28, groups=16)
+    if lack(job.algorithm, problem, job.pass_, target):
+        return None
+    _, session = run_pass(problem, job.pass_, job.algorithm, job.config, job.target, soft=softgpu.SOFT)
+    return {
+        "target": job.target, "algorithm": job.algorithm, "pass": job.pass_, "layout": problem.layout,
+        "layer": job.layer, "problem": dataclasses.asdict(problem), "config": job.config,
+        "kernels": counted_.kernels_of(job.algorithm), **counted(session.results, target),
+    }  # fmt: skip
+
+
 def counts_command(args: argparse.Namespace) -> int:
     """A line an example: counted over modelled of each resource, and wavefronts of shared memory over the fewest."""
-    names = ("l2_bytes", "shared_bytes", "matrix_flops", "instructions", "dram_bytes", "wavefronts")
-    print("| algorithm | pass | layout | layer |", *(f"{name.replace('_', ' ')} |" for name in names))
-    print("|---|---|---|---|" + "---|" * len(names))
-    for job in examples(args.target):
-        problem = shrunk(job.problem, pixels=28, groups=16)
-        if lack(job.algorithm, problem, job.pass_, devices.named(job.target)):
-            continue
-        _, session = run_pass(problem, job.pass_, job.algorithm, job.config, job.target, soft=softgpu.SOFT)
-        asked = tiling(job.algorithm, problem, job.pass_, job.config, devices.named(job.target))
-        found = against_model(session.results, asked, devices.named(job.target))
-        ratios = (f"{found[name][0] / found[name][1]:.2f}" if found[name][1] else "-" for name in names)
-        print(
-            f"| {job.algorithm} | {job.pass_} | {problem.layout} | {job.layer} |",
-            *(f"{r} |" for r in ratios),
-            flush=True,
-        )
+    rows = []
+    for row in filter(None, map(count, examples(args.target))):
+        rows.append(row)
+        text = {name: json.dumps(value) if isinstance(value, dict) else str(value) for name, value in row.items()}
+        found = counted_.example(text)
+        ratios = [*found.over.values(), found.conflicts]
+        shown = ["-" if ratio is None else f"{ratio:.2f}" for ratio in ratios]
+        print(found.algorithm, found.pass_, found.layout, found.layer, *shown, sep="\t", flush=True)
+    if args.write:
+        path = pathlib.Path(counted_.__file__).with_name(counted_.NAME)
+        with files.whole(path) as partial, files.Writer(partial, counted_.FIELDS, {}) as writer:
+            for row in rows:
+                writer.append(row)
     return 0
 
 
@@ -368,6 +377,7 @@ def main(argv: list[str] | None = None) -> int:
     counts = commands.add_parser("counts", help="what is counted of a kernel of each algorithm, over what is modelled")
     counts.set_defaults(command=counts_command)
     counts.add_argument("--target", choices=TARGETS, default="sm_90")
+    counts.add_argument("--write", action="store_true", help="perf_reports/counted.csv, in place of what it has")
     waits = commands.add_parser("waits", help="waits of machine code and of PTX, sm_90, channels_last")
     waits.set_defaults(command=waits_command)
     waits.add_argument("--dtypes", nargs="+", default=["bf16"])

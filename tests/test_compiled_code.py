@@ -12,7 +12,7 @@ import softgpu
 
 from groupconv import devices, dispatch
 from groupconv.algorithms import NAMES, lack
-from groupconv.perf_reports import layers
+from groupconv.perf_reports import counted, layers
 from groupconv.problem import PASSES, PLANNED
 
 needs_a_compiler = pytest.mark.skipif(
@@ -149,13 +149,37 @@ def test_the_command_goes_on_and_lists_what_is_bad(tmp_path, capsys):
     (path,) = tmp_path.iterdir()
     (row,) = map(json.loads, path.read_text().splitlines())
     assert row["padded, late"]["error over bound"]["fprop"] <= 1
-    counted, modelled = row["counted, modelled"]["dram_bytes"]
-    assert 0.5 < counted / modelled < 4
+    (problem,) = (layer.problem for layer in layers.suite("bf16", "nhwc") if layer.name == "mobilenetv2_100.b5")
+    moved = compiled_code.shrunk(problem).min_bytes("fprop")
+    assert 0.5 < row["counted"]["dram_bytes"] / moved < 4
     path.write_text(json.dumps(row | {"bad": "a planted fault"}) + "\n")
     assert compiled_code.main(command) == 1
     told = capsys.readouterr().out
     assert "1 are bad:" in told
     assert "a planted fault" in told
+
+
+# --- Counts ----------------------------------------------------------------------------------------------------------
+
+
+def test_what_was_counted_is_of_these_kernels():
+    """After a change of kernels: `python tests/compiled_code.py counts --write`."""
+    stale = {row["algorithm"] for row in counted.read() if row["kernels"] != counted.kernels_of(row["algorithm"])}
+    assert not stale
+
+
+@needs_a_compiler
+@pytest.mark.parametrize(("algorithm", "pass_"), [("depthwise_direct", "wgrad"), ("row_march", "fprop")])
+def test_counts_are_as_written(algorithm, pass_):
+    """Counted again, by another compiler perhaps: nearly as much of everything."""
+    asked = algorithm, pass_, "nhwc"
+    (row,) = (row for row in counted.read() if (row["algorithm"], row["pass"], row["layout"]) == asked)
+    job = compiled_code.Job(
+        row["layer"], counted.problem_of(row), pass_, row["target"], algorithm, json.loads(row["config"])
+    )
+    again = compiled_code.count(job)
+    for name in (*counted.QUANTITIES, *counted.WAVEFRONTS):
+        assert again[name] == pytest.approx(float(row[name]), rel=0.2), name
 
 
 # --- Waits -----------------------------------------------------------------------------------------------------------

@@ -2,6 +2,8 @@
 
 import functools
 import gc
+import itertools
+import types
 import weakref
 
 import pytest
@@ -95,6 +97,31 @@ def test_our_kernels_pass(steps, monkeypatch):
     right, ours = found(lambda step: (1.0, 1.0, 1.0), "small", size=6)
     assert (ours["note"], ours["converted"]) == ("", 2)
     assert abs(ours["loss"] - right["loss"]) <= 5e-3 * right["loss"]
+
+
+@pytest.mark.parametrize("ends", [True, False])
+def test_trials_come_first(ends, monkeypatch):
+    """Steps go on until those of this model have ended: a time in the midst of them would say nothing."""
+    on_trial = types.SimpleNamespace(state="racing")
+    states = [on_trial, on_trial]
+    monkeypatch.setattr(training.trial, "trials", lambda: states)
+    monkeypatch.setattr(training.trial, "why_off", str)
+    monkeypatch.setattr(training, "SETTLE_SECONDS", 60.0 if ends else 0.0)
+    run, steps = training._Training.__new__(training._Training), itertools.count(1)
+    run.converted, run.earlier = {"grouped": None}, 1
+    run.images = types.SimpleNamespace(device=torch.device("cuda"))
+
+    def step():
+        if next(steps) == training.trial.SEEN + 3 and ends:
+            states[1] = types.SimpleNamespace(state="raced")
+
+    run.step = step
+    if ends:
+        assert run.settle()
+        assert next(steps) == training.trial.SEEN + 4
+    else:
+        with pytest.raises(RuntimeError, match="1 plans are still on trial after 0 s"):
+            run.settle()
 
 
 def test_settings_are_put_back(steps, monkeypatch):
