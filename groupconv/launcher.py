@@ -75,6 +75,20 @@ def adds_half_a_constant(ptx: str) -> bool:
     return any(value & 0xFFFF == 0 or value >> 16 & 0xFFFF == 0 for value in addends)
 
 
+def shifts_products_apart(ptx: str) -> bool:
+    """Whether code shifts three products of one factor or more, and not all by as much.
+
+    ptxas 12.8 to 13.4 may then shift the factor once for all of them (docs/ptxas_shifts.md): gradients of strided
+    depthwise layers were wrong on an H200, 2026-11-27. At its optimisation level 1 it does not.
+    """
+    factors = {name: pair for name, *pair in re.findall(r"mul\.lo\.[su]32\s+(%r\d+), (%r\d+), (%r\d+);", ptx)}
+    shifts: dict[str, list[str]] = {}
+    for product, amount in re.findall(r"shl\.b32\s+%r\d+, (%r\d+), (\d+);", ptx):
+        for factor in factors.get(product, ()):
+            shifts.setdefault(factor, []).append(amount)
+    return any(len(amounts) > 2 and len({*amounts}) > 1 for amounts in shifts.values())
+
+
 class View:
     """How kernels see tensors of one layout through a descriptor: axes, strides in elements, and the box of a load.
 
@@ -132,12 +146,18 @@ class Launch:
         if self._run is not None:
             self._run(*tensors, *self.scalars)
             return
-        self.compiled = self.kernel[self.grid](*tensors, *self.scalars, **self.options)
+        self._compile(tensors)
         if self.compiled is None:  # the interpreter returns nothing
             return
         if adds_half_a_constant(self.compiled.asm.get("ptx", "")):  # not pipelined, its arithmetic is another
-            self.options["num_stages"] = 1
-            self.compiled = self.kernel[self.grid](*tensors, *self.scalars, **self.options)
+            self._compile(tensors, num_stages=1)
             if adds_half_a_constant(self.compiled.asm["ptx"]):
                 raise Miscompiled(f"groupconv: ptxas would miscompile {self.kernel.fn.__name__}; backend='torch' works")
+        if shifts_products_apart(self.compiled.asm.get("ptx", "")):
+            self._compile(tensors, ptx_options="--opt-level 1")
         self._run = self.compiled[self.grid]
+
+    def _compile(self, tensors, **options) -> None:
+        """Launch what these options make of the kernel, for what was launched before."""
+        self.options |= options
+        self.compiled = self.kernel[self.grid](*tensors, *self.scalars, **self.options)

@@ -173,6 +173,33 @@ def test_half_constants_are_found(constant, found):
     assert not launcher.adds_half_a_constant(ptx.replace("add.s16x2", "add.s32"))
 
 
+SHIFTED = "mul.lo.s32 \t%r1{0}, %r{0}, %r9;\n\tshl.b32 \t%r2{0}, %r1{0}, {1};\n\t"
+
+
+@pytest.mark.parametrize(
+    ("amounts", "found"), [((2, 2, 1), True), ((4, 4, 4, 2), True), ((2, 1), False), ((2, 2, 2), False)]
+)
+def test_products_shifted_apart_are_found(amounts, found):
+    ptx = "".join(SHIFTED.format(number, amount) for number, amount in enumerate(amounts, 1))
+    assert launcher.shifts_products_apart(ptx) is found
+    assert not launcher.shifts_products_apart(ptx.replace("shl.b32", "shr.b32"))
+
+
+def test_products_shifted_apart_are_assembled_with_care():
+    """What x, dx and dy of a strided depthwise layer share is a lane, of 4, 4 and 2 pixels."""
+    code = """
+from groupconv import launcher
+from groupconv.compiling import compiler
+from groupconv.problem import ConvProblem
+problem = ConvProblem(2, 32, 16, 16, 32, 3, 3, (2, 2), (1, 1, 1, 1), groups=32, dtype="bf16")
+config = dict(BLOCK_P=16, BLOCK_C=32, BLOCK_W=2, BLOCK_A=1, SEGMENTS=1, num_warps=4, num_stages=1)
+for pass_ in ("backward", "dgrad"):
+    (launch, *_) = compiler.launched(compiler.Job("depthwise_direct", pass_, config, problem, "sm_90"))
+    print(launcher.shifts_products_apart(launch.compiled.asm["ptx"]), launch.options.get("ptx_options"))
+"""
+    assert python(code).splitlines() == ["True --opt-level 1", "False None"]
+
+
 def planned(target, layout, name, passes):
     """The jobs of the plans of a layer of the suite."""
     (problem,) = (layer.problem for layer in layers.suite("bf16", layout) if layer.name == name)
