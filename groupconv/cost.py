@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+import importlib.resources
+import json
 import math
 import operator
 from collections.abc import Mapping
@@ -12,7 +15,7 @@ from .problem import ConvProblem
 if TYPE_CHECKING:
     from .devices import Target
 
-LAUNCH_US = 2.5  # a launch's own time on the device, start to end; a guess, in the modelled times only
+LAUNCH_US = 7.5  # of a kernel that does nothing, start to end, as races of small layers have it (`weights`)
 
 
 def floor_us(problem: ConvProblem, pass_: str, target: Target) -> float:
@@ -46,7 +49,6 @@ class Tiling(NamedTuple):
     shared_bytes: written to and read from shared memory. waits: clocks of one multiprocessor in which its matrix unit
     has nothing to do, because a product waits for the one before it. trips: steps of a program that wait for memory,
     one after another, and ahead: how many steps before its own a load is made; 0 where nothing is done while it waits.
-    work: what of WEIGHTS its time is made up by.
     """
 
     programs: int
@@ -60,73 +62,90 @@ class Tiling(NamedTuple):
     waits: float = 0.0
     trips: float = 0.0
     ahead: int = 0
-    work: str = "products"
 
 
-class Weights(NamedTuple):
-    """Of the times that a kernel's resources would take alone, how much its own time has of each."""
+class Parts(NamedTuple):
+    """Of each resource a time in microseconds, or how much of that time a kernel's own has; of launches, their number
+    and the time of one.
+    """
 
     memory: float
+    l2: float
     shared: float
     issue: float
     matrix: float
     waits: float
+    latency: float
+    launches: float
 
 
-# What a program waits for, others hide in part only, so that resources add up. Fitted to what was measured on an H200,
-# 2026-11-26 (`python -m groupconv.perf_reports.calibration`): "products" of tiles (111 passes, which lie 15% from it),
-# and "batched" ones, of three axes, whose programs have a multiprocessor almost to themselves (18 passes, 17%).
-# "multiply-adds" is a guess: so went 71 passes of a former depthwise_direct.
-WEIGHTS = {
-    "products": Weights(memory=0.74, shared=1.25, issue=0.56, matrix=0.24, waits=0.84),
-    "batched": Weights(memory=0.0, shared=0.0, issue=6.8, matrix=5.3, waits=0.0),
-    "multiply-adds": Weights(memory=0.6, shared=0.2, issue=2.1, matrix=0.0, waits=0.0),
-}
+ANY = "any"
 MEMORY_NS = 520.0  # from a load to its data: a guess, by the shortest steps of marches that wait for it (H200)
 ISSUE_SLOTS = 4 * 32  # thread instructions a clock and multiprocessor
 SHARED_BYTES = 128  # a clock and multiprocessor
 TIED = 0.05  # of all that a limit hides; it only ranks tilings
 
 
-def alone(problem: ConvProblem, tiling: Tiling, target: Target) -> Weights:
-    """The microseconds that each resource would take alone; but memory, stretched by what the last programs leave idle:
-    inside a multiprocessor the programs share what there is, so the one with most programs ends last.
+@functools.cache
+def weights() -> dict[str, Parts]:
+    """By `kernel`, and of ANY other, how much of each resource's time its own has.
+
+    What a program waits for, others hide in part only, so that resources add up. Fitted to all that was raced on GPUs
+    (`python -m groupconv.perf_reports.calibration`), winners and losers.
+    """
+    file = importlib.resources.files("groupconv.autotune_configs").joinpath("weights.json")
+    return {name: Parts(**parts) for name, parts in json.loads(file.read_text(encoding="utf-8"))["weights"].items()}
+
+
+def kernel(algorithm: str, pass_: str) -> str:
+    """What kernels are told apart by: their algorithm, and whether they end in sums of dw."""
+    return f"{algorithm} {'sums' if pass_ in ('wgrad', 'backward') else 'results'}"
+
+
+def alone(problem: ConvProblem, tiling: Tiling, target: Target) -> Parts:
+    """The microseconds that each resource would take alone; what programs do, stretched by what the last ones leave
+    idle: inside a multiprocessor they share what there is, so the one with most programs ends last.
     """
     rate = target.matrix_rate(problem.dtype) or target.matrix_rate("fp32")
     clocks = target.multiprocessors * target.clock_ghz * 1e3  # of all multiprocessors in a microsecond
     each = tiling.programs / target.multiprocessors
     stretch = math.ceil(each) / each if each else 1.0
-    return Weights(
+    # Programs that share a multiprocessor wait side by side.
+    trips = tiling.trips / max(1, tiling.ahead) + 2
+    rounds = math.ceil(tiling.programs / (target.multiprocessors * tiling.resident))
+    return Parts(
         memory=tiling.dram_bytes / (target.copy_gbps * 1e3),
+        l2=tiling.l2_bytes / (target.l2_gbps * 1e3),
         shared=stretch * tiling.shared_bytes / (SHARED_BYTES * clocks),
         issue=stretch * tiling.instructions / (ISSUE_SLOTS * clocks),
         matrix=stretch * tiling.matrix_flops / (rate * 1e6),
         waits=stretch * tiling.waits / clocks,
+        latency=rounds * trips * MEMORY_NS * 1e-3,
+        launches=tiling.launches,
     )
 
 
-def estimate(problem: ConvProblem, tiling: Tiling, target: Target) -> Estimate:
-    """The modelled time of a tiling: what its resources add up to, but no less than memory, L2 or latency allow."""
-    weights, parts = WEIGHTS[tiling.work], alone(problem, tiling, target)
-    memory, shared, issue, matrix, waits = map(operator.mul, weights, parts)
-    total = memory + shared + issue + matrix + waits
-    largest = max((memory, "memory"), (shared, "shared"), (issue, "issue"), (matrix + waits, "matrix"))
-    # Programs that share a multiprocessor wait side by side; where nothing is loaded ahead, they work in between.
-    trips = tiling.trips / max(1, tiling.ahead) + 2
-    rounds = math.ceil(tiling.programs / (target.multiprocessors * tiling.resident))
-    latency = rounds * trips * MEMORY_NS * 1e-3 + (0.0 if tiling.ahead else (total - memory) / tiling.resident)
-    l2 = tiling.l2_bytes / (target.l2_gbps * 1e3)
-    time, bound = max((total, largest[1]), (parts.memory, "memory"), (l2, "l2"), (latency, "latency"))
-    time += LAUNCH_US * tiling.launches
-    return Estimate(time, bound, time + TIED * total)
+def estimate(problem: ConvProblem, kernel: str, tiling: Tiling, target: Target) -> Estimate:
+    """The modelled time of a kernel's tiling: what its resources add up to, but no less than memory allows."""
+    parts, shares = alone(problem, tiling, target), weights()
+    weighted = map(operator.mul, shares.get(kernel) or shares[ANY], parts)
+    memory, l2, shared, issue, matrix, waits, latency, launches = weighted
+    total = memory + l2 + shared + issue + matrix + waits + latency
+    least = parts.memory + LAUNCH_US
+    time = total + launches
+    if time < least:
+        return Estimate(least, "memory", least + TIED * time)
+    compute = (shared, "shared"), (issue, "issue"), (matrix + waits, "matrix")
+    _, bound = max((memory, "memory"), (l2, "l2"), (latency, "latency"), *compute)
+    return Estimate(time, bound, time + TIED * time)
 
 
-# F.conv2d's time over `torch_floor_us` where nobody measured it, by group width and pass: medians of what was measured
-# on an H200, 2026-11-26, bf16, channels_last. A prior, to decide what "auto" does before a measurement does.
+# F.conv2d's time beyond a launch, over `torch_floor_us`, where nobody measured it, by group width and pass: medians of
+# what was measured on an H200, 2026-11-27, bf16, channels_last. A prior, to decide what "auto" does before a measurement does.
 TORCH_OVER_FLOOR = {
-    "depthwise": {"fprop": 4.8, "dgrad": 9.4, "wgrad": 5.2},
-    "narrow": {"fprop": 5.7, "dgrad": 6.2, "wgrad": 6.6},
-    "wide": {"fprop": 8.9, "dgrad": 7.3, "wgrad": 6.1},
+    "depthwise": {"fprop": 4.5, "dgrad": 9.2, "wgrad": 4.6},
+    "narrow": {"fprop": 4.8, "dgrad": 5.4, "wgrad": 6.9},
+    "wide": {"fprop": 8.7, "dgrad": 8.0, "wgrad": 6.0},
 }
 UNGROUPED = 1.7  # the same of convolutions in one group, where cuDNN is at home: a guess
 

@@ -215,8 +215,10 @@ def _fitting(problem: ConvProblem, pass_: str, target: Target, entry: configs.En
 def ranked(problem: ConvProblem, pass_: str, target: Target, name: str) -> list[tuple[cost.Estimate, dict]]:
     """An algorithm's configurations, the modelled fastest first; of the best, other divisions of their work as well."""
 
+    kernel = cost.kernel(name, pass_)
+
     def estimated(config: dict, fit: int, risk: float) -> tuple[cost.Estimate, dict]:
-        estimate = cost.estimate(problem, tiling(name, problem, pass_, config, target, fit), target)
+        estimate = cost.estimate(problem, kernel, tiling(name, problem, pass_, config, target, fit), target)
         return estimate if risk == 1.0 else estimate.scaled(risk), config
 
     choices = []

@@ -330,7 +330,7 @@ def _auto(layer: Layer, pass_: str, target: Target) -> Fields:
     else:
         takes = plan.algorithm
         asked = tiling(takes, layer.problem, pass_, plan.config, target)
-        time_us = cost.estimate(layer.problem, asked, target).time_us
+        time_us = cost.estimate(layer.problem, cost.kernel(takes, pass_), asked, target).time_us
     row |= timing_fields(layer.problem, pass_, row["floor_us"], time_us)
     return {**row, "source": plan.source, "config": plan.config, "note": f"takes {takes}"}
 

@@ -220,7 +220,6 @@ def tiling(problem: ConvProblem, pass_: str, config: dict, target: Target, fit: 
         shared_bytes=walked * threads * elements * march.loads * max(size * lines, 4 / vector),
         trips=steps + march.warm_up,
         ahead=ahead,
-        work="multiply-adds",
     )
 
 

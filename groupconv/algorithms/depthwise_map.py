@@ -131,7 +131,6 @@ def tiling(problem: ConvProblem, pass_: str, config: dict, target: Target, fit: 
         resident=fit,
         shared_bytes=(2 * (x + y) + fragments) * size,
         trips=blocks * math.ceil(made.h_in / GROUP),
-        work="batched",
     )
 
 

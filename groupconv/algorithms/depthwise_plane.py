@@ -273,7 +273,6 @@ def tiling(problem: ConvProblem, pass_: str, config: dict, target: Target, fit: 
         resident=fit,
         launches=2 if partials else 1,
         trips=each,
-        work="batched",
     )  # fmt: skip
 
 

@@ -305,7 +305,6 @@ def tiling(problem: ConvProblem, pass_: str, config: dict, target: Target, fit: 
         shared_bytes=shared,
         trips=moved / max(1, programs) * march / unroll,
         ahead=config["BLOCK_A"],
-        work="batched",
     )
 
 

@@ -33,13 +33,19 @@ class Contender:
 
     @property
     def name(self) -> str:
-        """`row_march 64 32 1 4 3`: the provider and its configuration's values."""
-        return " ".join([self.provider, *(str(value) for value in (self.config or {}).values())])
+        """`row_march 64 32 1 4 3`: the provider and its configuration's values, in the order of `fields`."""
+        config = self.config or {}
+        return " ".join([self.provider, *(str(config[name]) for name in (fields(self.provider) if config else ()))])
 
     def job(self, problem: ConvProblem, pass_: str, target: Target) -> Job:
         """What compiles one of ours."""
         assert self.config is not None
         return Job(self.provider, pass_, self.config, problem, target.arch_name, on=target)
+
+
+def fields(algorithm: str) -> tuple[str, ...]:
+    """Those of an algorithm's configurations."""
+    return (*REGISTRY[algorithm].BLOCKS, *REGISTRY[algorithm].DIVISION, *configs.OPTIONS)
 
 
 def same_layout(problem: ConvProblem) -> Contender:
@@ -85,8 +91,8 @@ def _measured(problem: ConvProblem, pass_: str, target: Target) -> list[Contende
             tile = {name: size for name, size in entry.config.items() if name not in division}
             if possible(entry.algorithm, problem, pass_, tile, target):
                 asked = tiling(entry.algorithm, problem, pass_, entry.config, target)
-                modelled_us = cost.estimate(problem, asked, target).time_us
-                found.append(Contender(entry.algorithm, entry.config, modelled_us))
+                modelled = cost.estimate(problem, cost.kernel(entry.algorithm, pass_), asked, target)
+                found.append(Contender(entry.algorithm, entry.config, modelled.time_us))
     return found
 
 
