@@ -10,7 +10,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from . import dispatch, launcher, raced, torch_private, trial
+from . import assembler, dispatch, launcher, raced, torch_private, trial
 from .algorithms import REGISTRY, torch_reference
 from .arguments import ConvArgs, dw_strides, dx_strides
 from .problem import ConvProblem, dense_strides, meaningful_strides
@@ -139,7 +139,7 @@ class Call:
                 with torch.cuda.device(self.device):
                     return run(x, w, bias)
             return run(x, w, bias)
-        except launcher.Miscompiled as error:
+        except assembler.Miscompiled as error:
             self._give_up(error)
             self._forward = functools.partial(torch_reference.fprop, self.args)
             return self._forward(x, w, bias)
@@ -153,7 +153,7 @@ class Call:
             return by_torch
         return self._prepare("fprop", choice.algorithm, choice.config, self.strides)
 
-    def _give_up(self, error: launcher.Miscompiled) -> None:
+    def _give_up(self, error: assembler.Miscompiled) -> None:
         """Warn that F.conv2d serves; of a backend that was asked for, raise."""
         if self.backend != "auto":
             raise error
@@ -182,7 +182,7 @@ class Call:
                 with torch.cuda.device(self.device):
                     return run(dy, x, w)
             return run(dy, x, w)
-        except launcher.Miscompiled as error:
+        except assembler.Miscompiled as error:
             self._give_up(error)
             self._backward[key] = self._backward_by_torch(needs)
             return self._backward[key](dy, x, w)

@@ -141,7 +141,7 @@ def estimate(problem: ConvProblem, kernel: str, tiling: Tiling, target: Target) 
 
 
 # F.conv2d's time beyond a launch, over `torch_floor_us`, where nobody measured it, by group width and pass: medians of
-# what was measured on an H200, 2026-11-27, bf16, channels_last. A prior, to decide what "auto" does before a measurement does.
+# what was measured on an H200, 2026-11-27, bf16, channels_last. A prior, for "auto" before there is a measurement.
 TORCH_OVER_FLOOR = {
     "depthwise": {"fprop": 4.5, "dgrad": 9.2, "wgrad": 4.6},
     "narrow": {"fprop": 4.8, "dgrad": 5.4, "wgrad": 6.9},

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import math
-import re
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 import torch
 
-from . import devices
+from . import assembler, devices
 
 if TYPE_CHECKING:
     from triton.tools.tensor_descriptor import TensorDescriptor
@@ -58,37 +57,6 @@ def poisoned() -> Iterator[None]:
             _poisoners -= 1
 
 
-class Miscompiled(RuntimeError):
-    """A kernel that NVIDIA's assembler would get wrong in every way that was tried."""
-
-
-def adds_half_a_constant(ptx: str) -> bool:
-    """Whether code adds a constant of two 16-bit halves, one of them zero, to two numbers at once.
-
-    ptxas 12.8 to 13.0 may then add nothing on sm_90 (13.4 adds it): one tap in 16 was wrong on an H200, 2026-11-26.
-    """
-    if ".s16x2" not in ptx:
-        return False
-    constants = {name: int(value) for name, value in re.findall(r"mov\.b32\s+(%r\d+), (-?\d+);", ptx)}
-    added = re.findall(r"add\.s16x2\s+%r\d+, (%r\d+), (%r\d+);", ptx)
-    addends = {constants[name] for names in added for name in names if name in constants}
-    return any(value & 0xFFFF == 0 or value >> 16 & 0xFFFF == 0 for value in addends)
-
-
-def shifts_products_apart(ptx: str) -> bool:
-    """Whether code shifts three products of one factor or more, and not all by as much.
-
-    ptxas 12.8 to 13.4 may then shift the factor once for all of them (docs/ptxas_shifts.md): gradients of strided
-    depthwise layers were wrong on an H200, 2026-11-27. At its optimisation level 1 it does not.
-    """
-    factors = {name: pair for name, *pair in re.findall(r"mul\.lo\.[su]32\s+(%r\d+), (%r\d+), (%r\d+);", ptx)}
-    shifts: dict[str, list[str]] = {}
-    for product, amount in re.findall(r"shl\.b32\s+%r\d+, (%r\d+), (\d+);", ptx):
-        for factor in factors.get(product, ()):
-            shifts.setdefault(factor, []).append(amount)
-    return any(len(amounts) > 2 and len({*amounts}) > 1 for amounts in shifts.values())
-
-
 class View:
     """How kernels see tensors of one layout through a descriptor: axes, strides in elements, and the box of a load.
 
@@ -125,9 +93,9 @@ def cache_folder() -> str:
 class Launch:
     """One kernel with its grid, scalar arguments and compile options fixed; calling it takes the tensors.
 
-    The first call compiles (or finds) the kernel through Triton's own dispatch; later ones launch the compiled
-    kernel directly. So a Launch serves only calls that agree in all that Triton specialises on: dtypes, 16-byte
-    alignment of each pointer, and on AMD which tensors are under 2 GiB. `prepared` keys its calls by these.
+    The first call compiles (or finds) the kernel through Triton's own dispatch; it is launched directly. So a Launch
+    serves only calls that agree in all that Triton specialises on: dtypes, 16-byte alignment of each pointer, and on
+    AMD which tensors are under 2 GiB. `prepared` keys its calls by these.
     """
 
     __slots__ = ("_run", "compiled", "grid", "kernel", "options", "scalars")
@@ -140,24 +108,38 @@ class Launch:
         self.scalars = tuple(scalars[name] for name in names)
         self.options = {"enable_fp_fusion": True, **options}  # the default up to Triton 3.9; later ones differ
         self.compiled = None
-        self._run = None
+        self._run: Callable | None = None
 
     def __call__(self, *tensors) -> None:
-        if self._run is not None:
-            self._run(*tensors, *self.scalars)
-            return
-        self._compile(tensors)
-        if self.compiled is None:  # the interpreter returns nothing
-            return
-        if adds_half_a_constant(self.compiled.asm.get("ptx", "")):  # not pipelined, its arithmetic is another
-            self._compile(tensors, num_stages=1)
-            if adds_half_a_constant(self.compiled.asm["ptx"]):
-                raise Miscompiled(f"groupconv: ptxas would miscompile {self.kernel.fn.__name__}; backend='torch' works")
-        if shifts_products_apart(self.compiled.asm.get("ptx", "")):
-            self._compile(tensors, ptx_options="--opt-level 1")
-        self._run = self.compiled[self.grid]
+        run = self._run
+        if run is None:
+            if interpreting(self.kernel):
+                self.kernel[self.grid](*tensors, *self.scalars, **self.options)
+                return
+            run = self._compile(tensors)
+        run(*tensors, *self.scalars)
 
-    def _compile(self, tensors, **options) -> None:
-        """Launch what these options make of the kernel, for what was launched before."""
+    def _compile(self, tensors) -> Callable:
+        """Compile, without a launch, so that the assembler makes what the PTX says. Miscompiled where it never does."""
+        compiled = self._made(tensors)
+        if assembler.adds_half_a_constant(_ptx(compiled)):
+            compiled = self._made(tensors, num_stages=1)  # not pipelined, its arithmetic is another
+        if assembler.shifts_products_apart(_ptx(compiled)):
+            compiled = self._made(tensors, ptx_options="--opt-level 1")
+        ptx = _ptx(compiled)
+        if assembler.adds_half_a_constant(ptx) or assembler.loses_an_address(ptx, compiled.asm.get("cubin", b"")):
+            name = self.kernel.fn.__name__
+            raise assembler.Miscompiled(f"groupconv: ptxas would miscompile {name}; backend='torch' works")
+        run = compiled[self.grid]
+        self.compiled, self._run = compiled, run
+        return run
+
+    def _made(self, tensors, **options):
+        """What Triton compiles, or has compiled before, with more options."""
         self.options |= options
-        self.compiled = self.kernel[self.grid](*tensors, *self.scalars, **self.options)
+        return self.kernel.run(*tensors, *self.scalars, grid=self.grid, warmup=True, **self.options)
+
+
+def _ptx(compiled) -> str:
+    """The code for NVIDIA's assembler, if that is what a kernel is compiled by."""
+    return compiled.asm.get("ptx", "")

@@ -117,7 +117,7 @@ def add(paths: Iterable[pathlib.Path]) -> None:
         config = row["config"] if isinstance(row["config"], str) else json.dumps(row["config"], sort_keys=True)
         return (*(str(row[field]) for field in FIELDS[:2] + FIELDS[3:8]), config)
 
-    rows = {key(row): row for row in races()} if RACES.exists() else {}
+    rows: dict[tuple[str, ...], dict] = {key(row): row for row in races()} if RACES.exists() else {}
     rows |= {key(row): row for path in paths for row in of_journal(path)}
     with files.whole(RACES) as partial, partial.open("w", encoding="utf-8", newline="") as file:
         writer = csv.DictWriter(file, FIELDS, lineterminator="\n")

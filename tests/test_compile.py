@@ -10,7 +10,7 @@ import filelock
 import pytest
 import triton
 
-from groupconv import devices, dispatch, launcher
+from groupconv import assembler, devices, dispatch
 from groupconv.compiling import command
 from groupconv.compiling import compiler as compiling
 from groupconv.compiling.compiler import Compiler, Job
@@ -154,14 +154,14 @@ def test_a_constant_that_ptxas_would_drop(oldest_triton):
     """Triton 3.6's pipelined 31x31 fprop adds 33 to one of two 16-bit numbers, which ptxas forgets: it is made anew."""
     code = """
 import triton
-from groupconv import launcher
+from groupconv import assembler
 from groupconv.compiling import compiler
 from groupconv.algorithms import implicit_gemm
 from groupconv.problem import ConvProblem
 problem = ConvProblem(1, 2, 9, 33, 2, 31, 31, pad=(15,) * 4, groups=2, dtype="fp32")
 config = dict(BLOCK_M=128, BLOCK_N=16, BLOCK_K=16, SPLITS=1, num_warps=4, num_stages=3)
 (launch,) = compiler.launched(compiler.Job("implicit_gemm", "fprop", config, problem, "sm_90"))
-print(triton.__version__, launch.options["num_stages"], launcher.adds_half_a_constant(launch.compiled.asm["ptx"]))
+print(triton.__version__, launch.options["num_stages"], assembler.adds_half_a_constant(launch.compiled.asm["ptx"]))
 """
     assert python(code, **oldest_triton).split() == ["3.6.0", "1", "False"]
 
@@ -169,8 +169,8 @@ print(triton.__version__, launch.options["num_stages"], launcher.adds_half_a_con
 @pytest.mark.parametrize(("constant", "found"), [(33, True), (33 << 16, True), (40 << 16 | 41, False)])
 def test_half_constants_are_found(constant, found):
     ptx = f"mov.b32 \t%r3, {constant};\n\tadd.s16x2 \t%r4, %r2, %r3;\n"
-    assert launcher.adds_half_a_constant(ptx) is found
-    assert not launcher.adds_half_a_constant(ptx.replace("add.s16x2", "add.s32"))
+    assert assembler.adds_half_a_constant(ptx) is found
+    assert not assembler.adds_half_a_constant(ptx.replace("add.s16x2", "add.s32"))
 
 
 SHIFTED = "mul.lo.s32 \t%r1{0}, %r{0}, %r9;\n\tshl.b32 \t%r2{0}, %r1{0}, {1};\n\t"
@@ -181,23 +181,58 @@ SHIFTED = "mul.lo.s32 \t%r1{0}, %r{0}, %r9;\n\tshl.b32 \t%r2{0}, %r1{0}, {1};\n\
 )
 def test_products_shifted_apart_are_found(amounts, found):
     ptx = "".join(SHIFTED.format(number, amount) for number, amount in enumerate(amounts, 1))
-    assert launcher.shifts_products_apart(ptx) is found
-    assert not launcher.shifts_products_apart(ptx.replace("shl.b32", "shr.b32"))
+    assert assembler.shifts_products_apart(ptx) is found
+    assert not assembler.shifts_products_apart(ptx.replace("shl.b32", "shr.b32"))
 
 
 def test_products_shifted_apart_are_assembled_with_care():
     """What x, dx and dy of a strided depthwise layer share is a lane, of 4, 4 and 2 pixels."""
     code = """
-from groupconv import launcher
+from groupconv import assembler
 from groupconv.compiling import compiler
 from groupconv.problem import ConvProblem
 problem = ConvProblem(2, 32, 16, 16, 32, 3, 3, (2, 2), (1, 1, 1, 1), groups=32, dtype="bf16")
 config = dict(BLOCK_P=16, BLOCK_C=32, BLOCK_W=2, BLOCK_A=1, SEGMENTS=1, num_warps=4, num_stages=1)
 for pass_ in ("backward", "dgrad"):
     (launch, *_) = compiler.launched(compiler.Job("depthwise_direct", pass_, config, problem, "sm_90"))
-    print(launcher.shifts_products_apart(launch.compiled.asm["ptx"]), launch.options.get("ptx_options"))
+    print(assembler.shifts_products_apart(launch.compiled.asm["ptx"]), launch.options.get("ptx_options"))
 """
     assert python(code).splitlines() == ["True --opt-level 1", "False None"]
+
+
+def test_an_address_that_ptxas_loses():
+    """Of a 1x1 layer, whose two parts of 64 and 16 columns lie where the other did: 64 and 32 bytes apart."""
+    code = """
+from groupconv import assembler
+from groupconv.compiling import compiler
+from groupconv.problem import ConvProblem
+problem = ConvProblem(4, 480, 14, 14, 120, 1, 1, groups=3, dtype="bf16")
+for columns, depth in ((80, 64), (80, 16), (64, 64)):
+    config = dict(BLOCK_M=128, BLOCK_N=columns, BLOCK_K=depth, SPLITS=1, num_warps=4, num_stages=2)
+    try:
+        compiler.launched(compiler.Job("implicit_gemm", "dgrad", config, problem, "sm_90"))
+        print("right")
+    except assembler.Miscompiled as error:
+        print(str(error).split(";")[0])
+"""
+    refused = "groupconv: ptxas would miscompile dgrad_kernel"
+    assert python(code).splitlines() == [refused, "right", "right"]
+
+
+@pytest.mark.parametrize(
+    ("code", "found"),
+    [
+        ("UIADD3 UR4, UP0, UR34, 0x40, URZ", {34}),
+        ("UIADD3 UR18, UP0, UR18, 0x20, URZ", {18}),
+        ("USGXT.U32 UR34, UR5, 0xe ;\n /*0010*/ UIADD3 UR4, UP0, UR34, 0x40, URZ", set()),
+        ("UIMAD.WIDE.U32 UR6, UR5, UR4, URZ ;\n /*0010*/ UIADD3 UR4, UP0, UR7, 0x40, URZ", set()),
+        ("HGMMA.64x32x16.F32.BF16 R24, gdesc[UR4].tnspB, R24, gsb0", {4, 5, 6, 7}),
+        ("@P1 HGMMA.64x32x16.F32.BF16 R24, R40, gdesc[UR4].tnspB, R24", {6, 7}),
+        ("IADD3 R4, R5, 0x1, RZ", set()),
+    ],
+)
+def test_unwritten_registers_are_found(code, found):
+    assert assembler.unwritten(f"        /*0000*/                   {code} ;\n") == found
 
 
 def planned(target, layout, name, passes):

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch._subclasses import FakeTensorMode
 
 import groupconv
-from groupconv import algorithms, arguments, devices, dispatch, explain, launcher, prepared, triton_conv
+from groupconv import algorithms, arguments, assembler, devices, dispatch, explain, launcher, prepared, triton_conv
 from groupconv.algorithms import REGISTRY, able
 from groupconv.problem import PASSES
 
@@ -658,7 +658,7 @@ def test_a_kernel_that_would_be_miscompiled(backend, wanted, monkeypatch):
     """Under "auto" it is left to F.conv2d, with a warning; a backend that was asked for says so."""
 
     def refuse(*_):
-        raise launcher.Miscompiled("groupconv: ptxas would miscompile it")
+        raise assembler.Miscompiled("groupconv: ptxas would miscompile it")
 
     monkeypatch.setattr(launcher.Launch, "__call__", refuse)
     x, w = random(2, 8, 6, 5), random(8, 4, 3, 3, seed=1)
@@ -676,7 +676,7 @@ def test_a_kernel_that_would_be_miscompiled(backend, wanted, monkeypatch):
     steps = (lambda: [call.forward(x, w, None)], [y]), (lambda: call.backward(dy, *saved, needs), expected)
     for step, references in steps:
         if backend == "triton":
-            with pytest.raises(launcher.Miscompiled):
+            with pytest.raises(assembler.Miscompiled):
                 step()
             continue
         with pytest.warns(UserWarning, match="F.conv2d runs instead"):

@@ -141,7 +141,7 @@ def tiles(problem: ConvProblem, pass_: str, target: Target) -> Iterator[list[dic
         march = _march(problem, pass_, width)
         if march.lanes * width > MOST_PADDED * _march(problem, pass_, 1).lanes:
             continue
-        # Offsets of x, dx and dy would be one factor's products, shifted apart: see launcher.shifts_products_apart.
+        # Offsets of x, dx and dy would be one factor's products, shifted apart: see assembler.shifts_products_apart.
         if pass_ == "backward" and target.backend == "cuda" and width > 1 and problem.stride[1] % 2 == 0:
             continue
         # Programs along the columns and the batch cannot share their sums of dw.

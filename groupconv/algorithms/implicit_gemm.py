@@ -57,6 +57,8 @@ def tiles(problem: ConvProblem, pass_: str, target: Target) -> Iterator[list[dic
             # No more stages than a loop has steps; two serve them all.
             if stages > max(2, math.ceil(k / block_k)) or _crowded(block_n, block_k, warps, problem, target):
                 continue
+            if (narrow or block_k >= k) and _unlike(block_n, problem, target):  # which one buffer then holds
+                continue
             yield [
                 {"BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_K": block_k, "num_warps": warps, "num_stages": stages}
             ]
@@ -70,6 +72,13 @@ def _crowded(block_n: int, block_k: int, warps: int, problem: ConvProblem, targe
     # Without warp groups the operands of all the products are in registers.
     return (block_k > 32 and not target.has_warpgroups) or starved(
         block_n, block_k, warps, problem.element_bytes, target
+    )
+
+
+def _unlike(block_n: int, problem: ConvProblem, target: Target) -> bool:
+    """Whether parts of the columns lie in shared memory in unlike ways: see assembler.loses_an_address."""
+    return (
+        target.matrix_unit == "wgmma" and len({min(size * problem.element_bytes, 128) for size in parts(block_n)}) > 1
     )
 
 

@@ -4,18 +4,14 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-import os
 import re
-import subprocess
-import tempfile
 from typing import TYPE_CHECKING
 
-import triton
+from .. import assembler
 
 if TYPE_CHECKING:
     from triton.compiler import CompiledKernel
 
-_BIN = os.path.join(os.path.dirname(triton.__file__), "backends", "nvidia", "bin")
 _SASS_OPCODE = re.compile(r"^\s+/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+ )?([A-Z][A-Z0-9_.x]*)", re.M)
 _AMD_OPCODE = re.compile(r"^\s+([a-z]+_[a-z0-9_]+)", re.M)
 
@@ -79,15 +75,8 @@ def of(compiled: CompiledKernel) -> Resources:
 
 def _nvidia(cubin: bytes) -> tuple[int, int, list[str]]:
     """Registers, bytes of spills and opcodes."""
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-
-        def run(*command: str) -> str:
-            return subprocess.run(command, capture_output=True, text=True, check=True).stdout
-
-        usage = run(os.path.join(_BIN, "cuobjdump"), "-res-usage", file.name)
-        code = run(os.path.join(_BIN, "nvdisasm"), file.name)
+    usage = assembler.output("cuobjdump", "-res-usage", cubin=cubin)
+    code = assembler.output("nvdisasm", cubin=cubin)
     sizes = re.search(r"REG:(\d+) STACK:(\d+)", usage)
     assert sizes, usage
     return int(sizes[1]), int(sizes[2]), _SASS_OPCODE.findall(code)
