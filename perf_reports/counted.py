@@ -19,7 +19,19 @@ from groupconv.problem import ConvProblem
 NAME = "counted.csv"
 QUANTITIES = ("dram_bytes", "l2_bytes", "shared_bytes", "matrix_flops", "instructions")  # of cost.Tiling
 WAVEFRONTS = ("wavefronts", "fewest_wavefronts")  # of shared memory, bank conflicts and all
-FIELDS = ("target", "algorithm", "pass", "layout", "layer", "problem", "config", "kernels", *QUANTITIES, *WAVEFRONTS)
+FIELDS = (
+    "utc",
+    "target",
+    "algorithm",
+    "pass",
+    "layout",
+    "layer",
+    "problem",
+    "config",
+    "kernels",
+    *QUANTITIES,
+    *WAVEFRONTS,
+)
 NEAR = {"dram_bytes": 0.15, "l2_bytes": 0.15, "shared_bytes": 0.15, "matrix_flops": 0.15, "instructions": 0.3}
 CONFLICTS = 1.15  # wavefronts over the fewest: more are bank conflicts
 

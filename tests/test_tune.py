@@ -15,7 +15,7 @@ import pytest
 import torch
 from pretended import ENVIRONMENT, FakeLab
 
-from groupconv import cli, configs, devices, dispatch
+from groupconv import assembler, cli, configs, devices, dispatch
 from groupconv.algorithms import REGISTRY, able
 from groupconv.common import Layer
 from groupconv.common.progress import Deadline
@@ -265,7 +265,7 @@ def test_compiles_where_there_is_no_disassembler(monkeypatch):
     """Triton's package may lack NVIDIA's tools: a kernel is compiled all the same, and what it takes is not known."""
     launch = types.SimpleNamespace(compiled=types.SimpleNamespace(asm={"cubin": b""}))
     monkeypatch.setattr(compiler, "launched", lambda *job: (launch,))
-    monkeypatch.setattr(resources, "_BIN", "/no/such/folder")
+    monkeypatch.setattr(assembler, "tool", "/no/such/folder/{}".format)
     assert compiler.compiled(compiler.Job("", "fprop", {}, SMALL, "sm_90")) == compiler.Compiled()
 
 

@@ -35,6 +35,7 @@ DIVISION = {"SEGMENTS": (1, MOST_SEGMENTS, 1)}  # of the rows
 MOST_TAPS = 64  # of a filter, and twice as many of all that a channel meets: each is held in a register
 UNIFORM_REGISTERS = 63  # of a warp: they hold the taps of a channel that all its threads share
 MOST_PADDED = 1.25  # columns of all lanes over those that there are
+WAYS = ((4, 1), (2, 1), (4, 2), (4, 0))  # (warps, steps that loads go ahead): what won on an H200, 2026-11-27
 BUSY = 4  # programs that keep a multiprocessor's memory pipeline busy
 
 
@@ -127,19 +128,12 @@ def held(problem: ConvProblem, pass_: str, tile: dict, target: Target) -> Held:
 
 
 def tiles(problem: ConvProblem, pass_: str, target: Target) -> Iterator[list[dict]]:
-    threads = 4 * target.warp_size
-    if problem.layout == "nhwc":
-        channels = problem.c_out if pass_ == "fprop" else problem.c_in
-        fitting = max(8, triton.next_power_of_2(channels))
-        vectors = [v for v in (1, 2, 4, 8) if v <= math.gcd(16 // problem.element_bytes, problem.c_in)][-3:]
-        blocks = [c for c in (16, 32, 64, 128) if c <= fitting] or [8]
-        shapes = [(threads * v // c, c) for c in blocks for v in vectors if v <= c]
-        widths = [1, 2, 4, 8]
-    else:  # neighbouring lanes are neighbours in memory, and so the columns of a lane would not be
-        shapes, widths = [(threads * elements, 1) for elements in (1, 2, 4, 8, 16)], [1]
-    for (block_p, block_c), width, ahead in itertools.product(shapes, widths, (2, 1)):
+    for (warps, ahead), (elements, block_c), width in itertools.product(WAYS, *_shapes(problem, pass_)):
+        block_p = warps * target.warp_size * elements // block_c
+        if block_c == 128 and (warps, ahead) != WAYS[0]:  # which seldom wins
+            continue
         march = _march(problem, pass_, width)
-        if march.lanes * width > MOST_PADDED * _march(problem, pass_, 1).lanes:
+        if not block_p or march.lanes * width > MOST_PADDED * _march(problem, pass_, 1).lanes:
             continue
         # Offsets of x, dx and dy would be one factor's products, shifted apart: see assembler.shifts_products_apart.
         if pass_ == "backward" and target.backend == "cuda" and width > 1 and problem.stride[1] % 2 == 0:
@@ -147,9 +141,20 @@ def tiles(problem: ConvProblem, pass_: str, target: Target) -> Iterator[list[dic
         # Programs along the columns and the batch cannot share their sums of dw.
         if not march.sums or math.ceil(march.lanes / block_p) <= largest_splits(problem, pass_):
             yield [
-                {"BLOCK_P": block_p, "BLOCK_C": block_c, "BLOCK_W": width, "BLOCK_A": ahead, "num_warps": 4,
+                {"BLOCK_P": block_p, "BLOCK_C": block_c, "BLOCK_W": width, "BLOCK_A": ahead, "num_warps": warps,
                  "num_stages": 1}
             ]  # fmt: skip
+
+
+def _shapes(problem: ConvProblem, pass_: str) -> tuple[list[tuple[int, int]], list[int]]:
+    """(elements of a thread, channels of a program) and columns of a lane to choose from."""
+    if problem.layout == "nchw":  # neighbouring lanes are neighbours in memory, and so the columns of one are not
+        return [(elements, 1) for elements in (1, 2, 4, 8, 16)], [1]
+    channels = problem.c_out if pass_ == "fprop" else problem.c_in
+    fitting = max(8, triton.next_power_of_2(channels))
+    vectors = [v for v in (1, 2, 4, 8) if v <= math.gcd(16 // problem.element_bytes, problem.c_in)][-3:]
+    blocks = [c for c in (16, 32, 64, 128) if c <= fitting] or [8]
+    return [(v, c) for c in blocks for v in vectors if v <= c], [1, 2, 4, 8]
 
 
 def _tiles(march: _March, config: dict) -> tuple[int, int]:

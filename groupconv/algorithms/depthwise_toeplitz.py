@@ -206,7 +206,7 @@ def tiles(problem: ConvProblem, pass_: str, target: Target) -> Iterator[list[dic
     stride = problem.stride[0]
     steps = math.ceil((problem.h_in if pass_ == "dgrad" else problem.h_out) / stride)
     heights = [1024] + [height for height in (32, 16, 8) if height < steps]
-    shapes = [(16, 8), (16, 16), (8, 8), (4, 4)]
+    shapes = [(16, 8), (8, 8), (4, 4)]
     if problem.layout == "nchw" and pass_ != "wgrad":
         shapes.append((1, 4))
     widths = (16,) if target.backend == "hip" else (8, 16)  # AMD has no 8 columns wide matrix instruction

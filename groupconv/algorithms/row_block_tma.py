@@ -37,6 +37,7 @@ BLOCKS = {
 }  # fmt: skip
 # SPLITS: of wgrad's blocks. RESIDENT: programs of a multiprocessor, in the other passes, which are persistent.
 DIVISION = {"SPLITS": (1, MOST_SPLITS, 1), "RESIDENT": (1, 32, 1)}
+NARROW = 40  # channels of a group: up to there it took 1.2 to 9 times as long as the best on an H200, 2026-11-27
 MOST_TAPS = 7  # kernel rows
 TENSOR_MEMORY = 512  # columns of tcgen05's, half of them for the tile that comes next
 INSTRUCTIONS_A_LOAD = 40  # of the one warp that asks for a tile
@@ -144,7 +145,10 @@ def tiles(problem: ConvProblem, pass_: str, target: Target) -> Iterator[list[dic
     work = work_of(problem, pass_)
     kernel_rows = {problem.kh} if pass_ == "wgrad" or (pass_ == "dgrad" and problem.stride[0] > 1) else {problem.kh, 1}
     depths = (32,) if target.matrix_unit == "mma.sync" else (64, 32)  # mma.sync has its operands in registers
-    for block_r, taps, bn in itertools.product(_heights(problem, pass_), sorted(kernel_rows), _columns(work.n)):
+    heights = _heights(problem, pass_)
+    if max(problem.cin_g, problem.cout_g) <= NARROW:
+        heights = heights[:1]
+    for block_r, taps, bn in itertools.product(heights, sorted(kernel_rows), _columns(work.n)):
         for bm, bk in itertools.product((128, 64), depths):
             for images in _images(problem, pass_, bk if pass_ == "wgrad" else bm):
                 tile = {

@@ -6,7 +6,6 @@ import dataclasses
 
 from .. import configs, cost, dispatch
 from ..algorithms import REGISTRY, able, possible, tiling
-from ..compiling.compiler import Job
 from ..devices import Target
 from ..problem import ConvProblem
 
@@ -35,7 +34,8 @@ class Contender:
     def name(self) -> str:
         """`row_march 64 32 1 4 3`: the provider and its configuration's values, in the order of `fields`."""
         config = self.config or {}
-        return " ".join([self.provider, *(str(config[name]) for name in (fields(self.provider) if config else ()))])
+        names = fields(self.provider) if config else ()
+        return " ".join([self.provider, *(str(config[name]) for name in names if name in config)])
 
     def job(self, problem: ConvProblem, pass_: str, target: Target) -> Job:
         """What compiles one of ours."""
