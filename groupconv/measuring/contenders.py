@@ -6,6 +6,7 @@ import dataclasses
 
 from .. import configs, cost, dispatch
 from ..algorithms import REGISTRY, able, possible, tiling
+from ..compiling.compiler import Job
 from ..devices import Target
 from ..problem import ConvProblem
 
