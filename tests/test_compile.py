@@ -147,7 +147,8 @@ def test_the_oldest_supported_triton_compiles_them_too(oldest_compiler):
     others = [by_implicit_gemm(4, "fprop", "gfx942"), by_implicit_gemm(16, "wgrad", "sm_86")]
     assert len(list(outcomes(oldest_compiler, others))) == 2
     for job, used in outcomes(oldest_compiler, planned("sm_90", "nhwc", "resnext50_32x4d.s1", ["fprop", "backward"])):
-        assert (job.algorithm, used.matrix) == ("row_march", "HGMMA")
+        assert job.algorithm == "row_march"
+        assert used.matrix in ("HGMMA", "HMMA")  # of a warp group, or of fewer warps
 
 
 def test_a_constant_that_ptxas_would_drop(oldest_triton):
