@@ -120,6 +120,15 @@ BY_SLUG = {t.slug: t for t in (*REPRESENTATIVES, *OTHERS)}
 BY_ARCH = {t.arch_name: t for t in REPRESENTATIVES}
 DEFAULT = BY_SLUG["nvidia_h200"]
 
+
+def kin(target: Target) -> list[str]:
+    """The slugs of the other devices of a target's architecture."""
+    arch = target.backend, target.arch
+    return [
+        other.slug for other in BY_SLUG.values() if (other.backend, other.arch) == arch and other.slug != target.slug
+    ]
+
+
 # A device's marketing name, reduced by `slugify`, to the slug of its configuration file: boards that differ only in
 # what does not matter here share a file.
 ALIASES = {

@@ -6,7 +6,7 @@ import dataclasses
 import functools
 from collections.abc import Mapping
 
-from . import configs, cost, raced
+from . import configs, cost, devices, raced
 from .algorithms import NAMES, REGISTRY, divided, fitting, lack, newer_triton, possible, tiling
 from .devices import Target
 from .problem import PASSES, ConvProblem
@@ -14,6 +14,7 @@ from .problem import PASSES, ConvProblem
 MOST_CONTENDERS = 3
 WORTH = 2.0  # times the modelled time of the best: what is slower is not tried
 REFINED = 3  # of an algorithm's tiles: other divisions of the work of these are modelled too
+TWINS = {"fp16": "bf16", "bf16": "fp16"}  # dtypes of which kernels are alike
 BACKENDS = ("auto", "triton", "torch", *(f"triton:{name}" for name in NAMES))
 
 
@@ -188,8 +189,14 @@ def plan_pass(
             fitting_ = _fitting(problem, pass_, target, entry) if ours else None
             return made(taken, fitting_, "raced", found.told, entry.time_us, entry.torch_time_us, "measured")
 
-    calibration = _calibration(target)
-    name, config, estimate = best(problem, pass_, target, able, calibration.ours)
+    calibration, kin = _calibration(target), _of_kin(problem, pass_, target, able)
+    if kin is None:
+        name, config, estimate = best(problem, pass_, target, able, calibration.ours)
+    else:
+        name, config = kin.algorithm, kin.config
+        asked = tiling(name, problem, pass_, config, target)
+        estimate = cost.estimate(problem, cost.kernel(name, pass_), asked, target)
+        estimate = estimate.scaled(calibration.ours.get(f"{name} {pass_}", 1.0))
     prior = cost.torch_prior_us(problem, pass_, target, calibration.torch)
     compared = f"modelled {estimate.time_us:.1f} us (bound by {estimate.bound}), F.conv2d's prior {prior:.1f} us"
     if calibration.ours or calibration.torch:
@@ -197,7 +204,50 @@ def plan_pass(
     if not forced and prior <= estimate.time_us:
         return made("torch", None, "modelled", f"{name} {compared}", estimate.time_us, prior)
     reason = f"{compared}; nothing like it measured on {target.slug}"
+    if kin is not None:
+        reason += f", so as on {kin.where}"
     return made(name, config, "modelled", reason, estimate.time_us, prior)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Kin:
+    """What was measured to be the best in a case alike. where: its device and dtype."""
+
+    where: str
+    algorithm: str
+    config: dict
+
+
+def _of_kin(problem: ConvProblem, pass_: str, target: Target, able: list[str]) -> _Kin | None:
+    """The configuration of a problem's class in the other 16-bit dtype, or on another device of the architecture, with
+    the work divided for this one; None if there is none.
+    """
+    others = configs.kin_files(target)
+    places = [(file, problem) for file in others]
+    if problem.dtype in TWINS:
+        twin = dataclasses.replace(problem, dtype=TWINS[problem.dtype])
+        places = [
+            *((file, twin) for file in configs.device_files(target.slug)),
+            *places,
+            *((file, twin) for file in others),
+        ]
+    for file, alike in places:
+        entry, _ = file.lookup(alike, pass_) or (None, "")
+        if entry is None or entry.algorithm not in able:
+            continue
+        tile = _tile(entry)
+        if possible(entry.algorithm, problem, pass_, tile, target):
+            config, like = entry.config, devices.BY_SLUG.get(devices.slugify(file.device), target)
+            if like.multiprocessors != target.multiprocessors:
+                config = divided(entry.algorithm, problem, pass_, tile, target)[0]
+            return _Kin(f"{file.device} in {alike.dtype}", entry.algorithm, config)
+    return None
+
+
+def _tile(entry: configs.Entry) -> dict:
+    """A configuration without its division of the work."""
+    division = REGISTRY[entry.algorithm].DIVISION
+    return {name: size for name, size in entry.config.items() if name not in division}
 
 
 def _fitting(problem: ConvProblem, pass_: str, target: Target, entry: configs.Entry) -> dict:
@@ -205,9 +255,7 @@ def _fitting(problem: ConvProblem, pass_: str, target: Target, entry: configs.En
 
     The problems of a class differ in what a configuration's registers and shared memory depend on.
     """
-    division = REGISTRY[entry.algorithm].DIVISION  # any division of the work is good for any problem
-    tile = {name: size for name, size in entry.config.items() if name not in division}
-    if possible(entry.algorithm, problem, pass_, tile, target):
+    if possible(entry.algorithm, problem, pass_, _tile(entry), target):  # any division is good for any problem
         return entry.config
     return modelled(problem, pass_, target, entry.algorithm)[1]
 
@@ -250,11 +298,14 @@ def best(
 
 
 def contenders(problem: ConvProblem, pass_: str, target: Target) -> list[tuple[str, dict]]:
-    """The plans of ours that are worth a trial, the modelled fastest first: of different algorithms, and where these
-    are few, of different tiles.
+    """The plans of ours that are worth a trial: what another device of the architecture has, then the modelled fastest
+    first, of different algorithms, and where these are few, of different tiles.
     """
     factors, choices = _calibration(target).ours, []
-    for name in _able(problem, pass_, target, "auto")[0]:
+    able = _able(problem, pass_, target, "auto")[0]
+    kin = _of_kin(problem, pass_, target, able)
+    first = [] if kin is None else [(kin.algorithm, kin.config)]
+    for name in able:
         factor, tiles = factors.get(f"{name} {pass_}", 1.0), set[tuple[int, ...]]()
         for estimate, config in ranked(problem, pass_, target, name):
             tile = tuple(size for field, size in config.items() if field not in REGISTRY[name].DIVISION)
@@ -263,7 +314,8 @@ def contenders(problem: ConvProblem, pass_: str, target: Target) -> list[tuple[s
                 tiles.add(tile)
     choices.sort(key=lambda choice: choice[:2])  # the best tile of each algorithm, then the second best
     least = min((score for _, score, _, _ in choices), default=0.0)
-    return [(name, config) for _, score, name, config in choices if score <= WORTH * least][:MOST_CONTENDERS]
+    others = [(name, config) for _, score, name, config in choices if score <= WORTH * least]
+    return [*first, *(choice for choice in others if choice not in first)][:MOST_CONTENDERS]
 
 
 def modelled(problem: ConvProblem, pass_: str, target: Target, name: str) -> tuple[str, dict, cost.Estimate]:

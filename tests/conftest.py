@@ -35,7 +35,7 @@ def modelled_plans(monkeypatch):
 
     if not ON_GPU:
         monkeypatch.setattr(configs, "shipped_folder", lambda: NO_CONFIGURATIONS)
-        configs.device_files.cache_clear()
+        configs.reset()
 
 
 @pytest.fixture(autouse=True)

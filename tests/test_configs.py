@@ -105,6 +105,31 @@ def test_the_nearest_of_two_entries_speaks(user_file):
     assert plan().time_us == 2.0
 
 
+@pytest.mark.parametrize("device", ["nvidia_h100_sxm", "nvidia_h100_pcie", "nvidia_a100_sxm"])
+def test_devices_of_an_architecture_have_the_same_tiles(device, tmp_path, monkeypatch):
+    """Their times are modelled; where multiprocessors are fewer the work is divided anew."""
+    (tmp_path / "nvidia_h200.json").write_text(file_text(entry(), direct("wgrad")))
+    monkeypatch.setattr(configs, "shipped_folder", lambda: tmp_path)
+    target = devices.named(device)
+    configs.reset()
+    found = dispatch.plan_pass(PROBLEM, "fprop", target, "triton")
+    assert found.source == "modelled"
+    assert ("so as on NVIDIA H200 in bf16" in found.reason) == (target.arch == 90)
+    assert ((found.algorithm, found.config) == ("implicit_gemm", CONFIG)) == (target.arch == 90)
+    first, *_ = dispatch.contenders(PROBLEM, "fprop", target)
+    assert (first == ("implicit_gemm", CONFIG)) == (target.arch == 90)
+    configs.reset()
+
+
+def test_kernels_of_16_bits_have_the_same_tiles(user_file):
+    user_file(file_text(entry()))
+    found = dispatch.plan_pass(dataclasses.replace(PROBLEM, dtype="fp16"), "fprop", devices.DEFAULT, "triton")
+    assert (found.source, found.algorithm, found.config) == ("modelled", "implicit_gemm", CONFIG)
+    assert "so as on NVIDIA H200 in bf16" in found.reason
+    found = dispatch.plan_pass(dataclasses.replace(PROBLEM, dtype="tf32"), "fprop", devices.DEFAULT, "triton")
+    assert "so as on" not in found.reason
+
+
 @pytest.mark.parametrize(
     ("changes", "auto", "ours"),
     [

@@ -35,9 +35,9 @@ CHOSEN = [SUITE[name] for name in ("resnext50_32x4d.s1", "convnext_tiny.s0")]
 def shipped(monkeypatch):
     """What the package ships is read here as in other processes."""
     monkeypatch.setattr(configs, "shipped_folder", SHIPPED_FOLDER)
-    configs.device_files.cache_clear()
+    configs.reset()
     yield
-    configs.device_files.cache_clear()
+    configs.reset()
 
 
 @pytest.fixture

@@ -67,7 +67,7 @@ def peers(problem: ConvProblem) -> list[Contender]:
 
 def ours(problem: ConvProblem, pass_: str, target: Target) -> list[Contender]:
     """The configurations of our algorithms that are worth compiling, the modelled best of each algorithm first; at the
-    end what the device's files have, so that a run of today's model loses nothing that was found before.
+    end what the device's files and its kin's have, so that today's model loses nothing that was found before.
     """
     ranked = {name: dispatch.ranked(problem, pass_, target, name) for name in able(problem, pass_, target)}
     best_us = min((configurations[0][0].time_us for configurations in ranked.values()), default=0.0)
@@ -83,9 +83,9 @@ def ours(problem: ConvProblem, pass_: str, target: Target) -> list[Contender]:
 
 
 def _measured(problem: ConvProblem, pass_: str, target: Target) -> list[Contender]:
-    """What earlier runs found best for problems of this class."""
+    """What earlier runs found best for problems of this class, on devices of the architecture."""
     found = []
-    for file in configs.device_files(target.slug):
+    for file in (*configs.device_files(target.slug), *configs.kin_files(target)):
         entry, tier = file.lookup(problem, pass_) or (None, "")
         if entry is not None and tier == "exact" and entry.algorithm in able(problem, pass_, target):
             division = REGISTRY[entry.algorithm].DIVISION
