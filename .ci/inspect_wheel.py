@@ -12,6 +12,7 @@ NEEDED = {
     "groupconv/kernels/implicit_gemm.py",
     "groupconv/autotune_configs/SCHEMA.md",
     "groupconv/autotune_configs/registers.json",
+    "groupconv/autotune_configs/weights.json",
     "groupconv/common/files.py",
     "groupconv/compiling/compiler.py",
     "groupconv/measuring/lab.py",

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import os
 import re
 import subprocess
 import tempfile
+
+TOOL_SECONDS = 60.0
 
 
 class Miscompiled(RuntimeError):
@@ -13,10 +14,13 @@ class Miscompiled(RuntimeError):
 
 
 def tool(name: str) -> str:
-    """The path of one of CUDA's tools that Triton comes with; not all distributions have them."""
+    """The path of "nvdisasm" or "cuobjdump", of those that Triton comes with or is told of; not all have them."""
     import triton
 
-    return os.path.join(os.path.dirname(triton.__file__), "backends", "nvidia", "bin", name)
+    try:
+        return str(getattr(triton.knobs.nvidia, name).path)
+    except (AttributeError, RuntimeError) as error:
+        raise FileNotFoundError(f"Triton finds no {name}: {error}") from error
 
 
 def output(name: str, *arguments: str, cubin: bytes) -> str:
@@ -25,7 +29,7 @@ def output(name: str, *arguments: str, cubin: bytes) -> str:
         file.write(cubin)
         file.flush()
         command = [tool(name), *arguments, file.name]
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=TOOL_SECONDS).stdout
 
 
 def adds_half_a_constant(ptx: str) -> bool:
@@ -70,28 +74,33 @@ def loses_an_address(ptx: str, cubin: bytes) -> bool:
     if all(len(found) == 1 for found in ways.values()):
         return False
     try:
-        return bool(unwritten(output("nvdisasm", "-c", cubin=cubin)))
-    except (OSError, subprocess.CalledProcessError):
+        return loses(output("nvdisasm", "-c", cubin=cubin))
+    except (OSError, subprocess.SubprocessError):
         return True
 
 
 _INSTRUCTION = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P[T\d]+ )?([A-Z0-9_.]+) +([^;]*?) ;", re.IGNORECASE)
 
 
-def unwritten(code: str) -> set[int]:
-    """The uniform registers that code adds to, or takes descriptors from, before any of its lines writes them."""
-    written, found = set[int](), set[int]()
+def loses(code: str) -> bool:
+    """Whether machine code takes descriptors from uniform registers that no line before has written, or adds to a lower
+    half that is none: those are masked, or sums themselves.
+    """
+    writers: dict[int, str] = {}
     for opcode, operands in _INSTRUCTION.findall(code):
         first, *sources = operands.split(", ")
         name = opcode.split(".")[0]
-        if name == "UIADD3":
-            found |= {int(number) for source in sources for number in re.findall(r"\bUR(\d+)", source)} - written
+        if opcode == "UIADD3" and sources[0].startswith("UP"):  # the carry goes into the upper half
+            added = [int(number) for source in sources for number in re.findall(r"^UR(\d+)", source)]
+            if any(writers.get(number) not in ("USGXT", "ULOP3", "UIADD3") for number in added):
+                return True
         if name == "HGMMA":
-            (start,) = map(int, re.findall(r"gdesc\[UR(\d+)\]", operands))
+            starts = [int(number) for number in re.findall(r"gdesc\[UR(\d+)\]", operands)]
             own = 2 if re.match(r"R\d", sources[0]) else 0  # the left operand's, which may be in registers
-            found |= set(range(start + own, start + 4)) - written
+            if not starts or any(number not in writers for number in range(starts[0] + own, starts[0] + 4)):
+                return True
         target = re.fullmatch(r"UR(\d+)", first)
         if target:
             wide = re.search(r"\.(64|WIDE)\b", opcode) is not None
-            written |= {int(target[1]), int(target[1]) + wide}
-    return found
+            writers |= dict.fromkeys(range(int(target[1]), int(target[1]) + 1 + wide), name)
+    return False

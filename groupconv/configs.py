@@ -267,36 +267,41 @@ def shipped_folder() -> Traversable:
 @functools.cache
 def device_files(slug: str) -> tuple[DeviceFile, ...]:
     """The files of a device, the user's first. One that cannot be trusted is named in a warning, and skipped."""
-    folders = [folder for folder in (user_folder(), shipped_folder()) if folder is not None]
-    return tuple(file for folder in folders if (file := _trusted(folder, slug)) is not None)
-
-
-def _trusted(folder: Traversable, slug: str) -> DeviceFile | None:
-    path = folder.joinpath(f"{slug}.json")
-    try:
-        file = _device_file(path, slug)
-    except Exception as error:  # a call goes on, whatever is wrong with a file
-        # Damage is told with the file's name, an OSError's own words without it.
-        told = getattr(error, "strerror", None) or f"{type(error).__name__}: {error}"
-        why = str(error) if isinstance(error, DamagedFile) else f"{path}: {told}"
-        warnings.warn(f"groupconv: skipping a configuration file: {why}", stacklevel=3)
-        return None
-    if file is not None and file.stale:
-        warnings.warn(
-            f"groupconv: {path}: skipping {file.stale} entries that were measured with other kernels; "
-            "`groupconv tune` measures anew",
-            stacklevel=3,
-        )
-    return file
+    trusted = []
+    for folder in (user_folder(), shipped_folder()):
+        if folder is None:
+            continue
+        path = folder.joinpath(f"{slug}.json")
+        try:
+            file = _device_file(path, slug)
+        except Exception as error:  # a call goes on, whatever is wrong with a file
+            # Damage is told with the file's name, an OSError's own words without it.
+            told = getattr(error, "strerror", None) or f"{type(error).__name__}: {error}"
+            why = str(error) if isinstance(error, DamagedFile) else f"{path}: {told}"
+            warnings.warn(f"groupconv: skipping a configuration file: {why}", stacklevel=2)
+            continue
+        if file is not None:
+            trusted.append(file)
+        if file is not None and file.stale:
+            warnings.warn(
+                f"groupconv: {path}: skipping {file.stale} entries that were measured with other kernels; "
+                "`groupconv tune` measures anew",
+                stacklevel=2,
+            )
+    return tuple(trusted)
 
 
 @functools.cache
 def kin_files(target: devices.Target) -> tuple[DeviceFile, ...]:
     """The files that the package has of other devices of a target's architecture: what is fast there is fast on it too,
-    if their times are not its own.
+    if their times are not its own. Of what is wrong with one, only its own device is told.
     """
-    found = (_trusted(shipped_folder(), slug) for slug in devices.kin(target))
-    return tuple(file for file in found if file is not None)
+    found = []
+    for slug in devices.kin(target):
+        with contextlib.suppress(Exception):
+            file = _device_file(shipped_folder().joinpath(f"{slug}.json"), slug)
+            found += [] if file is None else [file]
+    return tuple(found)
 
 
 def _device_file(path: Traversable, slug: str) -> DeviceFile | None:

@@ -198,6 +198,8 @@ def plan_pass(
         estimate = cost.estimate(problem, cost.kernel(name, pass_), asked, target)
         estimate = estimate.scaled(calibration.ours.get(f"{name} {pass_}", 1.0))
     prior = cost.torch_prior_us(problem, pass_, target, calibration.torch)
+    if kin is not None and kin.slower >= 1:  # there, so no rule of thumb says otherwise here
+        prior = min(prior, estimate.time_us / kin.slower)
     compared = f"modelled {estimate.time_us:.1f} us (bound by {estimate.bound}), F.conv2d's prior {prior:.1f} us"
     if calibration.ours or calibration.torch:
         compared += f", both as calibrated on {target.slug}"
@@ -211,11 +213,14 @@ def plan_pass(
 
 @dataclasses.dataclass(frozen=True)
 class _Kin:
-    """What was measured to be the best in a case alike. where: its device and dtype."""
+    """What was measured to be the best in a case alike. where: its device and dtype; slower: its time over F.conv2d's
+    there, 0 where that failed.
+    """
 
     where: str
     algorithm: str
     config: dict
+    slower: float
 
 
 def _of_kin(problem: ConvProblem, pass_: str, target: Target, able: list[str]) -> _Kin | None:
@@ -235,19 +240,20 @@ def _of_kin(problem: ConvProblem, pass_: str, target: Target, able: list[str]) -
         entry, _ = file.lookup(alike, pass_) or (None, "")
         if entry is None or entry.algorithm not in able:
             continue
-        tile = _tile(entry)
+        tile = _without_division(entry.algorithm, entry.config)
         if possible(entry.algorithm, problem, pass_, tile, target):
             config, like = entry.config, devices.BY_SLUG.get(devices.slugify(file.device), target)
             if like.multiprocessors != target.multiprocessors:
                 config = divided(entry.algorithm, problem, pass_, tile, target)[0]
-            return _Kin(f"{file.device} in {alike.dtype}", entry.algorithm, config)
+            slower = 0.0 if entry.torch_time_us is None else entry.time_us / entry.torch_time_us
+            return _Kin(f"{file.device} in {alike.dtype}", entry.algorithm, config, slower)
     return None
 
 
-def _tile(entry: configs.Entry) -> dict:
-    """A configuration without its division of the work."""
-    division = REGISTRY[entry.algorithm].DIVISION
-    return {name: size for name, size in entry.config.items() if name not in division}
+def _without_division(algorithm: str, config: dict) -> dict:
+    """The tile of a configuration."""
+    division = REGISTRY[algorithm].DIVISION
+    return {name: size for name, size in config.items() if name not in division}
 
 
 def _fitting(problem: ConvProblem, pass_: str, target: Target, entry: configs.Entry) -> dict:
@@ -255,7 +261,8 @@ def _fitting(problem: ConvProblem, pass_: str, target: Target, entry: configs.En
 
     The problems of a class differ in what a configuration's registers and shared memory depend on.
     """
-    if possible(entry.algorithm, problem, pass_, _tile(entry), target):  # any division is good for any problem
+    tile = _without_division(entry.algorithm, entry.config)  # any division is good for any problem
+    if possible(entry.algorithm, problem, pass_, tile, target):
         return entry.config
     return modelled(problem, pass_, target, entry.algorithm)[1]
 
@@ -315,7 +322,9 @@ def contenders(problem: ConvProblem, pass_: str, target: Target) -> list[tuple[s
     choices.sort(key=lambda choice: choice[:2])  # the best tile of each algorithm, then the second best
     least = min((score for _, score, _, _ in choices), default=0.0)
     others = [(name, config) for _, score, name, config in choices if score <= WORTH * least]
-    return [*first, *(choice for choice in others if choice not in first)][:MOST_CONTENDERS]
+    lent = None if kin is None else (kin.algorithm, _without_division(kin.algorithm, kin.config))
+    others = [choice for choice in others if (choice[0], _without_division(*choice)) != lent]
+    return [*first, *others][:MOST_CONTENDERS]
 
 
 def modelled(problem: ConvProblem, pass_: str, target: Target, name: str) -> tuple[str, dict, cost.Estimate]:

@@ -117,17 +117,24 @@ class Launch:
                 self.kernel[self.grid](*tensors, *self.scalars, **self.options)
                 return
             run = self._compile(tensors)
-        run(*tensors, *self.scalars)
+        if run is not None:
+            run(*tensors, *self.scalars)
 
-    def _compile(self, tensors) -> Callable:
-        """Compile, without a launch, so that the assembler makes what the PTX says. Miscompiled where it never does."""
+    def _compile(self, tensors) -> Callable | None:
+        """Compile, without a launch, so that the assembler makes what the PTX says. Miscompiled where it never does;
+        None where a hook of Triton's keeps the kernel from being compiled.
+        """
         compiled = self._made(tensors)
+        if compiled is None:
+            return None
         if assembler.adds_half_a_constant(_ptx(compiled)):
             compiled = self._made(tensors, num_stages=1)  # not pipelined, its arithmetic is another
         if assembler.shifts_products_apart(_ptx(compiled)):
-            compiled = self._made(tensors, ptx_options="--opt-level 1")
-        ptx = _ptx(compiled)
-        if assembler.adds_half_a_constant(ptx) or assembler.loses_an_address(ptx, compiled.asm.get("cubin", b"")):
+            compiled = self._made(tensors, ptx_options=" ".join(filter(None, (_ptxas_options(), CAREFUL))))
+        if compiled.hash not in _VERDICTS:
+            ptx, cubin = _ptx(compiled), compiled.asm.get("cubin", b"")
+            _VERDICTS[compiled.hash] = assembler.adds_half_a_constant(ptx) or assembler.loses_an_address(ptx, cubin)
+        if _VERDICTS[compiled.hash]:
             name = self.kernel.fn.__name__
             raise assembler.Miscompiled(f"groupconv: ptxas would miscompile {name}; backend='torch' works")
         run = compiled[self.grid]
@@ -140,6 +147,17 @@ class Launch:
         return self.kernel.run(*tensors, *self.scalars, grid=self.grid, warmup=True, **self.options)
 
 
+CAREFUL = "--opt-level 1"
+_VERDICTS: dict[str, bool] = {}  # by Triton's hash of what it compiled: whether that is wrong
+
+
 def _ptx(compiled) -> str:
     """The code for NVIDIA's assembler, if that is what a kernel is compiled by."""
     return compiled.asm.get("ptx", "")
+
+
+def _ptxas_options() -> str | None:
+    """The user's own."""
+    import triton
+
+    return triton.knobs.nvidia.ptxas_options

@@ -98,6 +98,8 @@ def of_journal(path: pathlib.Path) -> Iterator[dict[str, object]]:
         head = record.get("measured_with", head)
         if record.get("rounds") != search.FIRST_ROUNDS or record["task"] not in tasks:
             continue
+        if head.get("names") != contenders.NAMES:
+            raise ValueError(f"{path}: an older version's journal, whose configurations are called otherwise")
         layer, task = tasks[record["task"]]
         for name, times in record["times_us"].items():
             algorithm, *sizes = name.split()

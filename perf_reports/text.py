@@ -280,7 +280,8 @@ def _modelled_words(rows: list[Row]) -> list[str]:
         "",
         f"The model assumes a copy at {gbps} GB/s and matrix products at {tflops} TFLOP/s ({rows[0]['source']}). "
         f'{FLOOR} "auto" is what `triton_conv` would take on this device. F.conv2d has no model, only a prior: a '
-        "multiple of its floor, by group width and pass, as measured on an H200 (2026-11-26, bf16, channels_last).",
+        "multiple of its floor, by group width and pass, as measured on this device, or else on an H200 (bf16, "
+        "channels_last).",
     ]
 
 

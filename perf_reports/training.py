@@ -94,9 +94,11 @@ def _fill(row: Fields, build: Callable[[], nn.Module], device: str, timer: Timer
         if row["provider"] == "torch":
             row["loss_of_torch"] = row["loss"]
         row["note"] = _fault(row["loss"], row["loss_of_torch"]) or _difference_fault(differences)
-        if not row["note"] and training.settle():
+        if not row["note"]:
+            unproven = training.settle()
             row["note"] = _difference_fault(training.checked_step()[1])
         if not row["note"]:
+            row["note"] = unproven
             p20, p50, p80 = timer(training.step)
             row |= {"ms_p20": p20, "ms_p50": p50, "ms_p80": p80, "images_per_s": row["batch"] / p50 * 1e3}
             row["peak_bytes"] = _peak_bytes(training.step, device)
@@ -131,20 +133,22 @@ class _Training:
         self.optimizer.step()
         return loss.detach()
 
-    def settle(self) -> bool:
+    def settle(self) -> str:
         """Go on until no plan of the model is on trial any more, as in a long training: F.conv2d serves until then.
-        Whether there were any; RuntimeError if that takes longer than SETTLE_SECONDS.
+        What there is to say of plans that have not proven themselves by SETTLE_SECONDS.
         """
         if not self.converted or self.images.device.type != "cuda" or trial.why_off():
-            return False
-        for _ in range(trial.SEEN):
+            return ""
+        end, begun, calm = time.monotonic() + SETTLE_SECONDS, -1, 0
+        while calm <= trial.SEEN and time.monotonic() < end:  # what ends may let others begin, so many calls later
             self.step()
-        end = time.monotonic() + SETTLE_SECONDS
-        while pending := sum(one.state not in trial.ENDED for one in trial.trials()[self.earlier :]):
-            if time.monotonic() > end:
-                raise RuntimeError(f"{pending} plans are still on trial after {SETTLE_SECONDS:.0f} s")
-            self.step()
-        return len(trial.trials()) > self.earlier
+            mine = trial.trials()[self.earlier :]
+            still = sum(one.state not in trial.ENDED for one in mine)
+            calm = 0 if still or len(mine) != begun else calm + 1
+            begun = len(mine)
+        stopped = sum(one.state == "stopped" for one in mine)
+        told = ((still, "still on trial"), (stopped, "stopped without a result"))
+        return ", ".join(f"{count} plans {words}" for count, words in told if count)
 
     def checked_step(self) -> tuple[float, list[tuple[str, float]]]:
         """The loss, and how much each converted layer, by name, differs from nn.Conv2d on what it was called with.

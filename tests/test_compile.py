@@ -221,19 +221,24 @@ for columns, depth in ((80, 64), (80, 16), (64, 64)):
 
 
 @pytest.mark.parametrize(
-    ("code", "found"),
+    ("code", "lost"),
     [
-        ("UIADD3 UR4, UP0, UR34, 0x40, URZ", {34}),
-        ("UIADD3 UR18, UP0, UR18, 0x20, URZ", {18}),
-        ("USGXT.U32 UR34, UR5, 0xe ;\n /*0010*/ UIADD3 UR4, UP0, UR34, 0x40, URZ", set()),
-        ("UIMAD.WIDE.U32 UR6, UR5, UR4, URZ ;\n /*0010*/ UIADD3 UR4, UP0, UR7, 0x40, URZ", set()),
-        ("HGMMA.64x32x16.F32.BF16 R24, gdesc[UR4].tnspB, R24, gsb0", {4, 5, 6, 7}),
-        ("@P1 HGMMA.64x32x16.F32.BF16 R24, R40, gdesc[UR4].tnspB, R24", {6, 7}),
-        ("IADD3 R4, R5, 0x1, RZ", set()),
+        ("UIADD3 UR4, UP0, UR34, 0x40, URZ", True),
+        ("UIADD3 UR18, UP0, UR18, 0x20, URZ", True),
+        ("R2UR UR34, R5 ;\n /*0010*/ UIADD3 UR4, UP0, UR34, 0x40, URZ", True),  # something else was there before
+        ("USGXT.U32 UR34, UR5, 0xe ;\n /*0010*/ UIADD3 UR4, UP0, UR34, 0x40, URZ", False),
+        ("UIADD3 UR4, UR7, 0x40, URZ", False),
+        ("HGMMA.64x32x16.F32.BF16 R24, gdesc[UR4].tnspB, R24, gsb0", True),
+        (
+            "UIMAD.WIDE.U32 UR6, UR5, UR4, URZ ;\n /*0010*/ @P1 HGMMA.64x32x16.F32.BF16 R24, R40, gdesc[UR4], R24",
+            False,
+        ),
+        ("HGMMA.64x32x16.F32.BF16 R24, R40, desc[UR4], R24", True),
+        ("IADD3 R4, R5, 0x1, RZ", False),
     ],
 )
-def test_unwritten_registers_are_found(code, found):
-    assert assembler.unwritten(f"        /*0000*/                   {code} ;\n") == found
+def test_lost_addresses_are_found(code, lost):
+    assert assembler.loses(f"        /*0000*/                   {code} ;\n") is lost
 
 
 def planned(target, layout, name, passes):

@@ -493,6 +493,8 @@ def test_the_model_is_as_it_was_fitted():
     assert len(found) > 2000
     fit = calibration.fits(found)
     assert set(fit) == set(cost.weights())
+    for kernel, weights in cost.weights().items():
+        assert fit[kernel] == pytest.approx(weights, rel=0.05, abs=0.05), kernel
     lost = calibration.losses(found, calibration.modelled(found, cost.weights()))
     again = calibration.losses(found, calibration.modelled(found, fit))
     assert statistics.geometric_mean(lost) == pytest.approx(statistics.geometric_mean(again), rel=0.01)

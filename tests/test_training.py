@@ -101,27 +101,29 @@ def test_our_kernels_pass(steps, monkeypatch):
 
 @pytest.mark.parametrize("ends", [True, False])
 def test_trials_come_first(ends, monkeypatch):
-    """Steps go on until those of this model have ended: a time in the midst of them would say nothing."""
-    on_trial = types.SimpleNamespace(state="racing")
-    states = [on_trial, on_trial]
-    monkeypatch.setattr(training.trial, "trials", lambda: states)
+    """Steps go on until those of this model have ended, and those that then began."""
+    racing, raced, stopped = (types.SimpleNamespace(state=state) for state in ("racing", "raced", "stopped"))
+    states, count, seen = [racing, racing], itertools.count(1), training.trial.SEEN
+    monkeypatch.setattr(training.trial, "trials", lambda: list(states))
     monkeypatch.setattr(training.trial, "why_off", str)
-    monkeypatch.setattr(training, "SETTLE_SECONDS", 60.0 if ends else 0.0)
-    run, steps = training._Training.__new__(training._Training), itertools.count(1)
+    monkeypatch.setattr(training, "SETTLE_SECONDS", 60.0 if ends else 0.2)
+    run = training._Training.__new__(training._Training)
     run.converted, run.earlier = {"grouped": None}, 1
     run.images = types.SimpleNamespace(device=torch.device("cuda"))
 
     def step():
-        if next(steps) == training.trial.SEEN + 3 and ends:
-            states[1] = types.SimpleNamespace(state="raced")
+        steps = next(count)
+        if ends and steps == 3:
+            states[1] = raced
+        if ends and steps == 3 + seen:  # both gradients in one kernel
+            states.append(racing)
+        if ends and steps == 20:
+            states[2] = stopped
 
     run.step = step
+    assert run.settle() == ("1 plans stopped without a result" if ends else "1 plans still on trial")
     if ends:
-        assert run.settle()
-        assert next(steps) == training.trial.SEEN + 4
-    else:
-        with pytest.raises(RuntimeError, match="1 plans are still on trial after 0 s"):
-            run.settle()
+        assert next(count) == 20 + seen + 1
 
 
 def test_settings_are_put_back(steps, monkeypatch):

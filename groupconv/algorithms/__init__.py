@@ -107,13 +107,17 @@ def fitting(name: str, problem: ConvProblem, pass_: str, target: Target) -> tupl
     """The tiles of an algorithm that fit, each with how many programs of it share a multiprocessor, and the risk that
     it spills (`occupancy.Room`); and of those only the ones with the widest accesses of the result.
 
+    Tiles that an algorithm has seldom seen win (`seldom`) are not among them, though they are `possible`.
     Where none does, the one that takes the fewest registers, if there are nearly so many: limits are on the safe side.
     The general algorithm has a tile for everything.
     """
     module, room = REGISTRY[name], occupancy.room(name, pass_, target, problem.dtype)
     good, others, compiled = [], [], room.compiled(problem)
+    seldom = getattr(module, "seldom", None)
     for alternatives in module.tiles(problem, pass_, target):
         for tile in alternatives:
+            if seldom is not None and seldom(problem, pass_, tile, target):
+                continue
             choice = tile, module.held(problem, pass_, tile, target), compiled.get(tuple(tile.values()))
             if room.fits(*choice[1:]):
                 good.append(choice)

@@ -35,7 +35,8 @@ DIVISION = {"SEGMENTS": (1, MOST_SEGMENTS, 1)}  # of the rows
 MOST_TAPS = 64  # of a filter, and twice as many of all that a channel meets: each is held in a register
 UNIFORM_REGISTERS = 63  # of a warp: they hold the taps of a channel that all its threads share
 MOST_PADDED = 1.25  # columns of all lanes over those that there are
-WAYS = ((4, 1), (2, 1), (4, 2), (4, 0))  # (warps, steps that loads go ahead): what won on an H200, 2026-11-27
+WAYS = ((4, 1), (2, 1), (4, 2), (4, 0), (2, 2), (2, 0), (8, 1), (8, 2))  # (warps, steps that loads go ahead)
+OFTEN = WAYS[:4]  # won on an H200, 2026-11-27
 BUSY = 4  # programs that keep a multiprocessor's memory pipeline busy
 
 
@@ -130,13 +131,8 @@ def held(problem: ConvProblem, pass_: str, tile: dict, target: Target) -> Held:
 def tiles(problem: ConvProblem, pass_: str, target: Target) -> Iterator[list[dict]]:
     for (warps, ahead), (elements, block_c), width in itertools.product(WAYS, *_shapes(problem, pass_)):
         block_p = warps * target.warp_size * elements // block_c
-        if block_c == 128 and (warps, ahead) != WAYS[0]:  # which seldom wins
-            continue
         march = _march(problem, pass_, width)
         if not block_p or march.lanes * width > MOST_PADDED * _march(problem, pass_, 1).lanes:
-            continue
-        # Offsets of x, dx and dy would be one factor's products, shifted apart: see assembler.shifts_products_apart.
-        if pass_ == "backward" and target.backend == "cuda" and width > 1 and problem.stride[1] % 2 == 0:
             continue
         # Programs along the columns and the batch cannot share their sums of dw.
         if not march.sums or math.ceil(march.lanes / block_p) <= largest_splits(problem, pass_):
@@ -144,6 +140,14 @@ def tiles(problem: ConvProblem, pass_: str, target: Target) -> Iterator[list[dic
                 {"BLOCK_P": block_p, "BLOCK_C": block_c, "BLOCK_W": width, "BLOCK_A": ahead, "num_warps": warps,
                  "num_stages": 1}
             ]  # fmt: skip
+
+
+def seldom(problem: ConvProblem, pass_: str, tile: dict, target: Target) -> bool:
+    """Whether few tiles like this won, or ptxas would make one with less care than others."""
+    way = tile["num_warps"], tile["BLOCK_A"]
+    # Offsets of x, dx and dy would be one factor's products, shifted apart: see assembler.shifts_products_apart.
+    careful = pass_ == "backward" and target.backend == "cuda" and tile["BLOCK_W"] > 1 and problem.stride[1] % 2 == 0
+    return careful or way not in OFTEN or (tile["BLOCK_C"] == 128 and way != OFTEN[0])
 
 
 def _shapes(problem: ConvProblem, pass_: str) -> tuple[list[tuple[int, int]], list[int]]:

@@ -206,7 +206,7 @@ def tiles(problem: ConvProblem, pass_: str, target: Target) -> Iterator[list[dic
     stride = problem.stride[0]
     steps = math.ceil((problem.h_in if pass_ == "dgrad" else problem.h_out) / stride)
     heights = [1024] + [height for height in (32, 16, 8) if height < steps]
-    shapes = [(16, 8), (8, 8), (4, 4)]
+    shapes = [(16, 8), (16, 16), (8, 8), (4, 4)]
     if problem.layout == "nchw" and pass_ != "wgrad":
         shapes.append((1, 4))
     widths = (16,) if target.backend == "hip" else (8, 16)  # AMD has no 8 columns wide matrix instruction
@@ -222,6 +222,11 @@ def tiles(problem: ConvProblem, pass_: str, target: Target) -> Iterator[list[dic
                     yield [tile | {"BLOCK_U": unroll} for unroll in _unrolls(problem, tile)]
                 else:
                     yield [tile | {"BLOCK_A": ahead} for ahead in (1, 0)]
+
+
+def seldom(problem: ConvProblem, pass_: str, tile: dict, target: Target) -> bool:
+    """Whether no tile like this won on an H200, 2026-11-27."""
+    return target.has_warpgroups and tile["num_warps"] == 16
 
 
 def _wgrad_split(problem: ConvProblem, config: dict, made: Launched) -> tuple[int, int]:

@@ -145,10 +145,7 @@ def tiles(problem: ConvProblem, pass_: str, target: Target) -> Iterator[list[dic
     work = work_of(problem, pass_)
     kernel_rows = {problem.kh} if pass_ == "wgrad" or (pass_ == "dgrad" and problem.stride[0] > 1) else {problem.kh, 1}
     depths = (32,) if target.matrix_unit == "mma.sync" else (64, 32)  # mma.sync has its operands in registers
-    heights = _heights(problem, pass_)
-    if max(problem.cin_g, problem.cout_g) <= NARROW:
-        heights = heights[:1]
-    for block_r, taps, bn in itertools.product(heights, sorted(kernel_rows), _columns(work.n)):
+    for block_r, taps, bn in itertools.product(_heights(problem, pass_), sorted(kernel_rows), _columns(work.n)):
         for bm, bk in itertools.product((128, 64), depths):
             for images in _images(problem, pass_, bk if pass_ == "wgrad" else bm):
                 tile = {
@@ -162,6 +159,12 @@ def tiles(problem: ConvProblem, pass_: str, target: Target) -> Iterator[list[dic
                 stages = min(4, (target.shared_bytes - once) // (a_stage - once))  # as many as there is room for
                 if stages >= 2:
                     yield [tile | {"num_stages": stages}]
+
+
+def seldom(problem: ConvProblem, pass_: str, tile: dict, target: Target) -> bool:
+    """Whether it is one of many for narrow groups, for which no tile of this algorithm is much good."""
+    narrow = max(problem.cin_g, problem.cout_g) <= NARROW
+    return target.matrix_unit == "wgmma" and narrow and tile["BLOCK_R"] > _heights(problem, pass_)[0]
 
 
 def _heights(problem: ConvProblem, pass_: str) -> list[int]:

@@ -241,7 +241,7 @@ def _beside(problem: ConvProblem, pass_: str, block_c: int, warps: int, target: 
 
 def tiles(problem: ConvProblem, pass_: str, target: Target) -> Iterator[list[dict]]:
     widest = triton.next_power_of_2(_march(problem, pass_).shifts)
-    for block_c, block_p in itertools.product((16, 32, 64), (32, 64, 128)):
+    for block_c, block_p in itertools.product((16, 32, 64, 128), (32, 64, 128)):
         made = _cut(problem, pass_, block_c)
         if made.block_c != block_c:  # a narrower tile holds as much
             continue
@@ -252,8 +252,6 @@ def tiles(problem: ConvProblem, pass_: str, target: Target) -> Iterator[list[dic
         # Of matrix units that read registers, fewer warps read less: each of them reads all of the right operand.
         numbers = (4, 8, 2, 1) if target.backend == "cuda" else (4, 8)
         for span, warps, (stages, ahead) in itertools.product(spans, numbers, ways):  # the first of equals is taken
-            if (warps == 8 and ahead) or (warps == 1 and block_p == 128):  # none won on an H200, 2026-11-27
-                continue
             tile = {
                 "BLOCK_P": block_p, "BLOCK_C": block_c, "BLOCK_S": span,
                 "BLOCK_R": _beside(problem, pass_, block_c, warps, target), "BLOCK_A": ahead, "BLOCK_L": 0,
@@ -264,6 +262,14 @@ def tiles(problem: ConvProblem, pass_: str, target: Target) -> Iterator[list[dic
                 rows = span * made.block_k if pass_ in ("wgrad", "backward") else 0
                 for left in kept_left(problem, rows, block_c, warps, _march(problem, pass_).products, target):
                     yield [tile | {"BLOCK_L": left}]
+
+
+def seldom(problem: ConvProblem, pass_: str, tile: dict, target: Target) -> bool:
+    """Whether no tile like this won on an H200, 2026-11-27."""
+    if not target.has_warpgroups:
+        return False
+    warps, block_p = tile["num_warps"], tile["BLOCK_P"]
+    return tile["BLOCK_C"] == 128 or (warps == 8 and tile["BLOCK_A"] > 0) or (warps == 1 and block_p == 128)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -97,7 +97,7 @@ def measured_with(lab: Lab) -> dict[str, object]:
     """What a measurement depends on: a journal's lines hold for equal ones."""
     return {
         "device": lab.name, "target": lab.target.slug, "torch": torch.__version__, "triton": triton.__version__,
-        "cudnn": torch.backends.cudnn.version(), "kernels_sha256": configs.kernels_sha256(),
+        "cudnn": torch.backends.cudnn.version(), "kernels_sha256": configs.kernels_sha256(), "names": contenders.NAMES,
     }  # fmt: skip
 
 

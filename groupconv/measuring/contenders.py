@@ -10,6 +10,7 @@ from ..compiling.compiler import Job
 from ..devices import Target
 from ..problem import ConvProblem
 
+NAMES = 2  # the version of `Contender.name`, for journals
 MOST_EACH = 6  # configurations of one algorithm that are compiled and timed
 MOST_ALIKE = 2  # of them of the same tile: the model knows little of warps, stages and splits
 SLOWER_THAN_OWN_BEST = 2.0  # times, as modelled: left out
