@@ -90,10 +90,9 @@ def loses(code: str) -> bool:
     for opcode, operands in _INSTRUCTION.findall(code):
         first, *sources = operands.split(", ")
         name = opcode.split(".")[0]
-        if opcode == "UIADD3" and sources[0].startswith("UP"):  # the carry goes into the upper half
-            added = [int(number) for source in sources for number in re.findall(r"^UR(\d+)", source)]
-            if any(writers.get(number) not in ("USGXT", "ULOP3", "UIADD3") for number in added):
-                return True
+        half = re.fullmatch(r"UP\d, UR(\d+), -?0x[0-9a-f]+, URZ", ", ".join(sources))  # the carry goes into the other
+        if opcode == "UIADD3" and half and writers.get(int(half[1])) not in ("USGXT", "ULOP3", "UIADD3"):
+            return True
         if name == "HGMMA":
             starts = [int(number) for number in re.findall(r"gdesc\[UR(\d+)\]", operands)]
             own = 2 if re.match(r"R\d", sources[0]) else 0  # the left operand's, which may be in registers

@@ -228,6 +228,7 @@ for columns, depth in ((80, 64), (80, 16), (64, 64)):
         ("R2UR UR34, R5 ;\n /*0010*/ UIADD3 UR4, UP0, UR34, 0x40, URZ", True),  # something else was there before
         ("USGXT.U32 UR34, UR5, 0xe ;\n /*0010*/ UIADD3 UR4, UP0, UR34, 0x40, URZ", False),
         ("UIADD3 UR4, UR7, 0x40, URZ", False),
+        ("UIMAD UR21, UR20, 0x50, URZ ;\n /*0010*/ UIADD3 UR21, UP0, UR21, UR6, URZ", False),  # of a pointer
         ("HGMMA.64x32x16.F32.BF16 R24, gdesc[UR4].tnspB, R24, gsb0", True),
         (
             "UIMAD.WIDE.U32 UR6, UR5, UR4, URZ ;\n /*0010*/ @P1 HGMMA.64x32x16.F32.BF16 R24, R40, gdesc[UR4], R24",
