@@ -59,6 +59,13 @@ def shifts_products_apart(ptx: str) -> bool:
     return any(len(amounts) > 2 and len({*amounts}) > 1 for amounts in shifts.values())
 
 
+def careful() -> str:
+    """ptxas' options, the user's own among them, with which it shifts each product by itself."""
+    import triton
+
+    return " ".join(filter(None, (triton.knobs.nvidia.ptxas_options, "--opt-level 1")))
+
+
 def loses_an_address(ptx: str, cubin: bytes) -> bool:
     """Whether products of warp groups read shared memory at what no instruction has computed.
 

@@ -187,11 +187,15 @@ def _factors(calibration: dict[str, Any], name: str) -> dict[str, float]:
     return factors
 
 
+def fields(algorithm: str) -> tuple[str, ...]:
+    """Those of an algorithm's configurations, in their order."""
+    return (*REGISTRY[algorithm].BLOCKS, *REGISTRY[algorithm].DIVISION, *OPTIONS)
+
+
 def check_config(algorithm: str, config: Mapping[str, Any]) -> None:
     """DamagedFile if this is no configuration of one of REGISTRY: other fields than it has, or sizes out of bounds."""
-    bounds = REGISTRY[algorithm].BLOCKS | REGISTRY[algorithm].DIVISION
-    fields = (*bounds, *OPTIONS)
-    _require(set(config) == set(fields), f"config of {algorithm} must have exactly {', '.join(fields)}")
+    bounds, names = REGISTRY[algorithm].BLOCKS | REGISTRY[algorithm].DIVISION, fields(algorithm)
+    _require(set(config) == set(names), f"config of {algorithm} must have exactly {', '.join(names)}")
     for field, value in config.items():
         _require(_is_positive_int(value) or value == bounds.get(field, (1,))[0], f"{field} must be a positive integer")
         if field != "num_stages" and len(bounds.get(field, ())) < 3:

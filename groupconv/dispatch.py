@@ -7,7 +7,7 @@ import functools
 from collections.abc import Mapping
 
 from . import configs, cost, devices, raced
-from .algorithms import NAMES, REGISTRY, divided, fitting, lack, newer_triton, possible, tiling
+from .algorithms import NAMES, REGISTRY, divided, fitting, lack, newer_triton, possible, tile_of, tiling
 from .devices import Target
 from .problem import PASSES, ConvProblem
 
@@ -240,20 +240,13 @@ def _of_kin(problem: ConvProblem, pass_: str, target: Target, able: list[str]) -
         entry, _ = file.lookup(alike, pass_) or (None, "")
         if entry is None or entry.algorithm not in able:
             continue
-        tile = _without_division(entry.algorithm, entry.config)
-        if possible(entry.algorithm, problem, pass_, tile, target):
+        if possible(entry.algorithm, problem, pass_, entry.config, target):
             config, like = entry.config, devices.BY_SLUG.get(devices.slugify(file.device), target)
             if like.multiprocessors != target.multiprocessors:
-                config = divided(entry.algorithm, problem, pass_, tile, target)[0]
+                config = divided(entry.algorithm, problem, pass_, tile_of(entry.algorithm, entry.config), target)[0]
             slower = 0.0 if entry.torch_time_us is None else entry.time_us / entry.torch_time_us
             return _Kin(f"{file.device} in {alike.dtype}", entry.algorithm, config, slower)
     return None
-
-
-def _without_division(algorithm: str, config: dict) -> dict:
-    """The tile of a configuration."""
-    division = REGISTRY[algorithm].DIVISION
-    return {name: size for name, size in config.items() if name not in division}
 
 
 def _fitting(problem: ConvProblem, pass_: str, target: Target, entry: configs.Entry) -> dict:
@@ -261,8 +254,7 @@ def _fitting(problem: ConvProblem, pass_: str, target: Target, entry: configs.En
 
     The problems of a class differ in what a configuration's registers and shared memory depend on.
     """
-    tile = _without_division(entry.algorithm, entry.config)  # any division is good for any problem
-    if possible(entry.algorithm, problem, pass_, tile, target):
+    if possible(entry.algorithm, problem, pass_, entry.config, target):
         return entry.config
     return modelled(problem, pass_, target, entry.algorithm)[1]
 
@@ -315,15 +307,15 @@ def contenders(problem: ConvProblem, pass_: str, target: Target) -> list[tuple[s
     for name in able:
         factor, tiles = factors.get(f"{name} {pass_}", 1.0), set[tuple[int, ...]]()
         for estimate, config in ranked(problem, pass_, target, name):
-            tile = tuple(size for field, size in config.items() if field not in REGISTRY[name].DIVISION)
+            tile = tuple(tile_of(name, config).values())
             if tile not in tiles and len(tiles) < MOST_CONTENDERS:
                 choices.append((len(tiles), factor * estimate.score, name, config))
                 tiles.add(tile)
     choices.sort(key=lambda choice: choice[:2])  # the best tile of each algorithm, then the second best
     least = min((score for _, score, _, _ in choices), default=0.0)
     others = [(name, config) for _, score, name, config in choices if score <= WORTH * least]
-    lent = None if kin is None else (kin.algorithm, _without_division(kin.algorithm, kin.config))
-    others = [choice for choice in others if (choice[0], _without_division(*choice)) != lent]
+    lent = None if kin is None else (kin.algorithm, tile_of(kin.algorithm, kin.config))
+    others = [choice for choice in others if (choice[0], tile_of(*choice)) != lent]
     return [*first, *others][:MOST_CONTENDERS]
 
 

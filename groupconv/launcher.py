@@ -57,6 +57,9 @@ def poisoned() -> Iterator[None]:
             _poisoners -= 1
 
 
+_VERDICTS: dict[str, bool] = {}  # by Triton's hash of what it compiled: whether ptxas got it wrong
+
+
 class View:
     """How kernels see tensors of one layout through a descriptor: axes, strides in elements, and the box of a load.
 
@@ -130,7 +133,7 @@ class Launch:
         if assembler.adds_half_a_constant(_ptx(compiled)):
             compiled = self._made(tensors, num_stages=1)  # not pipelined, its arithmetic is another
         if assembler.shifts_products_apart(_ptx(compiled)):
-            compiled = self._made(tensors, ptx_options=" ".join(filter(None, (_ptxas_options(), CAREFUL))))
+            compiled = self._made(tensors, ptx_options=assembler.careful())
         if compiled.hash not in _VERDICTS:
             ptx, cubin = _ptx(compiled), compiled.asm.get("cubin", b"")
             _VERDICTS[compiled.hash] = assembler.adds_half_a_constant(ptx) or assembler.loses_an_address(ptx, cubin)
@@ -147,17 +150,6 @@ class Launch:
         return self.kernel.run(*tensors, *self.scalars, grid=self.grid, warmup=True, **self.options)
 
 
-CAREFUL = "--opt-level 1"
-_VERDICTS: dict[str, bool] = {}  # by Triton's hash of what it compiled: whether that is wrong
-
-
 def _ptx(compiled) -> str:
     """The code for NVIDIA's assembler, if that is what a kernel is compiled by."""
     return compiled.asm.get("ptx", "")
-
-
-def _ptxas_options() -> str | None:
-    """The user's own."""
-    import triton
-
-    return triton.knobs.nvidia.ptxas_options

@@ -78,10 +78,9 @@ def samples(rows: Iterable[files.Row]) -> Iterator[Sample]:
 
 
 def _stands(name: str, problem: ConvProblem, pass_: str, config: dict[str, int], target: Target) -> bool:
-    if name not in able(problem, pass_, target) or set(config) != set(contenders.fields(name)):
+    if name not in able(problem, pass_, target) or set(config) != set(configs.fields(name)):
         return False
-    tile = {field: size for field, size in config.items() if field not in REGISTRY[name].DIVISION}
-    return possible(name, problem, pass_, tile, target)
+    return possible(name, problem, pass_, config, target)
 
 
 def of_journal(path: pathlib.Path) -> Iterator[dict[str, object]]:
@@ -103,12 +102,12 @@ def of_journal(path: pathlib.Path) -> Iterator[dict[str, object]]:
         layer, task = tasks[record["task"]]
         for name, times in record["times_us"].items():
             algorithm, *sizes = name.split()
-            if algorithm in REGISTRY and len(sizes) == len(contenders.fields(algorithm)):
+            if algorithm in REGISTRY and len(sizes) == len(configs.fields(algorithm)):
                 yield {
                     "device": head["device"], "triton": head["triton"], "utc": files.utc_now(),
                     "dtype": task.problem.dtype, "layout": task.problem.layout, "layer": layer, "pass": task.pass_,
                     "algorithm": algorithm, "us": round(statistics.median_high(times), 3),
-                    "config": dict(zip(contenders.fields(algorithm), map(int, sizes), strict=True)),
+                    "config": dict(zip(configs.fields(algorithm), map(int, sizes), strict=True)),
                 }  # fmt: skip
 
 

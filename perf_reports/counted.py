@@ -20,18 +20,8 @@ NAME = "counted.csv"
 QUANTITIES = ("dram_bytes", "l2_bytes", "shared_bytes", "matrix_flops", "instructions")  # of cost.Tiling
 WAVEFRONTS = ("wavefronts", "fewest_wavefronts")  # of shared memory, bank conflicts and all
 FIELDS = (
-    "utc",
-    "target",
-    "algorithm",
-    "pass",
-    "layout",
-    "layer",
-    "problem",
-    "config",
-    "kernels",
-    *QUANTITIES,
-    *WAVEFRONTS,
-)
+    "utc", "target", "algorithm", "pass", "layout", "layer", "problem", "config", "kernels", *QUANTITIES, *WAVEFRONTS,
+)  # fmt: skip
 NEAR = {"dram_bytes": 0.15, "l2_bytes": 0.15, "shared_bytes": 0.15, "matrix_flops": 0.15, "instructions": 0.3}
 CONFLICTS = 1.15  # wavefronts over the fewest: more are bank conflicts
 
@@ -70,9 +60,7 @@ def example(row: files.Row) -> Example:
     asked = tiling(row["algorithm"], problem, row["pass"], json.loads(row["config"]), devices.named(row["target"]))
     over = {name: ratio(float(row[name]), float(getattr(asked, name))) for name in QUANTITIES}
     conflicts = ratio(*(float(row[name]) for name in WAVEFRONTS))
-    return Example(
-        row["target"], row["algorithm"], row["pass"], row["layout"], row["layer"], over, conflicts
-    )  # fmt: skip
+    return Example(row["target"], row["algorithm"], row["pass"], row["layout"], row["layer"], over, conflicts)
 
 
 def problem_of(row: files.Row) -> ConvProblem:

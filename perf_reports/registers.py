@@ -27,7 +27,7 @@ import numpy as np
 import triton
 
 from groupconv import devices, dispatch, occupancy, workers
-from groupconv.algorithms import GENERAL, REGISTRY, STRETCHED, able, divided, fitting
+from groupconv.algorithms import GENERAL, REGISTRY, STRETCHED, able, divided, fitting, tile_of
 from groupconv.common import Layer, files
 from groupconv.compiling import command
 from groupconv.compiling.compiler import Compiler, Job
@@ -124,7 +124,7 @@ def planned(suites: Suites, targets: Sequence[str], algorithms: Sequence[str], t
                     names = [name for name in names if name == GENERAL]
                 if names:
                     name, config, _ = dispatch.best(layer.problem, pass_, on, names)
-                    tile = {field: n for field, n in config.items() if field not in REGISTRY[name].DIVISION}
+                    tile = tile_of(name, config)
                     yield target, name, pass_, layer, tile
     _forget()
 

@@ -142,9 +142,16 @@ def candidates(name: str, problem: ConvProblem, pass_: str, target: Target) -> t
     return tuple(tile for tile, _, _ in fitting(name, problem, pass_, target))
 
 
-def possible(name: str, problem: ConvProblem, pass_: str, tile: dict, target: Target) -> bool:
-    """Whether a tile is of the forms that a problem allows, and has the shared memory: whatever registers it takes."""
-    module = REGISTRY[name]
+def tile_of(name: str, config: dict) -> dict:
+    """A configuration without its division of the work."""
+    return {field: size for field, size in config.items() if field not in REGISTRY[name].DIVISION}
+
+
+def possible(name: str, problem: ConvProblem, pass_: str, config: dict, target: Target) -> bool:
+    """Whether a tile, or a configuration's, is of the forms that a problem allows, and has the shared memory: whatever
+    registers it takes. Any division of the work is good for any problem.
+    """
+    module, tile = REGISTRY[name], tile_of(name, config)
     if not any(tile in alternatives for alternatives in module.tiles(problem, pass_, target)):
         return False
     return module.held(problem, pass_, tile, target).shared_bytes <= target.shared_bytes
@@ -153,8 +160,7 @@ def possible(name: str, problem: ConvProblem, pass_: str, tile: dict, target: Ta
 def resident(name: str, problem: ConvProblem, pass_: str, tile: dict, target: Target) -> int:
     """How many programs of a tile, or configuration, share a multiprocessor."""
     room, held = occupancy.room(name, pass_, target, problem.dtype), REGISTRY[name].held(problem, pass_, tile, target)
-    sizes = tuple(size for field, size in tile.items() if field not in REGISTRY[name].DIVISION)
-    return room.resident(held, room.compiled(problem).get(sizes))
+    return room.resident(held, room.compiled(problem).get(tuple(tile_of(name, tile).values())))
 
 
 def divided(

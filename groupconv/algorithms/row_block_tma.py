@@ -167,6 +167,7 @@ def seldom(problem: ConvProblem, pass_: str, tile: dict, target: Target) -> bool
     return target.matrix_unit == "wgmma" and narrow and tile["BLOCK_R"] > _heights(problem, pass_)[0]
 
 
+@functools.lru_cache(1024)  # asked for each tile of narrow groups
 def _heights(problem: ConvProblem, pass_: str) -> list[int]:
     """Rows of a block: powers of two, what divides a map evenly, and what divides it into few blocks."""
     work = work_of(problem, pass_)

@@ -34,20 +34,15 @@ class Contender:
 
     @property
     def name(self) -> str:
-        """`row_march 64 32 1 4 3`: the provider and its configuration's values, in the order of `fields`."""
+        """`row_march 64 32 1 4 3`: the provider and its configuration's values, in the order of `configs.fields`."""
         config = self.config or {}
-        names = fields(self.provider) if config else ()
+        names = configs.fields(self.provider) if config else ()
         return " ".join([self.provider, *(str(config[name]) for name in names if name in config)])
 
     def job(self, problem: ConvProblem, pass_: str, target: Target) -> Job:
         """What compiles one of ours."""
         assert self.config is not None
         return Job(self.provider, pass_, self.config, problem, target.arch_name, on=target)
-
-
-def fields(algorithm: str) -> tuple[str, ...]:
-    """Those of an algorithm's configurations."""
-    return (*REGISTRY[algorithm].BLOCKS, *REGISTRY[algorithm].DIVISION, *configs.OPTIONS)
 
 
 def same_layout(problem: ConvProblem) -> Contender:
@@ -88,13 +83,12 @@ def _measured(problem: ConvProblem, pass_: str, target: Target) -> list[Contende
     found = []
     for file in (*configs.device_files(target.slug), *configs.kin_files(target)):
         entry, tier = file.lookup(problem, pass_) or (None, "")
-        if entry is not None and tier == "exact" and entry.algorithm in able(problem, pass_, target):
-            division = REGISTRY[entry.algorithm].DIVISION
-            tile = {name: size for name, size in entry.config.items() if name not in division}
-            if possible(entry.algorithm, problem, pass_, tile, target):
-                asked = tiling(entry.algorithm, problem, pass_, entry.config, target)
-                modelled = cost.estimate(problem, cost.kernel(entry.algorithm, pass_), asked, target)
-                found.append(Contender(entry.algorithm, entry.config, modelled.time_us))
+        if entry is None or tier != "exact" or entry.algorithm not in able(problem, pass_, target):
+            continue
+        if possible(entry.algorithm, problem, pass_, entry.config, target):
+            asked = tiling(entry.algorithm, problem, pass_, entry.config, target)
+            modelled = cost.estimate(problem, cost.kernel(entry.algorithm, pass_), asked, target)
+            found.append(Contender(entry.algorithm, entry.config, modelled.time_us))
     return found
 
 
