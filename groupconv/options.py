@@ -31,8 +31,8 @@ def parser() -> argparse.ArgumentParser:
 
 def _compile(parser: argparse.ArgumentParser) -> None:
     parser.description = (
-        "Compiles every shipped configuration, and what the plans of the suite's layers take where none is shipped, as "
-        "a call would launch it. Exit status 1 if one spills, asks for more shared memory than its target has, or "
+        "Compiles what the model plans for the suite's layers and for every class of group widths, as a call would "
+        "launch it. Exit status 1 if one spills, asks for more shared memory than its target has, or "
         "lacks the matrix instructions that it is for."
     )
     add = parser.add_argument

@@ -11,7 +11,9 @@ wgrad's product, which would be too few of one tap.
 BLOCK_R tiles of the result that meet a row of the source are made by one product, their weights side by side, and added
 to the sums carried along. So no sum is moved between registers while a product makes it, which would have ptxas wait
 after every product of a warp group. With BLOCK_R = 1 products add to the carried sums themselves.
-Rows DIL_H apart are a class of their own, and a lane of the tile is one (image, class, column).
+Rows DIL_H apart are a class of their own, and a lane of the tile is one (image, class, BLOCK_W columns side by side).
+With BLOCK_W > 1 the columns of the source that several of a lane's columns meet are loaded once: each is a tile of its
+own, which needs BLOCK_S = 1 and DIL_W = 1.
 A tile lies with its contiguous axis last: *_PIXELS_LAST says that this is the columns (NCHW) and not the channels
 (NHWC). *_ALIGN is the power of two that divides a tensor's strides of pixels, as in implicit_gemm.py, and C_ALIGN that
 of the first of the READ_C channels that a tile reads: it may read some of the neighbouring groups for wider loads.
@@ -97,6 +99,12 @@ def lane(p, width, DIL_H: tl.constexpr):
 
 
 @triton.jit
+def lane_columns(width, BLOCK_W: tl.constexpr):
+    """How many lanes it takes for the columns of a row."""
+    return width if BLOCK_W == 1 else (width + BLOCK_W - 1) // BLOCK_W
+
+
+@triton.jit
 def first_channel(tile, STEP_C: tl.constexpr, WIDTH: tl.constexpr, OTHER_WIDTH: tl.constexpr, ALIGN: tl.constexpr):
     """The first channel that a tile of STEP_C result channels reads: of the group of its first, rounded down."""
     return tl.multiple_of(tile * STEP_C // WIDTH * OTHER_WIDTH // ALIGN * ALIGN, ALIGN)
@@ -113,15 +121,17 @@ def zeros(COUNT: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr):
 
 @triton.jit
 def store_output_row(
-    y_ptr, y_at, live_y, y, u, first, last, row_class, h_out, stride_y_h,
+    y_ptr, y_at, live_y, y, u, column: tl.constexpr, first, last, row_class, h_out, stride_y_h, stride_y_w,
     DIL_H: tl.constexpr, PIXELS_LAST: tl.constexpr, ALIGN: tl.constexpr, INDEX_64: tl.constexpr,
     EMULATE_BF16: tl.constexpr,
 ):  # fmt: skip
-    """Store y, [lanes, channels], as row u of each class, if that is one of the rows first to last - 1."""
+    """Store y, [lanes, channels], as row u of each class, if that is one of the rows first to last - 1; of the lanes'
+    columns as number `column`.
+    """
     mask = as_mask(live_y & rows((u >= first) & (u < last) & (row_class + u * DIL_H < h_out), PIXELS_LAST))
     row = tl.multiple_of(index(u * DIL_H, INDEX_64) * stride_y_h, ALIGN)
     y = turned(narrow(y, y_ptr.dtype.element_ty, EMULATE_BF16), PIXELS_LAST)
-    tl.store(y_ptr + (y_at + row), y, mask=mask)
+    tl.store(pointers(y_ptr, y_at, row, column * stride_y_w, ALIGN), y, mask=mask)
 
 
 @triton.constexpr_function
@@ -129,6 +139,27 @@ def row_met(product, most, live, i, conv_stride, kernel):
     """Whether any of the result rows of a product meets source row i of a step, in fprop."""
     last = min((product + 1) * most, live) - 1
     return (live - 1 - last) * conv_stride + i < kernel
+
+
+@triton.constexpr_function
+def all_there(row, chunk, column, rows, conv_stride, taps):
+    """Whether `chunk` of source row `row` is the last of a step that a lane's result column number `column` meets."""
+    return row == rows - 1 and chunk == column * conv_stride + taps - 1
+
+
+@triton.jit
+def joined(
+    x, weights, sums, ROW: tl.constexpr, PRODUCTS: tl.constexpr, BLOCK_R: tl.constexpr, LIVE: tl.constexpr,
+    CONV_STRIDE_H: tl.constexpr, KH: tl.constexpr, PRECISION: tl.constexpr, EMULATE_BF16: tl.constexpr,
+):  # fmt: skip
+    """fprop's sums with the products of a tile of source row ROW of a step."""
+    met = ()
+    for j in tl.static_range(PRODUCTS):
+        if row_met(j, BLOCK_R, LIVE, ROW, CONV_STRIDE_H, KH):
+            met = met + (mma(x, weights[j], sums[j], PRECISION, EMULATE_BF16),)
+        else:
+            met = met + (sums[j],)
+    return met
 
 
 @triton.jit
@@ -186,18 +217,21 @@ def fprop_kernel(
     PRECISION: tl.constexpr, EMULATE_BF16: tl.constexpr,
     STEP_C: tl.constexpr, READ_C: tl.constexpr, BLOCK_K: tl.constexpr,
     BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_R: tl.constexpr,
-    BLOCK_A: tl.constexpr,
+    BLOCK_A: tl.constexpr, BLOCK_W: tl.constexpr,
 ):  # fmt: skip
-    """One program: `steps` output rows of BLOCK_P lanes (batch x classes x w_out) by STEP_C of y's channels.
+    """One program: `steps` output rows of BLOCK_P lanes by STEP_C of y's channels.
 
-    M = lanes, N = BLOCK_C output channels, K = BLOCK_S taps of BLOCK_K input channels. Step t loads the rows
-    t * CONV_STRIDE_H and the CONV_STRIDE_H - 1 after it, counted from the top padding within a class. They meet the
-    output rows t - LIVE + 1 .. t, whose sums are `acc`; the first of them is then complete. Steps before `begin` and
-    from `end` on have rows of padding only.
+    A lane is an (image, class, BLOCK_W output columns). Per column M = lanes, N = BLOCK_C output channels, K = BLOCK_S
+    taps of BLOCK_K input channels. Step t loads the rows t * CONV_STRIDE_H and the CONV_STRIDE_H - 1 after it, counted
+    from the top padding within a class. They meet the output rows t - LIVE + 1 .. t, whose sums are `acc`; the first of
+    them is then complete. Steps before `begin` and from `end` on have rows of padding only.
     """
+    tl.static_assert(BLOCK_W == 1 or (BLOCK_S == 1 and DIL_W == 1))
     LIVE: tl.constexpr = (KH - 1) // CONV_STRIDE_H + 1
     ROWS: tl.constexpr = min(CONV_STRIDE_H, KH)  # of x that a step meets
-    CHUNKS: tl.constexpr = ceil_div(KW, BLOCK_S)
+    REACH: tl.constexpr = (BLOCK_W - 1) * CONV_STRIDE_W + KW  # columns of x that a lane meets
+    CHUNKS: tl.constexpr = ceil_div(REACH, BLOCK_S)
+    TAPS: tl.constexpr = ceil_div(KW, BLOCK_S)  # of the chunks, those that an output column meets
     PRODUCTS: tl.constexpr = ceil_div(LIVE, BLOCK_R)
     C_TILES: tl.constexpr = ceil_div(GROUPS * COUT_G, STEP_C)
     pid = tl.program_id(0)
@@ -210,13 +244,14 @@ def fprop_kernel(
     number = k // BLOCK_K
     read = (k % BLOCK_K < READ_C) & (c < GROUPS * CIN_G)
     p = index(pid // (C_TILES * segments), INDEX_64) * BLOCK_P + tl.arange(0, BLOCK_P)
-    image, row_class, ow = lane(p, w_out, DIL_H)
+    image, row_class, ow = lane(p, lane_columns(w_out, BLOCK_W), DIL_H)
+    ow = ow * BLOCK_W
     first = segment * steps
     last = tl.minimum(first + steps, (h_out + DIL_H - 1) // DIL_H)
 
     weights = ()
     for i in tl.static_range(ROWS):
-        for chunk in tl.static_range(CHUNKS):
+        for chunk in tl.static_range(TAPS):
             for j in tl.static_range(PRODUCTS):
                 weights = weights + (
                     fprop_weights(
@@ -238,9 +273,11 @@ def fprop_kernel(
     iw += cols(number * DIL_W, X_PIXELS_LAST)
     y_p = tl.multiple_of(image * stride_y_n + row_class * stride_y_h + ow * stride_y_w, Y_ALIGN)
     y_at = rows(y_p, Y_PIXELS_LAST) + cols(index(o, INDEX_64) * stride_y_c, Y_PIXELS_LAST)
-    live_y = rows(image < batch, Y_PIXELS_LAST) & cols(live_o, Y_PIXELS_LAST)
+    live_y = (rows(image < batch, Y_PIXELS_LAST) & cols(live_o, Y_PIXELS_LAST),)
+    for w in tl.static_range(1, BLOCK_W):
+        live_y = live_y + (live_y[0] & rows(ow + w < w_out, Y_PIXELS_LAST),)
 
-    acc = zeros(LIVE, BLOCK_P, BLOCK_C)
+    acc = zeros(BLOCK_W * LIVE, BLOCK_P, BLOCK_C)
     stop = tl.minimum(last + LIVE - 1, end)
     start = tl.maximum(first, begin)
     ahead = ()
@@ -251,61 +288,74 @@ def fprop_kernel(
                     source_tile(
                         x_ptr, x_at, iw, read, number, (start + a) * CONV_STRIDE_H + i, in_row,
                         h_in, w_in, stride_x_h, stride_x_w,
-                        chunk * BLOCK_S, KW, DIL_H, DIL_W, X_PIXELS_LAST, X_ALIGN, INDEX_64,
+                        chunk * BLOCK_S, REACH, DIL_H, DIL_W, X_PIXELS_LAST, X_ALIGN, INDEX_64,
                     ),
                 )  # fmt: skip
     for t in tl.range(start, stop, num_stages=stages(BLOCK_A)):
-        sums = acc if BLOCK_R == 1 else wide_zeros(LIVE, BLOCK_R, BLOCK_P, BLOCK_C)
+        sums = ()
+        for w in tl.static_range(BLOCK_W):
+            own = acc[w * LIVE : (w + 1) * LIVE]
+            sums = sums + (own if BLOCK_R == 1 else wide_zeros(LIVE, BLOCK_R, BLOCK_P, BLOCK_C),)
         for i in tl.static_range(ROWS):
             for chunk in tl.static_range(CHUNKS):
                 ahead = ahead + (
                     source_tile(
                         x_ptr, x_at, iw, read, number, (t + BLOCK_A) * CONV_STRIDE_H + i, in_row,
                         h_in, w_in, stride_x_h, stride_x_w,
-                        chunk * BLOCK_S, KW, DIL_H, DIL_W, X_PIXELS_LAST, X_ALIGN, INDEX_64,
+                        chunk * BLOCK_S, REACH, DIL_H, DIL_W, X_PIXELS_LAST, X_ALIGN, INDEX_64,
                     ),
                 )  # fmt: skip
-                x = turned(ahead[i * CHUNKS + chunk], X_PIXELS_LAST)
-                met = ()
-                for j in tl.static_range(PRODUCTS):
-                    if row_met(j, BLOCK_R, LIVE, i, CONV_STRIDE_H, KH):
-                        wgt = weights[(i * CHUNKS + chunk) * PRODUCTS + j]
-                        met = met + (mma(x, wgt, sums[j], PRECISION, EMULATE_BF16),)
-                    else:
-                        met = met + (sums[j],)
-                sums = met
+                # Of several columns, the sums of one after another are made.
+                for w in tl.static_range(BLOCK_W):
+                    if BLOCK_W == 1 or all_there(i, chunk, w, ROWS, CONV_STRIDE_W, TAPS):
+                        met = sums[w]
+                        for row in tl.static_range(i if BLOCK_W == 1 else 0, i + 1):
+                            for tap in tl.static_range(chunk if BLOCK_W == 1 else 0, chunk + 1 - w * CONV_STRIDE_W):
+                                met = joined(
+                                    turned(ahead[row * CHUNKS + w * CONV_STRIDE_W + tap], X_PIXELS_LAST),
+                                    weights[(row * TAPS + tap) * PRODUCTS : (row * TAPS + tap + 1) * PRODUCTS],
+                                    met, row, PRODUCTS, BLOCK_R, LIVE, CONV_STRIDE_H, KH, PRECISION, EMULATE_BF16,
+                                )  # fmt: skip
+                        sums = sums[:w] + (met,) + sums[w + 1 :]
+                        if all_there(i, chunk, w, ROWS, CONV_STRIDE_W, TAPS):
+                            if BLOCK_R > 1:
+                                met = added(acc[w * LIVE : (w + 1) * LIVE], met, LIVE, BLOCK_R, BLOCK_P, BLOCK_C)
+                            acc = acc[: w * LIVE] + met + acc[(w + 1) * LIVE :]
         ahead = ahead[ROWS * CHUNKS :]
-        acc = sums if BLOCK_R == 1 else added(acc, sums, LIVE, BLOCK_R, BLOCK_P, BLOCK_C)
-        y = acc[0] + bias if HAS_BIAS else acc[0]
-        store_output_row(
-            y_ptr, y_at, live_y, y, t - (LIVE - 1), first, last, row_class, h_out, stride_y_h,
-            DIL_H, Y_PIXELS_LAST, Y_ALIGN, INDEX_64, EMULATE_BF16,
-        )  # fmt: skip
-        acc = acc[1:] + zeros(1, BLOCK_P, BLOCK_C)
+        kept = ()
+        for w in tl.static_range(BLOCK_W):
+            y = acc[w * LIVE] + bias if HAS_BIAS else acc[w * LIVE]
+            store_output_row(
+                y_ptr, y_at, live_y[w], y, t - (LIVE - 1), w, first, last, row_class, h_out, stride_y_h, stride_y_w,
+                DIL_H, Y_PIXELS_LAST, Y_ALIGN, INDEX_64, EMULATE_BF16,
+            )  # fmt: skip
+            kept = kept + acc[w * LIVE + 1 : (w + 1) * LIVE] + zeros(1, BLOCK_P, BLOCK_C)
+        acc = kept
     for a in tl.static_range(LIVE - 1):
-        y = acc[a] + bias if HAS_BIAS else acc[a]
-        store_output_row(
-            y_ptr, y_at, live_y, y, stop - (LIVE - 1) + a, first, last, row_class, h_out, stride_y_h,
-            DIL_H, Y_PIXELS_LAST, Y_ALIGN, INDEX_64, EMULATE_BF16,
-        )  # fmt: skip
+        for w in tl.static_range(BLOCK_W):
+            y = acc[w * LIVE + a] + bias if HAS_BIAS else acc[w * LIVE + a]
+            store_output_row(
+                y_ptr, y_at, live_y[w], y, stop - (LIVE - 1) + a, w, first, last, row_class, h_out,
+                stride_y_h, stride_y_w, DIL_H, Y_PIXELS_LAST, Y_ALIGN, INDEX_64, EMULATE_BF16,
+            )  # fmt: skip
 
 
 @triton.jit
 def input_rows(
     x_ptr, x_at, iw, live_c, in_row, from_row, until_row, h_in, w_in, stride_x_h, stride_x_w,
-    first_row, COUNT: tl.constexpr, PHASES: tl.constexpr, DIL_H: tl.constexpr,
+    first_row, COUNT: tl.constexpr, COLUMNS: tl.constexpr, DIL_H: tl.constexpr,
     PIXELS_LAST: tl.constexpr, ALIGN: tl.constexpr, INDEX_64: tl.constexpr,
 ):  # fmt: skip
-    """Tiles of x as they lie in memory: COUNT rows of each class, PHASES columns of each; 0 where rows are others'."""
+    """Tiles of x as they lie in memory: COUNT rows of each class, COLUMNS of each; 0 where rows are others'."""
     tiles = ()
     for i in tl.static_range(COUNT):
         v = first_row + i
         mine = (v >= from_row) & (v < until_row)
         width = rows(tl.where(mine & below(in_row + v * DIL_H, h_in), w_in, 0), PIXELS_LAST)
         row = tl.multiple_of(index(v * DIL_H, INDEX_64) * stride_x_h, ALIGN)
-        for phase in tl.static_range(PHASES):
-            inside = below(iw + phase, width) & live_c
-            at = pointers(x_ptr, x_at, row, phase * stride_x_w, ALIGN)
+        for column in tl.static_range(COLUMNS):
+            inside = below(iw + column, width) & live_c
+            at = pointers(x_ptr, x_at, row, column * stride_x_w, ALIGN)
             tiles = tiles + (tl.load(at, mask=inside, other=0.0),)
     return tiles
 
@@ -336,19 +386,19 @@ def gradient_tile(
 @triton.jit
 def store_input_rows(
     dx_ptr, dx_at, dx, iw, live_c, in_row, from_row, until_row, h_in, w_in, stride_dx_h, stride_dx_w,
-    first_row, COUNT: tl.constexpr, PHASES: tl.constexpr, DIL_H: tl.constexpr,
+    first_row, COUNT: tl.constexpr, FIRST: tl.constexpr, COLUMNS: tl.constexpr, DIL_H: tl.constexpr,
     PIXELS_LAST: tl.constexpr, ALIGN: tl.constexpr, INDEX_64: tl.constexpr, EMULATE_BF16: tl.constexpr,
 ):  # fmt: skip
-    """Store the first tiles [lanes, channels] of dx: COUNT rows of each class, PHASES columns of each."""
+    """Store the first tiles [lanes, channels] of dx: COUNT rows of each class, COLUMNS of each from number FIRST on."""
     for i in tl.static_range(COUNT):
         v = first_row + i
         mine = (v >= from_row) & (v < until_row)
         width = rows(tl.where(mine & below(in_row + v * DIL_H, h_in), w_in, 0), PIXELS_LAST)
         row = tl.multiple_of(index(v * DIL_H, INDEX_64) * stride_dx_h, ALIGN)
-        for phase in tl.static_range(PHASES):
-            at = pointers(dx_ptr, dx_at, row, phase * stride_dx_w, ALIGN)
-            out = turned(narrow(dx[i * PHASES + phase], dx_ptr.dtype.element_ty, EMULATE_BF16), PIXELS_LAST)
-            tl.store(at, out, mask=below(iw + phase, width) & live_c)
+        for column in tl.static_range(COLUMNS):
+            at = pointers(dx_ptr, dx_at, row, (FIRST + column) * stride_dx_w, ALIGN)
+            out = turned(narrow(dx[i * COLUMNS + column], dx_ptr.dtype.element_ty, EMULATE_BF16), PIXELS_LAST)
+            tl.store(at, out, mask=below(iw + (FIRST + column), width) & live_c)
 
 
 @triton.constexpr_function
@@ -356,6 +406,44 @@ def tile_met(product, most, tiles, first_shift, shifts, conv_stride, pad, dilati
     """Whether a tap joins the shifts numbered from `first_shift` with any result tile of a product, in dgrad."""
     phases = {i % conv_stride for i in range(product * most, min((product + 1) * most, tiles))}
     return any(any_met(first_shift, shifts, phase, conv_stride, pad, dilation, kernel) for phase in phases)
+
+
+@triton.constexpr_function
+def meets(tile, chunk, block_s, taps, block_w, conv_stride, pad, dilation, kernel):
+    """Whether a tap joins the shifts of a chunk with a tile of x, numbered by row and column, in wgrad."""
+    column = tile % (block_w * conv_stride)
+    tap, phase = chunk - column // conv_stride, column % conv_stride
+    return 0 <= tap < taps and any_met(tap * block_s, block_s, phase, conv_stride, pad, dilation, kernel)
+
+
+@triton.constexpr_function
+def sum_number(tile, chunk, taps, block_w, conv_stride):
+    """The number of the sums of dw, by row, phase and tap, that `meets` speaks of."""
+    row, column = divmod(tile, block_w * conv_stride)
+    return (row * conv_stride + column % conv_stride) * taps + chunk - column // conv_stride
+
+
+@triton.jit
+def gathered(
+    d, weights, sums, SHIFT: tl.constexpr, PRODUCTS: tl.constexpr, BLOCK_R: tl.constexpr, TILES: tl.constexpr,
+    BLOCK_S: tl.constexpr, CONV_STRIDE_W: tl.constexpr, PAD_W: tl.constexpr, DIL_W: tl.constexpr, KW: tl.constexpr,
+    PRECISION: tl.constexpr, EMULATE_BF16: tl.constexpr,
+):  # fmt: skip
+    """dgrad's sums with the products of a tile of dy whose shifts are numbered from SHIFT on."""
+    met = ()
+    for j in tl.static_range(PRODUCTS):
+        if tile_met(j, BLOCK_R, TILES, SHIFT, BLOCK_S, CONV_STRIDE_W, PAD_W, DIL_W, KW):
+            met = met + (mma(d, weights[j], sums[j], PRECISION, EMULATE_BF16),)
+        else:
+            met = met + (sums[j],)
+    return met
+
+
+@triton.jit
+def correlated(d, x, dw, NUMBER: tl.constexpr, PRECISION: tl.constexpr, EMULATE_BF16: tl.constexpr):
+    """wgrad's sums, number NUMBER with the product of a tile of dy and one of x."""
+    total = mma(tl.trans(d), x, dw[NUMBER], PRECISION, EMULATE_BF16)
+    return dw[:NUMBER] + (total,) + dw[NUMBER + 1 :]
 
 
 @triton.jit
@@ -396,15 +484,15 @@ def backward_kernel(
     INDEX_64: tl.constexpr, PRECISION: tl.constexpr, EMULATE_BF16: tl.constexpr,
     STEP_C: tl.constexpr, READ_C: tl.constexpr, BLOCK_K: tl.constexpr,
     BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_R: tl.constexpr,
-    BLOCK_A: tl.constexpr, BLOCK_L: tl.constexpr,
+    BLOCK_A: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_W: tl.constexpr,
 ):  # fmt: skip
     """One program: STEP_C input channels of `steps` * CONV_STRIDE_H input rows, in `blocks` blocks of BLOCK_P lanes.
 
-    dgrad (WANT_DX), wgrad (WANT_DW) or both: they read the same rows of dy. A lane is an (image, class, tw), and stands
-    for the input columns tw * CONV_STRIDE_W + phase. Step t loads row t of dy (within a class), once per distinct
-    column shift, BLOCK_S shifts side by side. Its taps reach the input rows t * CONV_STRIDE_H (counted from the top
-    padding) and the LIVE - 1 after it: their sums of dx and their x are carried along, and the first CONV_STRIDE_H of
-    them are then complete. Per phase and kernel row
+    dgrad (WANT_DX), wgrad (WANT_DW) or both: they read the same rows of dy. A lane is an (image, class, BLOCK_W numbers
+    tw), each of which stands for the input columns tw * CONV_STRIDE_W + phase. Step t loads row t of dy (within a
+    class), once per distinct column shift of a lane, BLOCK_S shifts side by side. Its taps reach the input rows
+    t * CONV_STRIDE_H (counted from the top padding) and the LIVE - 1 after it: their sums of dx and their x are carried
+    along, and the first CONV_STRIDE_H of them are then complete. Per phase and kernel row
       dx: M = lanes, N = BLOCK_C input channels, K = BLOCK_S shifts of BLOCK_K output channels;
       dw: M = BLOCK_S shifts of BLOCK_K output channels, N = BLOCK_C input channels, K = lanes.
     BLOCK_L: whether dy waits for dw's products, which all read it, in registers (tiles.in_registers).
@@ -412,6 +500,7 @@ def backward_kernel(
     dw: [programs of one channel tile, c_out, CIN_G, KH, KW] by strides, the filter gradient itself or partial sums;
     each pair of an input and an output pixel belongs to the program that owns the input pixel.
     """
+    tl.static_assert(BLOCK_W == 1 or (BLOCK_S == 1 and DIL_W == 1))
     LIVE: tl.constexpr = max(KH, CONV_STRIDE_H)
     FRESH: tl.constexpr = min(KH, CONV_STRIDE_H)  # rows of x that each step meets first
     WARM_UP: tl.constexpr = (KH - 1) // CONV_STRIDE_H
@@ -420,9 +509,12 @@ def backward_kernel(
     SHIFT: tl.constexpr = least_shift(CONV_STRIDE_W, PAD_W, DIL_W, KW)
     SHIFT_STEP: tl.constexpr = DIL_W if CONV_STRIDE_W == 1 else 1
     SHIFTS: tl.constexpr = shift_count(CONV_STRIDE_W, PAD_W, DIL_W, KW)
-    CHUNKS: tl.constexpr = ceil_div(SHIFTS, BLOCK_S)
+    REACH: tl.constexpr = BLOCK_W - 1 + SHIFTS  # columns of dy that a lane meets
+    CHUNKS: tl.constexpr = ceil_div(REACH, BLOCK_S)
+    TAPS: tl.constexpr = ceil_div(SHIFTS, BLOCK_S)  # of the chunks, those that a tw meets
+    COLUMNS: tl.constexpr = BLOCK_W * CONV_STRIDE_W  # of x
     C_TILES: tl.constexpr = ceil_div(GROUPS * CIN_G, STEP_C)
-    DW_TILES: tl.constexpr = KH * CONV_STRIDE_W * CHUNKS
+    DW_TILES: tl.constexpr = KH * CONV_STRIDE_W * TAPS
     DX_TILES: tl.constexpr = LIVE * CONV_STRIDE_W
     PRODUCTS: tl.constexpr = ceil_div(DX_TILES, BLOCK_R)
     pid = tl.program_id(0)
@@ -437,7 +529,7 @@ def backward_kernel(
 
     if WANT_DX:
         weights = ()
-        for chunk in tl.static_range(CHUNKS):
+        for chunk in tl.static_range(TAPS):
             for j in tl.static_range(PRODUCTS):
                 weights = weights + (
                     dgrad_weights(
@@ -455,13 +547,14 @@ def backward_kernel(
     last = tl.minimum(first + steps, ((h_in - 1 + PAD_H) // DIL_H + CONV_STRIDE_H) // CONV_STRIDE_H)
     start = tl.maximum(first - WARM_UP, 0)
     stop = tl.minimum(last, end)
-    w_phase = (w_in + CONV_STRIDE_W - 1) // CONV_STRIDE_W
+    w_phase = lane_columns((w_in + CONV_STRIDE_W - 1) // CONV_STRIDE_W, BLOCK_W)
     dy_k = index(o, INDEX_64) * stride_dy_c
     dy_k += tl.multiple_of(number * (SHIFT_STEP * stride_dy_w), DY_ALIGN)
     group = index(pid // (C_TILES * segments), INDEX_64)
     for b in tl.range(0, blocks, num_stages=1):
         p = (group * blocks + b) * BLOCK_P + tl.arange(0, BLOCK_P)
         image, row_class, tw = lane(p, w_phase, DIL_H)
+        tw = tw * BLOCK_W
         in_row = row_class * CONV_STRIDE_H - PAD_H
         dy_p = image * stride_dy_n + row_class * stride_dy_h + (tw + SHIFT) * stride_dy_w
         dy_at = rows(tl.multiple_of(dy_p, DY_ALIGN), DY_PIXELS_LAST) + cols(dy_k, DY_PIXELS_LAST)
@@ -472,7 +565,7 @@ def backward_kernel(
             dx_p = image * stride_dx_n + in_row * stride_dx_h + tw * CONV_STRIDE_W * stride_dx_w
             dx_p = rows(tl.multiple_of(dx_p, DX_ALIGN), DX_PIXELS_LAST)
             dx_at = dx_p + cols(index(c, INDEX_64) * stride_dx_c, DX_PIXELS_LAST)
-            dx = zeros(DX_TILES, BLOCK_P, BLOCK_C)
+            dx = zeros(BLOCK_W * DX_TILES, BLOCK_P, BLOCK_C)
         if WANT_DW:
             x_p = image * stride_x_n + in_row * stride_x_h + tw * CONV_STRIDE_W * stride_x_w
             x_p = rows(tl.multiple_of(x_p, X_ALIGN), X_PIXELS_LAST)
@@ -480,17 +573,17 @@ def backward_kernel(
             x_ahead = input_rows(
                 x_ptr, x_at, rows(iw, X_PIXELS_LAST), cols(in_tile, X_PIXELS_LAST), in_row,
                 first * CONV_STRIDE_H, last * CONV_STRIDE_H, h_in, w_in, stride_x_h, stride_x_w,
-                start * CONV_STRIDE_H, KH - FRESH, CONV_STRIDE_W, DIL_H, X_PIXELS_LAST, X_ALIGN, INDEX_64,
+                start * CONV_STRIDE_H, KH - FRESH, COLUMNS, DIL_H, X_PIXELS_LAST, X_ALIGN, INDEX_64,
             )  # fmt: skip
             xs = ()
-            for i in tl.static_range((KH - FRESH) * CONV_STRIDE_W):
+            for i in tl.static_range((KH - FRESH) * COLUMNS):
                 xs = xs + (turned(x_ahead[i], X_PIXELS_LAST),)
             x_ahead = ()
             for a in tl.static_range(BLOCK_A):
                 x_ahead = x_ahead + input_rows(
                     x_ptr, x_at, rows(iw, X_PIXELS_LAST), cols(in_tile, X_PIXELS_LAST), in_row,
                     first * CONV_STRIDE_H, last * CONV_STRIDE_H, h_in, w_in, stride_x_h, stride_x_w,
-                    (start + a) * CONV_STRIDE_H + KH - FRESH, FRESH, CONV_STRIDE_W, DIL_H,
+                    (start + a) * CONV_STRIDE_H + KH - FRESH, FRESH, COLUMNS, DIL_H,
                     X_PIXELS_LAST, X_ALIGN, INDEX_64,
                 )  # fmt: skip
         dy_ahead = ()
@@ -502,7 +595,7 @@ def backward_kernel(
                 dy_ahead = dy_ahead + (
                     gradient_tile(
                         dy_ptr, dy_at, ow, live_o, number, width, dy_row, stride_dy_w,
-                        chunk * BLOCK_S, BLOCK_S, SHIFTS, SHIFT_STEP, DY_PIXELS_LAST, DY_ALIGN,
+                        chunk * BLOCK_S, BLOCK_S, REACH, SHIFT_STEP, DY_PIXELS_LAST, DY_ALIGN,
                     ),
                 )  # fmt: skip
         for t in tl.range(start, stop, num_stages=stages(BLOCK_A)):
@@ -513,47 +606,55 @@ def backward_kernel(
                 x_ahead = x_ahead + input_rows(
                     x_ptr, x_at, rows(iw, X_PIXELS_LAST), cols(in_tile, X_PIXELS_LAST), in_row,
                     first * CONV_STRIDE_H, last * CONV_STRIDE_H, h_in, w_in, stride_x_h, stride_x_w,
-                    (t + BLOCK_A) * CONV_STRIDE_H + KH - FRESH, FRESH, CONV_STRIDE_W, DIL_H,
+                    (t + BLOCK_A) * CONV_STRIDE_H + KH - FRESH, FRESH, COLUMNS, DIL_H,
                     X_PIXELS_LAST, X_ALIGN, INDEX_64,
                 )  # fmt: skip
-                for i in tl.static_range(FRESH * CONV_STRIDE_W):
+                for i in tl.static_range(FRESH * COLUMNS):
                     xs = xs + (turned(x_ahead[i], X_PIXELS_LAST),)
-                x_ahead = x_ahead[FRESH * CONV_STRIDE_W :]
+                x_ahead = x_ahead[FRESH * COLUMNS :]
             if WANT_DX:
-                sums = dx if BLOCK_R == 1 else wide_zeros(DX_TILES, BLOCK_R, BLOCK_P, BLOCK_C)
+                sums = ()
+                for w in tl.static_range(BLOCK_W):
+                    own = dx[w * DX_TILES : (w + 1) * DX_TILES]
+                    sums = sums + (own if BLOCK_R == 1 else wide_zeros(DX_TILES, BLOCK_R, BLOCK_P, BLOCK_C),)
+            ds = ()
             for chunk in tl.static_range(CHUNKS):
                 dy_ahead = dy_ahead + (
                     gradient_tile(
                         dy_ptr, dy_at, ow, live_o, number, width, dy_row, stride_dy_w,
-                        chunk * BLOCK_S, BLOCK_S, SHIFTS, SHIFT_STEP, DY_PIXELS_LAST, DY_ALIGN,
+                        chunk * BLOCK_S, BLOCK_S, REACH, SHIFT_STEP, DY_PIXELS_LAST, DY_ALIGN,
                     ),
                 )  # fmt: skip
-                d = in_registers(turned(dy_ahead[chunk], DY_PIXELS_LAST), WANT_DW and BLOCK_L)
+                ds = ds + (in_registers(turned(dy_ahead[chunk], DY_PIXELS_LAST), WANT_DW and BLOCK_L),)
                 if WANT_DX:
-                    met = ()
-                    for j in tl.static_range(PRODUCTS):
-                        if tile_met(
-                            j, BLOCK_R, KH * CONV_STRIDE_W, chunk * BLOCK_S, BLOCK_S, CONV_STRIDE_W, PAD_W, DIL_W, KW
-                        ):
-                            wgt = weights[chunk * PRODUCTS + j]
-                            met = met + (mma(d, wgt, sums[j], PRECISION, EMULATE_BF16),)
-                        else:
-                            met = met + (sums[j],)
-                    sums = met
+                    for w in tl.static_range(BLOCK_W):
+                        if BLOCK_W == 1 or all_there(0, chunk, w, 1, 1, TAPS):
+                            met = sums[w]
+                            for tap in tl.static_range(chunk if BLOCK_W == 1 else 0, chunk + 1 - w):
+                                met = gathered(
+                                    ds[w + tap], weights[tap * PRODUCTS : (tap + 1) * PRODUCTS], met, tap * BLOCK_S,
+                                    PRODUCTS, BLOCK_R, KH * CONV_STRIDE_W, BLOCK_S, CONV_STRIDE_W, PAD_W, DIL_W, KW,
+                                    PRECISION, EMULATE_BF16,
+                                )  # fmt: skip
+                            sums = sums[:w] + (met,) + sums[w + 1 :]
                 if WANT_DW:
                     # The last rows first: theirs is the tile of x that came in this step, which Triton refills as if
                     # the product that reads it had ended. The waits for the products of carried tiles see to that.
-                    met = ()
-                    for back in tl.static_range(1, DW_TILES + 1):
-                        if (DW_TILES - back) % CHUNKS == chunk and any_met(
-                            chunk * BLOCK_S, BLOCK_S, (DW_TILES - back) // CHUNKS % CONV_STRIDE_W,
-                            CONV_STRIDE_W, PAD_W, DIL_W, KW,
-                        ):  # fmt: skip
-                            x = xs[(DW_TILES - back) // CHUNKS]
-                            met = (mma(tl.trans(d), x, dw[DW_TILES - back], PRECISION, EMULATE_BF16),) + met
-                        else:
-                            met = (dw[DW_TILES - back],) + met
-                    dw = met
+                    for back in tl.static_range(1, KH * COLUMNS + 1):
+                        if meets(KH * COLUMNS - back, chunk, BLOCK_S, TAPS, BLOCK_W, CONV_STRIDE_W, PAD_W, DIL_W, KW):
+                            dw = correlated(
+                                ds[chunk], xs[KH * COLUMNS - back], dw,
+                                sum_number(KH * COLUMNS - back, chunk, TAPS, BLOCK_W, CONV_STRIDE_W),
+                                PRECISION, EMULATE_BF16,
+                            )  # fmt: skip
+                if WANT_DX:
+                    for w in tl.static_range(BLOCK_W):
+                        if all_there(0, chunk, w, 1, 1, TAPS):
+                            met = sums[w]
+                            if BLOCK_R > 1:
+                                own = dx[w * DX_TILES : (w + 1) * DX_TILES]
+                                met = added(own, met, DX_TILES, BLOCK_R, BLOCK_P, BLOCK_C)
+                            dx = dx[: w * DX_TILES] + met + dx[(w + 1) * DX_TILES :]
             dy_ahead = dy_ahead[CHUNKS:]
             if WANT_DW and BLOCK_L:  # the next step writes registers that products read their left operand from
                 met = ()
@@ -561,34 +662,39 @@ def backward_kernel(
                     met = met + (touched(dw[i]),)
                 dw = met
             if WANT_DX:
-                dx = sums if BLOCK_R == 1 else added(dx, sums, DX_TILES, BLOCK_R, BLOCK_P, BLOCK_C)
-                store_input_rows(
-                    dx_ptr, dx_at, dx, rows(iw, DX_PIXELS_LAST), cols(in_tile, DX_PIXELS_LAST), in_row,
-                    first * CONV_STRIDE_H, last * CONV_STRIDE_H, h_in, w_in, stride_dx_h, stride_dx_w,
-                    t * CONV_STRIDE_H, CONV_STRIDE_H, CONV_STRIDE_W, DIL_H,
-                    DX_PIXELS_LAST, DX_ALIGN, INDEX_64, EMULATE_BF16,
-                )  # fmt: skip
-                dx = dx[DONE:] + zeros(DONE, BLOCK_P, BLOCK_C)
+                left = ()
+                for w in tl.static_range(BLOCK_W):
+                    own = dx[w * DX_TILES : (w + 1) * DX_TILES]
+                    store_input_rows(
+                        dx_ptr, dx_at, own, rows(iw, DX_PIXELS_LAST), cols(in_tile, DX_PIXELS_LAST), in_row,
+                        first * CONV_STRIDE_H, last * CONV_STRIDE_H, h_in, w_in, stride_dx_h, stride_dx_w,
+                        t * CONV_STRIDE_H, CONV_STRIDE_H, w * CONV_STRIDE_W, CONV_STRIDE_W, DIL_H,
+                        DX_PIXELS_LAST, DX_ALIGN, INDEX_64, EMULATE_BF16,
+                    )  # fmt: skip
+                    left = left + own[DONE:] + zeros(DONE, BLOCK_P, BLOCK_C)
+                dx = left
             if WANT_DW:
                 kept = ()
-                for i in tl.static_range(FRESH * CONV_STRIDE_W, KH * CONV_STRIDE_W):
+                for i in tl.static_range(FRESH * COLUMNS, KH * COLUMNS):
                     kept = kept + (xs[i] if BLOCK_A > 0 else touched(xs[i]),)
                 xs = kept
         if WANT_DX:
-            store_input_rows(
-                dx_ptr, dx_at, dx, rows(iw, DX_PIXELS_LAST), cols(in_tile, DX_PIXELS_LAST), in_row,
-                first * CONV_STRIDE_H, last * CONV_STRIDE_H, h_in, w_in, stride_dx_h, stride_dx_w,
-                stop * CONV_STRIDE_H, DRAIN * CONV_STRIDE_H, CONV_STRIDE_W, DIL_H,
-                DX_PIXELS_LAST, DX_ALIGN, INDEX_64, EMULATE_BF16,
-            )  # fmt: skip
+            for w in tl.static_range(BLOCK_W):
+                store_input_rows(
+                    dx_ptr, dx_at, dx[w * DX_TILES : (w + 1) * DX_TILES], rows(iw, DX_PIXELS_LAST),
+                    cols(in_tile, DX_PIXELS_LAST), in_row,
+                    first * CONV_STRIDE_H, last * CONV_STRIDE_H, h_in, w_in, stride_dx_h, stride_dx_w,
+                    stop * CONV_STRIDE_H, DRAIN * CONV_STRIDE_H, w * CONV_STRIDE_W, CONV_STRIDE_W, DIL_H,
+                    DX_PIXELS_LAST, DX_ALIGN, INDEX_64, EMULATE_BF16,
+                )  # fmt: skip
 
     if WANT_DW:
         own = ((o // COUT_G)[:, None] == (c // CIN_G)[None, :]) & in_tile[None, :]
         filters = index(pid // C_TILES, INDEX_64) * stride_dw_split + index(o, INDEX_64) * stride_dw_o
         for i in tl.static_range(DW_TILES):
-            q = SHIFT + (i % CHUNKS * BLOCK_S + number) * SHIFT_STEP
-            reach = i // CHUNKS % CONV_STRIDE_W + PAD_W - q * CONV_STRIDE_W
+            q = SHIFT + (i % TAPS * BLOCK_S + number) * SHIFT_STEP
+            reach = i // TAPS % CONV_STRIDE_W + PAD_W - q * CONV_STRIDE_W
             tap = own & ((reach >= 0) & (reach < KW * DIL_W))[:, None]
-            at = filters + i // CHUNKS // CONV_STRIDE_W * stride_dw_h + reach // DIL_W * stride_dw_w
+            at = filters + i // TAPS // CONV_STRIDE_W * stride_dw_h + reach // DIL_W * stride_dw_w
             at = at[:, None] + (c % CIN_G * stride_dw_c)[None, :]
             tl.store(dw_ptr + at, narrow(dw[i], dw_ptr.dtype.element_ty, EMULATE_BF16), mask=tap)

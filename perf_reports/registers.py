@@ -108,13 +108,16 @@ def collect(rows: list[Row], tiles: Iterable[Tile], end: float, count: int) -> I
             yield _answered(compiler, *pending.popleft())
 
 
-def planned(suites: Suites, targets: Sequence[str], algorithms: Sequence[str], tables: Tables) -> Iterator[Tile]:
-    """What the plans of all layers would take if every tile fitted that is not known to spill; where only widths are
-    named, the general algorithm's.
+def planned(
+    suites: Suites, targets: Sequence[str], algorithms: Sequence[str], tables: Tables, hopeful: bool
+) -> Iterator[Tile]:
+    """What the plans of all layers take, or, hopeful, would take if every tile fitted that is not known to spill; where
+    only widths are named, the general algorithm's.
     """
     kinds, tiles = tables
-    hopeful = {kind: fit._replace(most=STRETCHED) for kind, fit in kinds.items()}
-    with mock.patch.object(occupancy, "tables", return_value=(hopeful, tiles)):
+    if hopeful:
+        kinds = {kind: fit._replace(most=STRETCHED) for kind, fit in kinds.items()}
+    with mock.patch.object(occupancy, "tables", return_value=(kinds, tiles)):
         _forget()
         for suite, target in itertools.product(suites.values(), targets):
             on = devices.named(target)
@@ -282,7 +285,11 @@ def main() -> None:
     parser.add_argument("--targets", nargs="+", choices=TARGETS, default=TARGETS)
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=DTYPES)
     parser.add_argument("--algorithms", nargs="+", choices=tuple(REGISTRY), default=tuple(REGISTRY))
-    parser.add_argument("--planned", action="store_true", help="compile what is planned, not tiles at random")
+    parser.add_argument(
+        "--planned", choices=("hopefully", "now"),
+        help="compile no tiles at random, but what would be planned if all fitted that are not known to spill, or what"
+        " is planned now; again, until plans stay as they are",
+    )  # fmt: skip
     args = parser.parse_args()
     suites = {(dtype, layout): layers_of(dtype, layout) for dtype in DTYPES for layout in LAYOUTS}
     chosen = {key: suite for key, suite in suites.items() if key[0] in args.dtypes}
@@ -298,10 +305,11 @@ def main() -> None:
         while found:  # once, but of what is planned as long as plans change
             tiles = drawn(random.Random(len(rows)), chosen, args.targets, args.algorithms)
             if args.planned:
-                tiles = iter(list(planned(chosen, args.targets, args.algorithms, tables(rows, suites))))
+                hopeful = args.planned == "hopefully"
+                tiles = iter(list(planned(chosen, args.targets, args.algorithms, tables(rows, suites), hopeful)))
             found = False
             for row in collect(rows, tiles, end, args.jobs):
-                found = args.planned
+                found = args.planned is not None
                 rows.append(row)
                 writer.writerow(dataclasses.asdict(row))
                 file.flush()

@@ -281,12 +281,15 @@ def _tiles(algorithm, problem: ConvProblem, pass_: str, on, tiles: str) -> dict:
         return blocks | {"num_warps": 4, "num_stages": 1}
 
     if algorithm.NAME == "row_march" and INTERPRETED and tiles == "few":
-        lanes = problem.batch * problem.dilation[0] * max(problem.w_in, problem.w_out)
+        abreast = (1, 1, 2, 4)[(problem.h_out + problem.kh) % 4] if problem.dilation[1] == 1 else 1
+        lanes = problem.batch * problem.dilation[0] * math.ceil(max(problem.w_in, problem.w_out) / abreast)
         lanes = min(256, max(16, triton.next_power_of_2(lanes)))
         beside = 1 if pass_ == "wgrad" else (1, 2, 4, 8)[(problem.h_in + problem.groups) % 4]
         ahead = (problem.w_in + problem.kw) % 3
-        blocks = {"BLOCK_P": lanes, "BLOCK_C": 64, "BLOCK_S": 4, "BLOCK_R": beside, "BLOCK_A": ahead}
-        return blocks | {"BLOCK_L": 0, "num_warps": 4, "num_stages": 1 if ahead else 2}
+        return {
+            "BLOCK_P": lanes, "BLOCK_C": 64, "BLOCK_S": 4 if abreast == 1 else 1, "BLOCK_R": beside,
+            "BLOCK_A": ahead, "BLOCK_L": 0, "BLOCK_W": abreast, "num_warps": 4, "num_stages": 1 if ahead else 2,
+        }  # fmt: skip
 
     def programs(candidate):
         config = divided(algorithm.NAME, problem, pass_, candidate, on)[0]

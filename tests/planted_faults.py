@@ -147,9 +147,21 @@ FAULTS = [
     # --- row_march ---
     Fault(
         "kernels/row_march.py",
-        "live_y = rows(image < batch, Y_PIXELS_LAST) & cols(live_o, Y_PIXELS_LAST)",
-        "live_y = rows(image <= batch, Y_PIXELS_LAST) & cols(live_o, Y_PIXELS_LAST)",
+        "live_y = (rows(image < batch, Y_PIXELS_LAST) & cols(live_o, Y_PIXELS_LAST),)",
+        "live_y = (rows(image <= batch, Y_PIXELS_LAST) & cols(live_o, Y_PIXELS_LAST),)",
         "fprop stores the lanes past the last image",
+    ),
+    Fault(
+        "kernels/row_march.py",
+        "live_y[0] & rows(ow + w < w_out, Y_PIXELS_LAST)",
+        "live_y[0] & rows(ow + w <= w_out, Y_PIXELS_LAST)",
+        "fprop stores a lane's columns past the row",
+    ),
+    Fault(
+        "kernels/row_march.py",
+        "* taps + chunk - column // conv_stride",
+        "* taps + (chunk - column // conv_stride + 1) % taps",
+        "wgrad of several columns adds to a neighbouring tap",
     ),
     Fault(
         "kernels/row_march.py",

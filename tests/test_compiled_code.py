@@ -3,6 +3,7 @@
 Runs with TRITON_INTERPRET=0 (`make test-compiled`).
 """
 
+import itertools
 import json
 import re
 
@@ -65,10 +66,19 @@ def _slice():
     # The left operand in registers, of few rows and few steps; and of one kernel row, with nothing carried along.
     for pass_ in PASSES:
         yield job("regnetx_040.s3", pass_, "sm_90", "row_block", **narrow | {"BLOCK_L": 1})
+    left = {"BLOCK_P": 64, "BLOCK_S": 4, "BLOCK_A": 0, "BLOCK_L": 1, "BLOCK_W": 1, "num_warps": 4}
     for layer, pass_ in (("resnext50_32x4d.s1", "wgrad"), ("resnext50_32x4d.s2d", "backward")):
-        yield job(layer, pass_, "sm_90", "row_march", BLOCK_P=64, BLOCK_S=4, num_warps=4, BLOCK_L=1, BLOCK_A=0)
+        yield job(layer, pass_, "sm_90", "row_march", **left)
+    # Several columns to a lane, for warp groups and for single warps.
+    abreast = {"BLOCK_C": 16, "BLOCK_S": 1, "BLOCK_A": 0, "BLOCK_L": 0, "num_stages": 3}
+    groups, warp = {"BLOCK_P": 64, "BLOCK_R": 4, "num_warps": 4}, {"BLOCK_P": 16, "BLOCK_R": 1, "num_warps": 1}
+    for layer, pass_ in itertools.product(LAYERS["row_march"], PLANNED):
+        yield job(layer, pass_, "sm_90", "row_march", **abreast | warp | {"BLOCK_W": 4})
+    for pass_ in ("fprop", "dgrad"):
+        yield job(LAYERS["row_march"][0], pass_, "sm_90", "row_march", **abreast | groups | {"BLOCK_W": 2})
+    yield job(LAYERS["row_march"][0], "backward", "sm_80", "row_march", **abreast | warp | {"BLOCK_W": 2})
     alone = {"BLOCK_P": 128, "BLOCK_C": 32, "BLOCK_S": 1, "num_warps": 4, "num_stages": 3}
-    yield job("shufflenet_g8.s1d", "wgrad", "sm_90", "row_march", **alone | {"BLOCK_L": 1, "BLOCK_A": 0})
+    yield job("shufflenet_g8.s1d", "wgrad", "sm_90", "row_march", **alone | {"BLOCK_L": 1, "BLOCK_A": 0, "BLOCK_W": 1})
 
 
 SLICE = {job.key: job for job in _slice() if job is not None}

@@ -82,17 +82,17 @@ def test_many_splits(dtype, device):
     assert cases.error(out, expected) <= cases.bound(dtype, problem.out_pixels)
 
 
-@pytest.mark.parametrize("beside", [1, 4])
+@pytest.mark.parametrize(("beside", "abreast"), [(1, 1), (1, 2), (4, 1), (4, 4)])
 @pytest.mark.parametrize("stride", [1, 2])
 @pytest.mark.parametrize("pass_", PLANNED)
-def test_several_blocks_of_lanes(pass_, stride, beside, device):
+def test_several_blocks_of_lanes(pass_, stride, beside, abreast, device):
     """Programs of row_march that are to walk down more than one block, the last of them ragged; fprop's take one."""
     problem = ConvProblem(
-        8, 12, 6, 7 * stride, 12, 3, 3, (stride, stride), (1, 1, 1, 1), groups=3, dtype="fp16", out_layout="nchw"
+        20, 12, 6, 7 * stride, 12, 3, 3, (stride, stride), (1, 1, 1, 1), groups=3, dtype="fp16", out_layout="nchw"
     )
     config = {
-        "BLOCK_P": 16, "BLOCK_C": 16, "BLOCK_S": 4, "BLOCK_R": beside, "BLOCK_A": 1, "BLOCK_L": 0, "SEGMENTS": 1,
-        "LANE_BLOCKS": 2, "num_warps": 4, "num_stages": 2,
+        "BLOCK_P": 16, "BLOCK_C": 16, "BLOCK_S": 4 if abreast == 1 else 1, "BLOCK_R": beside, "BLOCK_A": 1,
+        "BLOCK_L": 0, "BLOCK_W": abreast, "SEGMENTS": 1, "LANE_BLOCKS": 2, "num_warps": 4, "num_stages": 2,
     }  # fmt: skip
     given = cases.operands(cases.Case(problem, "nhwc", dy="nchw"), device)
     with cases.guarded():

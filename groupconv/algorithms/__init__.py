@@ -109,7 +109,7 @@ def fitting(name: str, problem: ConvProblem, pass_: str, target: Target) -> tupl
 
     Tiles that an algorithm has seldom seen win (`seldom`) are not among them, though they are `possible`.
     Where none does, the one that takes the fewest registers, if there are nearly so many: limits are on the safe side.
-    The general algorithm has a tile for everything.
+    Not for both gradients in one kernel, which two others can do. The general algorithm has a tile for everything.
     """
     module, room = REGISTRY[name], occupancy.room(name, pass_, target, problem.dtype)
     good, others, compiled = [], [], room.compiled(problem)
@@ -127,7 +127,8 @@ def fitting(name: str, problem: ConvProblem, pass_: str, target: Target) -> tupl
     if not good and others:
         sound = [choice for choice in others if choice[2] is None]  # as far as is known
         last = min(sound or others, key=lambda choice: room.share(choice[1]))
-        if name == GENERAL or (sound and room.share(last[1]) <= STRETCHED):
+        nearly = sound and pass_ != "backward" and room.share(last[1]) <= STRETCHED
+        if name == GENERAL or nearly:
             good.append(last)
     widest = max((held.vector for _, held, _ in good), default=0)
     return tuple(

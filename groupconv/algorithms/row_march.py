@@ -33,14 +33,16 @@ from .gemm import kept_left
 NAME = "row_march"
 BLOCKS = {
     "BLOCK_P": (16, 512), "BLOCK_C": (16, 256), "BLOCK_S": (1, 16), "BLOCK_R": (1, 8), "BLOCK_A": (0, 2),
-    "BLOCK_L": (0, 1),
+    "BLOCK_L": (0, 1), "BLOCK_W": (1, 8),
 }  # fmt: skip
 MOST_SEGMENTS = 16
 # SEGMENTS: of the rows. LANE_BLOCKS: blocks of lanes that a program walks down, one after another; in fprop 1.
 DIVISION = {"SEGMENTS": (1, MOST_SEGMENTS, 1), "LANE_BLOCKS": (1, 2**20)}
 MOST_WIDTH = 64  # of a group; wider ones fill a matrix instruction alone
 MOST_TAPS = 49
+FEWEST_TAPS = 20  # of depthwise convolution: fewer multiply-adds take less than products of diagonals, modelled
 MOST_COLUMNS = 256  # of a product of a warp group
+ABREAST = (2, 4)  # columns of a lane, where it has several
 ENOUGH = 8  # programs for each multiprocessor: no more are made by cutting the rows
 
 
@@ -51,8 +53,8 @@ def supports(problem: ConvProblem, pass_: str, target: Target) -> str | None:
         return f"Triton has no {problem.dtype} matrix instructions on {target.arch_name}"
     if min(problem.x_shape[1:] + problem.w_shape) < 1:
         return "a channel or pixel count is zero"
-    if problem.cin_g == 1:
-        return "depthwise convolution has algorithms of its own"
+    if problem.cin_g == problem.cout_g == 1 and problem.kh * problem.kw < FEWEST_TAPS:
+        return f"{problem.kh * problem.kw} taps of depthwise convolution, fewer than {FEWEST_TAPS}"
     if max(problem.cin_g, problem.cout_g) > MOST_WIDTH:
         return f"a group width of {max(problem.cin_g, problem.cout_g)}, more than {MOST_WIDTH}"
     if problem.kh * problem.kw > MOST_TAPS:
@@ -99,20 +101,26 @@ def _channels(result: int, source: int, groups: int, block_c: int, align: int) -
 
 @dataclasses.dataclass(frozen=True)
 class _March:
-    """What a pass walks over, and what each step of the walk does. A lane is an (image, class of rows, column)."""
+    """What a pass walks over, and what each step of the walk does for a column of the result, or of its phases."""
 
-    lanes: int
+    strips: int  # (image, class of rows)
+    columns: int  # of each
     rows: int  # steps that complete rows of the result
     begin: int  # steps before this one meet no row of the source,
     end: int  # and those from this one on
     warm_up: int  # steps that a segment, but the first of backward, spends on its neighbour's rows
-    shifts: int  # column taps, or in backward distinct column shifts
+    shifts: int  # column taps, or in backward distinct column shifts,
+    apart: int  # and the columns of the source between those that neighbouring columns meet
     rows_loaded: int  # of the source in a step
     products: int  # pairs of a source row and a result row (and phase) that meet in a step
     sums: int  # tiles of the result in fp32, carried from step to step
     stored: int  # tiles of the result that a step completes
     held: int  # tiles of x, in wgrad, of which
     fresh: int  # so many are new in each step
+
+    def blocks(self, config: dict) -> int:
+        """Of lanes, each of which has BLOCK_W columns."""
+        return math.ceil(self.strips * math.ceil(self.columns / config["BLOCK_W"]) / config["BLOCK_P"])
 
 
 @functools.lru_cache(4096)
@@ -125,18 +133,18 @@ def _march(problem: ConvProblem, pass_: str) -> _March:
         above = -((dil_h - 1) * stride_h - top) // dil_h  # rows of padding in the class that has fewest, rounded down
         end = math.ceil(math.ceil((problem.h_in + top) / dil_h) / stride_h)
         return _March(
-            lanes=problem.batch * dil_h * problem.w_out, rows=rows,
+            strips=problem.batch * dil_h, columns=problem.w_out, rows=rows,
             begin=min(max(0, above) // stride_h, live - 1), end=max(rows, end), warm_up=live - 1,
-            shifts=kw, rows_loaded=min(stride_h, kh), products=kh, sums=live, stored=1, held=0, fresh=0,
+            shifts=kw, apart=stride_w, rows_loaded=min(stride_h, kh), products=kh, sums=live, stored=1, held=0, fresh=0,
         )  # fmt: skip
     live = max(kh, stride_h)
     rows = ((problem.h_in - 1 + top) // dil_h + stride_h) // stride_h
     shifts = kw if stride_w == 1 else (stride_w - 1 + left) // stride_w - (left - kw + 1) // stride_w + 1
     want_dx, want_dw = pass_ != "wgrad", pass_ != "dgrad"
     return _March(
-        lanes=problem.batch * dil_h * math.ceil(problem.w_in / stride_w), rows=rows,
+        strips=problem.batch * dil_h, columns=math.ceil(problem.w_in / stride_w), rows=rows,
         begin=0, end=max(math.ceil(problem.h_out / dil_h), rows - math.ceil((live - stride_h) / stride_h)),
-        warm_up=(kh - 1) // stride_h, shifts=shifts, rows_loaded=1, products=kh * stride_w,
+        warm_up=(kh - 1) // stride_h, shifts=shifts, apart=1, rows_loaded=1, products=kh * stride_w,
         sums=want_dx * live * stride_w, stored=want_dx * stride_h * stride_w,
         held=want_dw * kh * stride_w, fresh=want_dw * min(kh, stride_h) * stride_w,
     )  # fmt: skip
@@ -152,11 +160,12 @@ def _cut(problem: ConvProblem, pass_: str, block_c: int) -> _Channels:
 
 @dataclasses.dataclass(frozen=True)
 class _Size:
-    """What a program handles: elements of its tiles, and how many products."""
+    """What a program handles: elements of its tiles, and how many products a column."""
 
     products: int  # of a step that make wgrad's sums,
     joint: int  # and those that make fprop's or dgrad's, each of BLOCK_R tiles of the result,
     columns: int  # with so many columns together
+    sources: int  # tiles of x in fprop, else of dy, of a step
     wide: int  # source channels of a tile, BLOCK_S taps side by side
     weight: int  # of a tile of dw, or of the weights for one tile of the result
     result: int  # of a tile of the result
@@ -164,21 +173,25 @@ class _Size:
 
 
 def _size(problem: ConvProblem, pass_: str, config: dict) -> _Size:
-    return _size_of(problem, pass_, *(config[name] for name in ("BLOCK_P", "BLOCK_C", "BLOCK_S", "BLOCK_R")))
+    names = ("BLOCK_P", "BLOCK_C", "BLOCK_S", "BLOCK_R", "BLOCK_W")
+    return _size_of(problem, pass_, *(config[name] for name in names))
 
 
 @functools.lru_cache(4096)
-def _size_of(problem: ConvProblem, pass_: str, block_p: int, block_c: int, block_s: int, most: int) -> _Size:
+def _size_of(
+    problem: ConvProblem, pass_: str, block_p: int, block_c: int, block_s: int, most: int, abreast: int
+) -> _Size:
     march, made = _march(problem, pass_), _cut(problem, pass_, block_c)
     chunks, wide = math.ceil(march.shifts / block_s), block_s * made.block_k
+    sources = march.rows_loaded * math.ceil(((abreast - 1) * march.apart + march.shifts) / block_s)
     result = block_p * block_c
     joint = tiles = march.products
     if most > 1:
         each = [kernels.beside(product, march.sums, most) for product in range(math.ceil(march.sums / most))]
         joint, tiles = march.rows_loaded * len(each), march.rows_loaded * sum(each)
-    loaded = march.rows_loaded * chunks * block_p * wide + march.fresh * result
+    loaded = sources * block_p * wide + abreast * march.fresh * result
     return _Size(
-        products=march.products * chunks, joint=joint * chunks, columns=tiles * chunks * block_c,
+        products=march.products * chunks, joint=joint * chunks, columns=tiles * chunks * block_c, sources=sources,
         wide=wide, weight=wide * block_c, result=result, loaded=loaded,
     )  # fmt: skip
 
@@ -189,13 +202,14 @@ def held(problem: ConvProblem, pass_: str, tile: dict, target: Target) -> Held:
     In shared memory the weights, and what the pipeline holds of the source.
     """
     march, size, stages = _march(problem, pass_), _size(problem, pass_, tile), tile["num_stages"]
+    results = tile["BLOCK_W"] * size.result
     bytes_, beside = problem.element_bytes, tile["BLOCK_R"] if tile["BLOCK_R"] > 1 else 0
     weights = size.columns * size.wide if march.sums else 0
     vector = math.gcd(_cut(problem, pass_, tile["BLOCK_C"]).step, 16 // bytes_) if problem.layout == "nhwc" else 1
     if target.backend == "hip":  # each wave holds all weights
         shared, in_registers = size.loaded * max(1, stages - 1), weights * tile["num_warps"]
     else:
-        shared = weights + size.loaded * max(1, stages) + (march.held - march.fresh) * size.result
+        shared = weights + size.loaded * max(1, stages) + (march.held - march.fresh) * results
         shared += size.result * (march.held == 0)  # on its way from registers to memory
         in_registers = size.weight if march.sums else 0
     if target.matrix_unit == "tcgen05":
@@ -203,11 +217,17 @@ def held(problem: ConvProblem, pass_: str, tile: dict, target: Target) -> Held:
     return Held(
         tile["num_warps"],
         shared * bytes_,
-        sums=(march.sums + beside) * size.result + (march.held > 0) * size.products * size.weight,
-        words=(size.loaded * (1 + tile["BLOCK_A"]) + march.held * size.result + in_registers) * bytes_ / 4,
-        accesses=(size.loaded + march.stored * size.result) / (16 // bytes_ if problem.layout == "nhwc" else 1),
+        sums=march.sums * results + beside * size.result + (march.held > 0) * size.products * size.weight,
+        words=(size.loaded * (1 + tile["BLOCK_A"]) + march.held * results + in_registers) * bytes_ / 4,
+        accesses=(size.loaded + march.stored * results) / (16 // bytes_ if problem.layout == "nhwc" else 1),
         vector=vector,
     )
+
+
+def _shared_columns(problem: ConvProblem, pass_: str) -> bool:
+    """Whether neighbouring columns of the result meet the same columns of the source, as far as kernels go by that."""
+    march = _march(problem, pass_)
+    return problem.layout == "nhwc" and problem.dilation[1] == 1 and march.shifts > march.apart
 
 
 def _by_multiply_adds(problem: ConvProblem, target: Target) -> bool:
@@ -219,7 +239,8 @@ def _possible(problem: ConvProblem, pass_: str, tile: dict, target: Target) -> b
     """Whether products of a tile have enough rows for the warps, and their sums a place."""
     march, size, warps = _march(problem, pass_), _size(problem, pass_, tile), tile["num_warps"]
     if _by_multiply_adds(problem, target):  # which have whole operands in registers
-        smallest = (tile["BLOCK_P"], tile["BLOCK_C"], tile["BLOCK_S"], warps) == (32, 16, 1, 4)
+        names = ("BLOCK_P", "BLOCK_C", "BLOCK_S", "BLOCK_W")
+        smallest = (*(tile[name] for name in names), warps) == (32, 16, 1, 1, 4)
         return smallest and pass_ != "backward"
     # The rows of a product, 16 to a warp.
     rows = [tile["BLOCK_P"]] * (march.sums > 0) + [size.wide] * (march.held > 0)
@@ -241,21 +262,29 @@ def _beside(problem: ConvProblem, pass_: str, block_c: int, warps: int, target: 
 
 def tiles(problem: ConvProblem, pass_: str, target: Target) -> Iterator[list[dict]]:
     widest = triton.next_power_of_2(_march(problem, pass_).shifts)
-    for block_c, block_p in itertools.product((16, 32, 64, 128), (32, 64, 128)):
+    cuda = target.backend == "cuda"
+    for block_c, block_p in itertools.product((16, 32, 64, 128), (16, 32, 64, 128)):
         made = _cut(problem, pass_, block_c)
         if made.block_c != block_c:  # a narrower tile holds as much
             continue
         spans = [1] if target.matrix_unit == "wgmma" else sorted({1, widest})  # no others won on an H200, 2026-11-26
         if pass_ in ("wgrad", "backward") and not _by_multiply_adds(problem, target):
             spans = sorted({widest, max(widest, 64 // made.block_k)})  # 64 rows for four warps
-        ways = [(3, 0), (2, 0), (1, 1)] if target.backend == "cuda" else [(3, 0), (2, 0)]
+        # (BLOCK_S, BLOCK_W, pairs of num_stages and BLOCK_A). What goes ahead by itself shares columns in L1.
+        shapes = []
+        if block_p > 16:
+            shapes = [(span, 1, [(3, 0), (2, 0), *([(1, 1)] if cuda else [])]) for span in spans]
+        if block_p < 128 and block_c < 64 and _shared_columns(problem, pass_):
+            stages = 4 if cuda and block_p == 16 else 3  # of small tiles more are under way
+            shapes += [(1, abreast, [(stages, 0)]) for abreast in ABREAST]
         # Of matrix units that read registers, fewer warps read less: each of them reads all of the right operand.
-        numbers = (4, 8, 2, 1) if target.backend == "cuda" else (4, 8)
-        for span, warps, (stages, ahead) in itertools.product(spans, numbers, ways):  # the first of equals is taken
+        numbers = (4, 8, 2, 1) if cuda else (4, 8)
+        choices = ((shape, warps, way) for shape in shapes for warps in numbers for way in shape[2])
+        for (span, abreast, _), warps, (stages, ahead) in choices:  # the first of equals is taken
             tile = {
                 "BLOCK_P": block_p, "BLOCK_C": block_c, "BLOCK_S": span,
                 "BLOCK_R": _beside(problem, pass_, block_c, warps, target), "BLOCK_A": ahead, "BLOCK_L": 0,
-                "num_warps": warps, "num_stages": stages,
+                "BLOCK_W": abreast, "num_warps": warps, "num_stages": stages,
             }  # fmt: skip
             if _possible(problem, pass_, tile, target):
                 # What makes all tiles of a result together reads its left operand once.
@@ -285,7 +314,7 @@ class _Grid:
 def _grid(problem: ConvProblem, pass_: str, config: dict) -> _Grid:
     """The grid of a configuration; of programs that leave partial sums, no more than have room beside the operands."""
     march = _march(problem, pass_)
-    blocks = math.ceil(march.lanes / config["BLOCK_P"])
+    blocks = march.blocks(config)
     each = 1 if pass_ == "fprop" else min(config["LANE_BLOCKS"], max(1, blocks))
     steps = math.ceil(march.rows / min(config["SEGMENTS"], march.rows))
     if march.held:
@@ -297,7 +326,7 @@ def _grid(problem: ConvProblem, pass_: str, config: dict) -> _Grid:
 
 def divisions(problem: ConvProblem, pass_: str, config: dict, target: Target, fit: int) -> list[dict[str, int]]:
     march = _march(problem, pass_)
-    blocks = math.ceil(march.lanes / config["BLOCK_P"])
+    blocks = march.blocks(config)
     tiles = _cut(problem, pass_, config["BLOCK_C"]).tiles
     places = target.multiprocessors * fit
     affordable = largest_splits(problem, pass_) if march.held else math.inf
@@ -321,7 +350,8 @@ def tiling(problem: ConvProblem, pass_: str, config: dict, target: Target, fit: 
     grid = _grid(problem, pass_, config)
     march, made = _march(problem, pass_), _cut(problem, pass_, config["BLOCK_C"])
     size, bytes_, nhwc = _size(problem, pass_, config), problem.element_bytes, problem.layout == "nhwc"
-    block_p, block_c, chunks = config["BLOCK_P"], config["BLOCK_C"], math.ceil(march.shifts / config["BLOCK_S"])
+    block_p, block_c, abreast = config["BLOCK_P"], config["BLOCK_C"], config["BLOCK_W"]
+    results = abreast * size.result
     threads = target.warp_size * config["num_warps"]
     programs = made.tiles * grid.groups * grid.segments
     # Steps that meet rows of the source, of all programs.
@@ -337,10 +367,11 @@ def tiling(problem: ConvProblem, pass_: str, config: dict, target: Target, fit: 
     pipelined = nhwc and not ahead
     if pipelined:
         pixels = max(1.0, 32 * 16 / (size.wide * bytes_))
-        again = min(march.shifts, math.ceil(march.shifts / span) * (1 + (span - 1) / pixels))
+        reach = (abreast - 1) * march.apart + march.shifts
+        again = min(reach, math.ceil(reach / span) * (1 + (span - 1) / pixels))
     else:
-        again = 1 + (march.shifts - 1) * problem.dilation[1] / block_p
-    read = march.rows_loaded * again * moved(made.read) + march.fresh * moved(made.step)
+        again = abreast + (march.shifts - 1) * problem.dilation[1] / block_p
+    read = march.rows_loaded * again * moved(made.read) + abreast * march.fresh * moved(made.step)
     splits = grid.groups * grid.segments if march.held else 1
     partials = partial_bytes(problem, splits)
 
@@ -349,24 +380,27 @@ def tiling(problem: ConvProblem, pass_: str, config: dict, target: Target, fit: 
     # converted once.
     access = (8 if pipelined else 5) * bytes_ / 16 if nhwc else 5
     rotated = march.sums + march.stored + (march.held if pipelined else 0)
-    instructions = 40 * threads + rotated * size.result
-    instructions += access * (size.loaded + march.stored * size.result)
+    instructions = 40 * threads + rotated * results
+    instructions += access * (size.loaded + march.stored * results)
     flops = shared = 0.0
-    for m, n, k, count, tiles in (  # tiles: of the source, each the left operand of some products
-        (block_p, size.columns, size.wide, size.joint * (march.sums > 0), march.rows_loaded),
-        (size.wide, size.products * block_c, block_p, size.products * (march.held > 0), 1),
-    ):
+    for m, n, k, right, count in (  # right: columns of right operands that differ
+        (block_p, abreast * size.columns, size.wide, size.columns, abreast * size.joint * (march.sums > 0)),
+        (
+            size.wide, abreast * size.products * block_c, block_p, abreast * march.held * block_c,
+            abreast * size.products * (march.held > 0),
+        ),
+    ):  # fmt: skip
         if count:
             warpgroups = target.has_warpgroups and m >= 64 and config["num_warps"] >= 4
             flops += 2 * m * n * k * (2 if target.has_warpgroups and not warpgroups else 1)
             if warpgroups:  # read the left operand once a product or tile, and the right one for each 64 rows
-                shared += m * k * (tiles * chunks if config["BLOCK_L"] else count) + m / 64 * k * n
+                shared += m * k * (size.sources if config["BLOCK_L"] else count) + m / 64 * k * n
                 instructions += 5 * m * k / 8 * count
             else:  # a warp reads its rows of the left operand once, and all of the right one
-                reads = m * k * tiles * chunks + k * n * config["num_warps"]
+                reads = m * k * size.sources + k * right * config["num_warps"]
                 shared += reads
                 instructions += (reads + m * k * n / 8) / 8
-    shared += size.loaded + (2 * march.stored + march.held - march.fresh) * size.result
+    shared += size.loaded + 2 * march.stored * results + (march.held - march.fresh) * results
     weights = max(size.columns * size.wide * (march.sums > 0), size.products * size.weight * (march.held > 0))
     once = weights * 6 + 100 * threads
     return Tiling(
