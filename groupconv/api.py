@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
-from . import devices, dispatch, eager, equivalents, prepared, torch_private, trial
+from . import devices, dispatch, eager, epilogue, equivalents, prepared, torch_private, trial
 from .arguments import are_tensors, autocast, consistent, normalise
 
 equivalents.register()
@@ -37,7 +37,11 @@ def triton_conv(
         padding: pixels of zeros on both sides, an int or (vertical, horizontal); "valid" is 0, and "same" keeps H and
             W at stride 1, with an even kernel's odd pixel at the bottom and right.
         groups: channels are split into so many groups, each convolved with its own filters.
-        activation, residual, shuffle_groups: reserved; anything but the default raises NotImplementedError.
+        activation: what the result goes through, as torch has it with its default parameters: "relu", "relu6",
+            "leaky_relu", "silu", "gelu", "gelu_tanh", "hardswish" or "sigmoid".
+        residual: added before the activation; of the convolution's shape, device and, but for autocast, dtype.
+        shuffle_groups: what nn.ChannelShuffle would be given, after the activation; it divides C_out. These three run
+            as torch's own functions after the convolution, whose result they read: they save no time yet.
         backend: "auto" takes the planned choice for each pass, F.conv2d among them; "triton" runs our kernels or
             raises; "triton:ALGORITHM" pins one algorithm; "torch" is F.conv2d.
 
@@ -46,8 +50,9 @@ def triton_conv(
         channels_last if input or weight is. Differentiable twice and more.
 
     Raises:
-        What F.conv2d raises for the same bad call. ValueError for a `backend` that is not one. NotImplementedError
-        where `backend` asks for kernels that cannot run this call, saying why.
+        What F.conv2d raises for the same bad call. ValueError for a `backend` or an `activation` that is not one, for a
+        `residual` unlike the result, and for `shuffle_groups` that do not divide it. NotImplementedError where
+        `backend` asks for kernels that cannot run this call, saying why.
 
     Accuracy:
         fp32 accumulation, one rounding to the result's dtype. fp32 inputs follow
@@ -59,18 +64,21 @@ def triton_conv(
     __torch_function__; torch.jit traces, and what torch.onnx exports, hold F.conv2d. Source: own derivation, no code
     adapted.
     """
-    if has_torch_function_variadic(input, weight, bias) and torch_private.overrides_are_on():
+    followed = activation is not None or residual is not None or shuffle_groups != 1
+    if has_torch_function_variadic(input, weight, bias, residual) and torch_private.overrides_are_on():
         try:
             return handle_torch_function(
-                triton_conv, (input, weight, bias), input, weight, bias, stride, padding, dilation, groups,
+                triton_conv, (input, weight, bias, residual), input, weight, bias, stride, padding, dilation, groups,
                 activation=activation, residual=residual, shuffle_groups=shuffle_groups, backend=backend,
             )  # fmt: skip
         except TypeError as error:  # a type may know F.conv2d, but not us
             if backend != "auto" or not str(error).startswith("no implementation found for"):
                 raise
-            return F.conv2d(input, weight, bias, stride, padding, dilation, groups)
-    if activation is not None or residual is not None or shuffle_groups != 1:
-        raise NotImplementedError("triton_conv: activation, residual and shuffle_groups are not implemented yet")
+            y = F.conv2d(input, weight, bias, stride, padding, dilation, groups)
+            return epilogue.applied(y, activation, residual, shuffle_groups) if followed else y
+    if followed:
+        y = triton_conv(input, weight, bias, stride, padding, dilation, groups, backend=backend)
+        return epilogue.applied(y, activation, residual, shuffle_groups)
     if backend not in dispatch.BACKENDS:
         raise ValueError(f"triton_conv: backend is {backend!r}, but must be one of {', '.join(dispatch.BACKENDS)}")
     if torch_private.being_traced() is not None:

@@ -103,17 +103,22 @@ def consistent(x: Tensor, w: Tensor, bias: Tensor | None) -> bool:
 
 
 def autocast(x: Tensor, w: Tensor, bias: Tensor | None):
-    """(x, w, bias) as autocast has F.conv2d take them: floating point, but not double, in autocast's dtype."""
-    kind = x.device.type
-    if kind == "meta" or not torch.is_autocast_enabled(kind):  # of meta tensors torch knows no autocast
-        return x, w, bias
-    dtype = torch.get_autocast_dtype(kind)
+    """(x, w, bias) as autocast has F.conv2d take them."""
 
     def cast(tensor):
-        eligible = tensor is not None and tensor.device.type == kind and tensor.is_floating_point()
-        return tensor.to(dtype) if eligible and tensor.dtype != torch.float64 else tensor
+        dtype = autocast_dtype(tensor, x.device.type)
+        return tensor if dtype is None else tensor.to(dtype)
 
     return cast(x), cast(w), cast(bias)
+
+
+def autocast_dtype(tensor: Tensor | None, kind: str) -> torch.dtype | None:
+    """What autocast of a kind of devices, where it is on, makes of an operand: floating point, but not double."""
+    if tensor is None or tensor.device.type != kind or not tensor.is_floating_point():
+        return None
+    if kind == "meta" or not torch.is_autocast_enabled(kind):  # of meta tensors torch knows no autocast
+        return None
+    return None if tensor.dtype == torch.float64 else torch.get_autocast_dtype(kind)
 
 
 def out_channels_last(x: Tensor, w: Tensor) -> bool:

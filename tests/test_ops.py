@@ -370,15 +370,6 @@ def test_fallback_is_conv2d(backend, kwargs, view):
         assert torch.equal(out, ref)
 
 
-@pytest.mark.parametrize(
-    "extra", [{"activation": "relu"}, {"residual": torch.zeros(1)}, {"shuffle_groups": 2}], ids=str
-)
-def test_reserved_arguments(extra):
-    x, w, _ = operands("cpu")
-    with pytest.raises(NotImplementedError, match="not implemented yet"):
-        triton_conv(x, w, groups=2, **extra)
-
-
 @pytest.fixture
 def bf16x3():
     groupconv.set_fp32_precision("bf16x3")
