@@ -271,8 +271,8 @@ def test_planned_depthwise_configurations(target, layout, name, passes, compiler
         assert (used.matrix_count > 0) == (job.algorithm != "depthwise_direct"), str(job)
         if job.algorithm == "depthwise_direct" and layout == "nhwc":
             assert job.config["BLOCK_P"] * job.config["BLOCK_C"] >= 2 * 32 * job.config["num_warps"], str(job)
-        elif layout == "nhwc" and job.config["BLOCK_C"] >= 8:
-            assert used.wide_loads > 0, str(job)
+        elif layout == "nhwc" and job.config["BLOCK_C"] >= 8 and job.algorithm != "row_march":
+            assert used.wide_loads > 0, str(job)  # row_march's tiles may have less than 16 bytes for each thread
 
 
 @pytest.mark.parametrize(
