@@ -20,11 +20,11 @@ MODULES = {
 CHAINS = list(itertools.product(MODULES, (False, True), (1, 3)))
 
 
-def operands(view, dtype=torch.float32, residual_view="nchw"):
+def operands(view, residual_view="nchw"):
     """x, w, bias and residual of a convolution of two groups, all of which need gradients."""
     generator = torch.Generator().manual_seed(0)
     shapes = (2, 6, 6, 5), (12, 3, 3, 3), (12,), (2, 12, 6, 5)
-    x, w, bias, residual = (torch.randn(shape, generator=generator).to(dtype) for shape in shapes)
+    x, w, bias, residual = (torch.randn(shape, generator=generator) for shape in shapes)
     x, residual = cases.lay_out(x, view), cases.lay_out(residual, residual_view)
     return tuple(tensor.requires_grad_() for tensor in (x, w, bias, residual))
 

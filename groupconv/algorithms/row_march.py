@@ -225,7 +225,7 @@ def held(problem: ConvProblem, pass_: str, tile: dict, target: Target) -> Held:
 
 
 def _shared_columns(problem: ConvProblem, pass_: str) -> bool:
-    """Whether neighbouring columns of the result meet the same columns of the source, as far as kernels go by that."""
+    """Whether lanes may have several columns: neighbours meet the same columns of the source, in channels_last."""
     march = _march(problem, pass_)
     return problem.layout == "nhwc" and problem.dilation[1] == 1 and march.shifts > march.apart
 
