@@ -40,8 +40,12 @@ def triton_conv(
         activation: what the result goes through, as torch has it with its default parameters: "relu", "relu6",
             "leaky_relu", "silu", "gelu", "gelu_tanh", "hardswish" or "sigmoid".
         residual: added before the activation; of the convolution's shape, device and, but for autocast, dtype.
-        shuffle_groups: what nn.ChannelShuffle would be given, after the activation; it divides C_out. These three run
-            as torch's own functions after the convolution, whose result they read: they save no time yet.
+            Both are part of the convolution's kernel, on its fp32 sums, where a plan of ours makes the forward pass of
+            plain tensors; on trial, where F.conv2d serves, or compiled, torch's functions follow. For backward y is
+            kept where the derivative can be had of it (relu, relu6, leaky_relu, sigmoid; torch's chain keeps as much),
+            else what the activation was of, by one more store of the kernel.
+        shuffle_groups: what nn.ChannelShuffle would be given, after the activation; it divides C_out. A pass of its
+            own, by torch.
         backend: "auto" takes the planned choice for each pass, F.conv2d among them; "triton" runs our kernels or
             raises; "triton:ALGORITHM" pins one algorithm; "torch" is F.conv2d.
 
@@ -75,10 +79,13 @@ def triton_conv(
             if backend != "auto" or not str(error).startswith("no implementation found for"):
                 raise
             y = F.conv2d(input, weight, bias, stride, padding, dilation, groups)
-            return epilogue.applied(y, activation, residual, shuffle_groups) if followed else y
+            return epilogue.shuffled(epilogue.applied(y, activation, residual), shuffle_groups) if followed else y
     if followed:
-        y = triton_conv(input, weight, bias, stride, padding, dilation, groups, backend=backend)
-        return epilogue.applied(y, activation, residual, shuffle_groups)
+        arguments = input, weight, bias, stride, padding, dilation, groups
+        y = epilogue.fused(*arguments, backend, activation, residual)
+        if y is None:
+            y = epilogue.applied(triton_conv(*arguments, backend=backend), activation, residual)
+        return epilogue.shuffled(y, shuffle_groups)
     if backend not in dispatch.BACKENDS:
         raise ValueError(f"triton_conv: backend is {backend!r}, but must be one of {', '.join(dispatch.BACKENDS)}")
     if torch_private.being_traced() is not None:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from . import assembler, dispatch, launcher, raced, torch_private, trial
+from .activations import ACTIVATIONS
 from .algorithms import REGISTRY, torch_reference
 from .arguments import ConvArgs, dw_strides, dx_strides
 from .problem import ConvProblem, dense_strides, meaningful_strides
@@ -79,6 +80,7 @@ class Call:
     def _forget(self) -> None:
         """Prepare and conclude anew from plans."""
         self._forward: Callable | None = None
+        self._finished: dict[tuple, Callable | None] = {}
         self._backward: dict[tuple, Callable] = {}
         self._unproven: dict[str, bool] = {}
         for concluded in ("torch_fprop", "all_torch"):
@@ -152,6 +154,56 @@ class Call:
         if choice.algorithm == "torch":
             return by_torch
         return self._prepare("fprop", choice.algorithm, choice.config, self.strides)
+
+    # --- Forward, and what follows it
+
+    def finishes(self, x, w, bias, activation: str | None, residual: bool, keeps: bool) -> bool:
+        """Whether `finish` can serve: a kernel of ours makes the forward pass, and is not on trial."""
+        key = activation, residual, keeps
+        if key not in self._finished:
+            self._finished[key] = self._prepare_finished(x, w, bias, *key)
+        return self._finished[key] is not None
+
+    def _prepare_finished(self, x, w, bias, activation, residual, keeps) -> Callable | None:
+        choice = self._choice("fprop", x=x, w=w, bias=bias)
+        if self.problem.batch == 0 or isinstance(choice, trial.Trial) or choice.algorithm == "torch":
+            return None
+        problem = dataclasses.replace(self.problem, activation=activation, residual=residual, keeps=keeps)
+        algorithm = REGISTRY[choice.algorithm]
+        return algorithm.prepare(problem, "fprop", choice.config, self.plan.target, self.strides)
+
+    def finish(self, x, w, bias, residual: Tensor | None, activation: str | None, keeps: bool):
+        """y = activation(convolution + residual), or (y, what the activation is of), where it `finishes` such calls."""
+        if residual is not None:
+            residual = self._lying_as_y(residual)
+        if self.copy_bias and bias is not None:
+            bias = bias.contiguous()
+        key = activation, residual is not None, keeps
+        run = self._finished[key]
+        assert run is not None, key
+        try:
+            if self._elsewhere():
+                with torch.cuda.device(self.device):
+                    return run(x, w, bias, residual)
+            return run(x, w, bias, residual)
+        except assembler.Miscompiled as error:
+            self._give_up(error)
+            self._finished[key] = functools.partial(self._finish_by_torch, activation, keeps)
+            return self._finished[key](x, w, bias, residual)
+
+    def _lying_as_y(self, residual: Tensor) -> Tensor:
+        """A residual of y's strides, aligned as new memory is: a copy, if it is not already one."""
+        strides = self.strides["y"]
+        fits = residual.stride() == strides and residual.data_ptr() & 15 == 0 and not residual.is_neg()
+        if fits and not (ON_HIP and residual.untyped_storage().nbytes() >= 2**31):
+            return residual
+        return launcher.allocate(residual.shape, strides, residual).copy_(residual)
+
+    def _finish_by_torch(self, activation: str | None, keeps: bool, x, w, bias, residual):
+        v = torch_reference.fprop(self.args, x, w, bias)
+        v = v if residual is None else v + residual
+        y = v if activation is None else ACTIVATIONS[activation].of(v)
+        return (y, v) if keeps else y
 
     def _give_up(self, error: assembler.Miscompiled) -> None:
         """Warn that F.conv2d serves; of a backend that was asked for, raise."""

@@ -12,13 +12,13 @@ from torch import Tensor
 
 from . import operators, torch_private
 from .arguments import ConvArgs, are_tensors, autocast, consistent, normalise
-from .call import PLAIN_TYPES, torch_gradients
+from .call import PLAIN_TYPES, Call, torch_gradients
 from .prepared import lookup, refusal
 
 
 def conv2d(x, w, bias, stride, padding, dilation, groups, backend) -> Tensor:
     """triton_conv without the fused extras; the arguments are unchecked."""
-    if torch.compiler.is_compiling() or not _is_plain(x, w, bias):
+    if torch.compiler.is_compiling() or not is_plain(x, w, bias):
         return _dispatched(x, w, bias, stride, padding, dilation, groups, backend)
     if torch_private.any_autocast():
         x, w, bias = autocast(x, w, bias)
@@ -41,7 +41,7 @@ def conv2d(x, w, bias, stride, padding, dilation, groups, backend) -> Tensor:
     return F.conv2d(x, w, bias, stride, padding, dilation, groups)
 
 
-def _is_plain(x, w, bias) -> bool:
+def is_plain(x, w, bias) -> bool:
     """Whether the operands are plain dense tensors that nothing watches: no subclass, mode or transform."""
     return (
         type(x) in PLAIN_TYPES
@@ -67,23 +67,16 @@ class _ConvFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dy):
         x, w = ctx.saved_tensors
-        call, needs = ctx.call, _wanted(ctx)
-        if not torch.is_grad_enabled() and not torch_private.dispatch_modes():
-            grads = call.backward(dy, x, w, needs)
-            if grads is not None:
-                return *grads, None
-        # The operator knows its own derivative, and any tensor. It takes the shapes of what was not saved.
-        x, w = call.in_place_of_unsaved(x, w)
-        return *_gradients(dy, x, w, call.args, needs, call.backend), None
+        return *gradients(ctx.call, dy, x, w, wanted(ctx)), None
 
 
 _apply_function = torch_private.direct_apply(_ConvFunction)
 
 
-def _wanted(ctx) -> tuple[bool, bool, bool]:
+def wanted(ctx) -> tuple[bool, bool, bool]:
     """Which of dx, dw and db the engine is going to use: autograd.grad(y, x) has no need of dw."""
-    need_x, need_w, need_b, _ = ctx.needs_input_grad
-    if need_x + need_w + need_b > 1:  # it would not have come for nothing
+    need_x, need_w, need_b, *others = ctx.needs_input_grad
+    if need_x + need_w + need_b + sum(others) > 1:  # it would not have come for nothing
         nodes = ctx.next_functions
         need_x = need_x and torch_private.is_going_to_run(nodes[0][0])
         need_w = need_w and torch_private.is_going_to_run(nodes[1][0])
@@ -91,7 +84,17 @@ def _wanted(ctx) -> tuple[bool, bool, bool]:
     return need_x, need_w, need_b
 
 
-def _gradients(dy, x, w, args: ConvArgs, needs, backend: str):
+def gradients(call: Call, dy, x, w, needs: tuple[bool, bool, bool]):
+    """(dx, dw, db), each None unless needed, of what a call saved; by its own launches where they can be."""
+    if not torch.is_grad_enabled() and not torch_private.dispatch_modes():
+        grads = call.backward(dy, x, w, needs)
+        if grads is not None:
+            return grads
+    # The operator knows its own derivative, and any tensor. It takes the shapes of what was not saved.
+    return _dispatched_gradients(dy, *call.in_place_of_unsaved(x, w), call.args, needs, call.backend)
+
+
+def _dispatched_gradients(dy, x, w, args: ConvArgs, needs, backend: str):
     """(dx, dw, db), each None unless needed, through PyTorch's dispatcher."""
     if not all(map(_knows_operators, (dy, x, w))):
         return torch_gradients(dy, x, w, args, needs)

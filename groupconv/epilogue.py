@@ -1,58 +1,117 @@
-"""What follows the convolution in a call: a residual, an activation and a channel shuffle, by torch's functions."""
+"""What follows the convolution in a call: a residual, an activation and a channel shuffle.
+
+By the kernel that convolves, where a plan of ours makes the forward pass of plain tensors (kernels/epilogue.py), and
+else by torch's functions. The shuffle is always torch's.
+"""
 
 from __future__ import annotations
-
-import functools
-from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .arguments import autocast_dtype
-
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "relu": F.relu,
-    "relu6": F.relu6,
-    "leaky_relu": F.leaky_relu,
-    "silu": F.silu,
-    "gelu": F.gelu,
-    "gelu_tanh": functools.partial(F.gelu, approximate="tanh"),
-    "hardswish": F.hardswish,
-    "sigmoid": torch.sigmoid,
-}
+from . import dispatch, eager, torch_private
+from .activations import ACTIVATIONS
+from .arguments import autocast, autocast_dtype
+from .call import Call
+from .prepared import lookup
 
 
-def applied(y: Tensor, activation: str | None, residual: Tensor | None, shuffle_groups: int) -> Tensor:
-    """shuffle(activation(y + residual)), y being [C, H, W] or [N, C, H, W]; see triton_conv.
+def applied(y: Tensor, activation: str | None, residual: Tensor | None) -> Tensor:
+    """activation(y + residual), by torch; see triton_conv.
 
-    Raises ValueError for an activation that there is not, a residual unlike y, and groups that y has not; TypeError for
-    a residual that is no tensor, and groups that are no int.
+    Raises ValueError for an activation that there is not and a residual unlike y, TypeError for one that is no tensor.
     """
-    if activation is not None and activation not in tuple(ACTIVATIONS):
-        raise ValueError(f"triton_conv: activation is {activation!r}, but must be one of {', '.join(ACTIVATIONS)}")
+    _check(activation)
+    if residual is not None:
+        y = y + _like(y.shape, y.dtype, y.device, residual)
+    return y if activation is None else ACTIVATIONS[activation].of(y)
+
+
+def shuffled(y: Tensor, shuffle_groups: int) -> Tensor:
+    """What nn.ChannelShuffle makes of [C, H, W] or [N, C, H, W]. ValueError and TypeError for groups that y has not."""
     if isinstance(shuffle_groups, bool) or not isinstance(shuffle_groups, int):
         raise TypeError(f"triton_conv: shuffle_groups is {shuffle_groups!r}, but must be an int")
     if shuffle_groups < 1 or y.shape[-3] % shuffle_groups:
         raise ValueError(f"triton_conv: shuffle_groups is {shuffle_groups}, but must divide the {y.shape[-3]} channels")
-    if residual is not None:
-        y = y + _like(y, residual)
-    if activation is not None:
-        y = ACTIVATIONS[activation](y)
     if shuffle_groups == 1:
         return y
     return F.channel_shuffle(y if y.dim() == 4 else y.unsqueeze(0), shuffle_groups).reshape(y.shape)
 
 
-def _like(y: Tensor, residual: Tensor) -> Tensor:
-    """A residual, under autocast in its dtype; ValueError if it is not of y's shape, dtype and device."""
+def _check(activation: str | None) -> None:
+    if activation is not None and activation not in tuple(ACTIVATIONS):
+        raise ValueError(f"triton_conv: activation is {activation!r}, but must be one of {', '.join(ACTIVATIONS)}")
+
+
+def _like(shape, dtype: torch.dtype, device: torch.device, residual: Tensor) -> Tensor:
+    """A residual, under autocast in its dtype; ValueError if it is not of this shape, dtype and device."""
     if not isinstance(residual, Tensor):
         raise TypeError(f"triton_conv: residual is of type {type(residual).__name__}, but must be a tensor or None")
-    dtype = autocast_dtype(residual, residual.device.type)
-    residual = residual if dtype is None else residual.to(dtype)
-    for name in ("shape", "dtype", "device"):
-        theirs, ours = getattr(residual, name), getattr(y, name)
+    cast = autocast_dtype(residual, residual.device.type)
+    residual = residual if cast is None else residual.to(cast)
+    for name, ours in (("shape", shape), ("dtype", dtype), ("device", device)):
+        theirs = getattr(residual, name)
         if theirs != ours:
             shown = [tuple(value) if name == "shape" else value for value in (theirs, ours)]
             raise ValueError(f"triton_conv: residual's {name} is {shown[0]}, but must be y's, {shown[1]}")
     return residual
+
+
+# --- By the kernel that convolves ------------------------------------------------------------------------------------
+
+
+def fused(
+    x, w, bias, stride, padding, dilation, groups, backend: str, activation: str | None, residual: Tensor | None
+) -> Tensor | None:
+    """activation(convolution + residual) by one kernel, and derivable; None where torch's functions have to follow."""
+    plain = not torch.compiler.is_compiling() and torch_private.being_traced() is None
+    if not plain or not eager.is_plain(x, w, bias) or not eager.is_plain(x, w, residual):
+        return None
+    _check(activation)
+    if torch_private.any_autocast():
+        x, w, bias = autocast(x, w, bias)
+    if backend not in dispatch.BACKENDS or not x.dim() == w.dim() == 4:
+        return None
+    call = lookup(x, w, bias, stride, padding, dilation, groups, backend)
+    if call is None or call.torch_fprop:
+        return None
+    if residual is not None:
+        residual = _like(call.problem.y_shape, x.dtype, x.device, residual)
+    operands = (x, w, bias, residual)
+    derived = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in operands)
+    keeps = derived and activation is not None and not ACTIVATIONS[activation].by_result
+    if not call.finishes(x, w, bias, activation, residual is not None, keeps):
+        return None
+    if derived:
+        found = _apply_function(x, w, bias, residual, call, activation, keeps)
+        return found[0] if keeps else found
+    return call.finish(x, w, bias, residual, activation, False)
+
+
+class _FinishedFunction(torch.autograd.Function):
+    """y, and what its activation is of where the derivative wants that: a result too, so that it is derivable."""
+
+    @staticmethod
+    def forward(ctx, x, w, bias, residual, call: Call, activation, keeps):
+        ctx.set_materialize_grads(False)
+        found = call.finish(x, w, bias, residual, activation, keeps)
+        read = found[1] if keeps else found if activation is not None else None
+        save_x, save_w = call.saves(*ctx.needs_input_grad[:2])
+        ctx.save_for_backward(x if save_x else None, w if save_w else None, read)
+        ctx.call, ctx.activation = call, activation
+        return found
+
+    @staticmethod
+    def backward(ctx, dy, d_kept=None):
+        x, w, read = ctx.saved_tensors
+        dv = dy if dy is None or ctx.activation is None else ACTIVATIONS[ctx.activation].derivative(dy, read)
+        if d_kept is not None:
+            dv = d_kept if dv is None else dv + d_kept
+        if dv is None:
+            return (None,) * 7
+        grads = eager.gradients(ctx.call, dv, x, w, eager.wanted(ctx))
+        return *grads, dv if ctx.needs_input_grad[3] else None, None, None, None
+
+
+_apply_function = torch_private.direct_apply(_FinishedFunction)

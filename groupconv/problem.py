@@ -70,6 +70,8 @@ class ConvProblem:
     dtype: "fp32" (IEEE arithmetic), "tf32" (fp32 data, TF32 arithmetic), "bf16x3" (fp32 data, three bf16 products for
     one), "fp16" or "bf16".
     layout: memory order of x, "nhwc" (channels_last) or "nchw". out_layout: that of y and dx.
+    bias, residual, activation: what fprop adds to its sums, and what becomes of them (kernels/epilogue.py); `keeps`:
+    what the activation is of is stored too.
     """
 
     batch: int
@@ -87,6 +89,9 @@ class ConvProblem:
     layout: str = "nhwc"
     out_layout: str = "nhwc"
     bias: bool = False
+    activation: str | None = None
+    residual: bool = False
+    keeps: bool = False
 
     @cached_property
     def h_out(self) -> int:

@@ -17,6 +17,7 @@ Source: own derivation, no code adapted.
 import triton
 import triton.language as tl
 
+from .epilogue import finish
 from .tiles import NOWHERE, below, cols, index, narrow, pointers, rows
 
 SIZES = ("batch", "h_in", "w_in", "h_out", "w_out", "steps")
@@ -192,14 +193,15 @@ def source_step(
 
 @triton.jit(do_not_specialize=SIZES)
 def fprop_kernel(
-    x_ptr, wgt_ptr, bias_ptr, y_ptr,
+    x_ptr, wgt_ptr, bias_ptr, residual_ptr, kept_ptr, y_ptr,
     batch, h_in, w_in, h_out, w_out, steps,
     stride_x_n, stride_x_c, stride_x_h, stride_x_w,
     stride_wgt_o, stride_wgt_c, stride_wgt_h, stride_wgt_w,
     stride_y_n, stride_y_c, stride_y_h, stride_y_w,
     CHANNELS: tl.constexpr, MULTIPLIER: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr,
     CONV_STRIDE_H: tl.constexpr, CONV_STRIDE_W: tl.constexpr, PAD_H: tl.constexpr, PAD_W: tl.constexpr,
-    DIL_H: tl.constexpr, DIL_W: tl.constexpr, HAS_BIAS: tl.constexpr, PIXELS_LAST: tl.constexpr,
+    DIL_H: tl.constexpr, DIL_W: tl.constexpr, HAS_BIAS: tl.constexpr, ACTIVATION: tl.constexpr,
+    PIXELS_LAST: tl.constexpr,
     X_ALIGN: tl.constexpr, Y_ALIGN: tl.constexpr, INDEX_64: tl.constexpr, EMULATE_BF16: tl.constexpr,
     BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_A: tl.constexpr,
 ):  # fmt: skip
@@ -266,8 +268,8 @@ def fprop_kernel(
             inside = below(ow + o, tl.where(oh >= first, w_out, 0))
             if MASK_C:
                 inside &= live_c
-            y = narrow(y, y_ptr.dtype.element_ty, EMULATE_BF16)
-            tl.store(pointers(y_ptr, y_at, row, o * stride_y_w, Y_ALIGN), y, mask=inside)
+            to = pointers(y_ptr, y_at, row, o * stride_y_w, Y_ALIGN)
+            finish(to, y, inside, y_ptr, residual_ptr, kept_ptr, ACTIVATION, False, EMULATE_BF16)
         acc = acc[BLOCK_W:] + zeros(BLOCK_W, BLOCK_P, BLOCK_C, PIXELS_LAST)
 
 

@@ -9,12 +9,13 @@ import triton
 import triton.language as tl
 
 from .depthwise_toeplitz import along, channels_of, scaled
-from .tiles import as_mask, index, mma, narrow
+from .epilogue import finish
+from .tiles import as_mask, index, mma
 
 
 @triton.jit(do_not_specialize=("batch", "blocks"))
 def fprop_kernel(
-    x_ptr, wgt_ptr, bias_ptr, y_ptr,
+    x_ptr, wgt_ptr, bias_ptr, residual_ptr, kept_ptr, y_ptr,
     batch, blocks,
     stride_x_n, stride_x_c, stride_x_h, stride_x_w,
     stride_wgt_o, stride_wgt_c, stride_wgt_h, stride_wgt_w,
@@ -22,7 +23,7 @@ def fprop_kernel(
     H_IN: tl.constexpr, W_IN: tl.constexpr, H_OUT: tl.constexpr, W_OUT: tl.constexpr,
     CHANNELS: tl.constexpr, MULTIPLIER: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr,
     PAD_H: tl.constexpr, PAD_W: tl.constexpr,
-    TRANSPOSED: tl.constexpr, HAS_BIAS: tl.constexpr,
+    TRANSPOSED: tl.constexpr, HAS_BIAS: tl.constexpr, ACTIVATION: tl.constexpr,
     X_PIXELS_LAST: tl.constexpr, Y_PIXELS_LAST: tl.constexpr, X_ALIGN: tl.constexpr, Y_ALIGN: tl.constexpr,
     INDEX_64: tl.constexpr, PRECISION: tl.constexpr, EMULATE_BF16: tl.constexpr,
     BLOCK_C: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_K: tl.constexpr,
@@ -90,4 +91,4 @@ def fprop_kernel(
         for h in tl.static_range(H_OUT):
             y = acc[h] + bias if HAS_BIAS else acc[h]
             y_row = tl.multiple_of(index(tl.full((), h, tl.int32), INDEX_64) * stride_y_h, Y_ALIGN)
-            tl.store(y_block + y_row, narrow(y, y_ptr.dtype.element_ty, EMULATE_BF16), mask=live & y_mask)
+            finish(y_block + y_row, y, live & y_mask, y_ptr, residual_ptr, kept_ptr, ACTIVATION, False, EMULATE_BF16)

@@ -17,6 +17,7 @@ Source: own derivation, no code adapted.
 import triton
 import triton.language as tl
 
+from .epilogue import finish
 from .tiles import index, mma, narrow
 
 
@@ -135,7 +136,7 @@ def matrices(wgt_ptr, at, live, stride_wgt_h, stride_wgt_w,
 
 @triton.jit(do_not_specialize=("batch", "channels", "blocks"))
 def fprop_kernel(
-    x_ptr, wgt_ptr, bias_ptr, y_ptr,
+    x_ptr, wgt_ptr, bias_ptr, residual_ptr, kept_ptr, y_ptr,
     batch, channels, blocks,
     stride_x_n, stride_x_c, stride_x_h, stride_x_w,
     stride_wgt_o, stride_wgt_c, stride_wgt_h, stride_wgt_w,
@@ -146,7 +147,8 @@ def fprop_kernel(
     DIL_H: tl.constexpr, DIL_W: tl.constexpr,
     ROWS_IN: tl.constexpr, ROWS_OUT: tl.constexpr,
     UNIT: tl.constexpr, FIRST: tl.constexpr, DISTANCES: tl.constexpr,
-    HAS_BIAS: tl.constexpr, X_DENSE: tl.constexpr, Y_DENSE: tl.constexpr, X_ALIGN: tl.constexpr, Y_ALIGN: tl.constexpr,
+    HAS_BIAS: tl.constexpr, ACTIVATION: tl.constexpr,
+    X_DENSE: tl.constexpr, Y_DENSE: tl.constexpr, X_ALIGN: tl.constexpr, Y_ALIGN: tl.constexpr,
     EVEN_C: tl.constexpr, INDEX_64: tl.constexpr,
     PRECISION: tl.constexpr, EMULATE_BF16: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_IN: tl.constexpr, BLOCK_OUT: tl.constexpr,
@@ -192,7 +194,8 @@ def fprop_kernel(
             at, exist = pixels_at(
                 j, stride_y_h, stride_y_w, H_OUT, W_OUT, ROWS_OUT, Y_DENSE, Y_ALIGN, INDEX_64, BLOCK_OUT, BLOCK_C
             )
-            tl.store(y_ptr + y_at + at, narrow(acc, y_ptr.dtype.element_ty, EMULATE_BF16), mask=live & exist)
+            to, mask = y_ptr + y_at + at, live & exist
+            finish(to, acc, mask, y_ptr, residual_ptr, kept_ptr, ACTIVATION, False, EMULATE_BF16)
 
 
 @triton.jit

@@ -12,6 +12,7 @@ Source: own derivation, no code adapted.
 import triton
 import triton.language as tl
 
+from .epilogue import finish
 from .tiles import as_mask, index, mma, narrow
 
 SIZES = ("batch", "h_in", "w_in", "h_out", "w_out", "segments", "col_blocks", "rows", "first", "last")
@@ -67,7 +68,7 @@ def input_tile(
 
 @triton.jit(do_not_specialize=SIZES)
 def march_kernel(
-    x_ptr, wgt_ptr, bias_ptr, y_ptr,
+    x_ptr, wgt_ptr, bias_ptr, residual_ptr, kept_ptr, y_ptr,
     batch, h_in, w_in, h_out, w_out, segments, col_blocks, rows, first, last,
     stride_x_n, stride_x_c, stride_x_h, stride_x_w,
     stride_wgt_o, stride_wgt_c, stride_wgt_h, stride_wgt_w,
@@ -75,7 +76,8 @@ def march_kernel(
     CHANNELS: tl.constexpr, MULTIPLIER: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr,
     CONV_STRIDE_H: tl.constexpr, CONV_STRIDE_W: tl.constexpr, PAD_H: tl.constexpr, PAD_W: tl.constexpr,
     DIL_H: tl.constexpr, DIL_W: tl.constexpr,
-    TRANSPOSED: tl.constexpr, HAS_BIAS: tl.constexpr, LEFT: tl.constexpr, CHUNKS: tl.constexpr, DRAIN: tl.constexpr,
+    TRANSPOSED: tl.constexpr, HAS_BIAS: tl.constexpr, ACTIVATION: tl.constexpr,
+    LEFT: tl.constexpr, CHUNKS: tl.constexpr, DRAIN: tl.constexpr,
     X_PIXELS_LAST: tl.constexpr, Y_PIXELS_LAST: tl.constexpr, X_ALIGN: tl.constexpr, Y_ALIGN: tl.constexpr,
     X_RUN: tl.constexpr, Y_RUN: tl.constexpr, INDEX_64: tl.constexpr,
     PRECISION: tl.constexpr, EMULATE_BF16: tl.constexpr,
@@ -179,7 +181,7 @@ def march_kernel(
             mask = as_mask(along(live & (h >= 0) & (h < h_out) & (t >= WARM), 1, BLOCK_C) & y_mask)
             y = acc[i] + bias if HAS_BIAS else acc[i]
             y_row = y_ptr + tl.multiple_of(index(step, INDEX_64) * stride_y_h, Y_ALIGN)
-            tl.store(y_row + y_at, narrow(y, y_ptr.dtype.element_ty, EMULATE_BF16), mask=mask)
+            finish(y_row + y_at, y, mask, y_ptr, residual_ptr, kept_ptr, ACTIVATION, False, EMULATE_BF16)
             acc = acc + (zero,)
         acc = acc[OUT:]
     for a in tl.static_range(DRAIN * OUT):
@@ -188,7 +190,7 @@ def march_kernel(
         mask = as_mask(along(live & (h >= 0) & (h < h_out), 1, BLOCK_C) & y_mask)
         y = acc[a] + bias if HAS_BIAS else acc[a]
         y_row = y_ptr + tl.multiple_of(index(step, INDEX_64) * stride_y_h, Y_ALIGN)
-        tl.store(y_row + y_at, narrow(y, y_ptr.dtype.element_ty, EMULATE_BF16), mask=mask)
+        finish(y_row + y_at, y, mask, y_ptr, residual_ptr, kept_ptr, ACTIVATION, False, EMULATE_BF16)
 
 
 @triton.jit(do_not_specialize=SIZES[:-2] + ("blocks",))

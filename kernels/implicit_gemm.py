@@ -14,6 +14,8 @@ Source: own derivation, no code adapted.
 import triton
 import triton.language as tl
 
+from .epilogue import finish
+
 from .tiles import (  # isort: skip
     cols, index, landed, mma, narrow, part, part_count, part_zeros, phase_taps, pixel, pixel_offset,
     rows, turned,
@@ -24,7 +26,7 @@ SIZES = ("batch", "h_in", "w_in", "h_out", "w_out")
 
 @triton.jit(do_not_specialize=SIZES)
 def fprop_kernel(
-    x_ptr, wgt_ptr, bias_ptr, y_ptr,
+    x_ptr, wgt_ptr, bias_ptr, residual_ptr, kept_ptr, y_ptr,
     batch, h_in, w_in, h_out, w_out,
     stride_x_n, stride_x_c, stride_x_h, stride_x_w,
     stride_wgt_o, stride_wgt_c, stride_wgt_h, stride_wgt_w,
@@ -32,7 +34,7 @@ def fprop_kernel(
     GROUPS: tl.constexpr, CIN_G: tl.constexpr, COUT_G: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr,
     CONV_STRIDE_H: tl.constexpr, CONV_STRIDE_W: tl.constexpr, PAD_H: tl.constexpr, PAD_W: tl.constexpr,
     DIL_H: tl.constexpr, DIL_W: tl.constexpr,
-    FLAT: tl.constexpr, BOUNDED: tl.constexpr, HAS_BIAS: tl.constexpr,
+    FLAT: tl.constexpr, BOUNDED: tl.constexpr, HAS_BIAS: tl.constexpr, ACTIVATION: tl.constexpr,
     CIN_INNERMOST: tl.constexpr, WGT_K_DENSE: tl.constexpr,
     X_PIXELS_LAST: tl.constexpr, Y_PIXELS_LAST: tl.constexpr,
     X_ALIGN: tl.constexpr, Y_ALIGN: tl.constexpr, INDEX_64: tl.constexpr,
@@ -107,10 +109,9 @@ def fprop_kernel(
         y = acc[i]
         if HAS_BIAS:
             y += tl.load(bias_ptr + o, mask=n < COUT_G, other=0.0).to(tl.float32)[None, :]
-        y = narrow(y, y_ptr.dtype.element_ty, EMULATE_BF16)
         y_at = rows(y_m, Y_PIXELS_LAST) + cols(o * stride_y_c, Y_PIXELS_LAST)
         mask = rows(live, Y_PIXELS_LAST) & cols(n < COUT_G, Y_PIXELS_LAST)
-        tl.store(y_ptr + y_at, turned(y, Y_PIXELS_LAST), mask=mask)
+        finish(y_ptr + y_at, y, mask, y_ptr, residual_ptr, kept_ptr, ACTIVATION, Y_PIXELS_LAST, EMULATE_BF16)
 
 
 @triton.jit(do_not_specialize=SIZES + ("h_phase", "w_phase"))

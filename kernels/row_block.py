@@ -15,6 +15,8 @@ Source: own derivation, no code adapted.
 import triton
 import triton.language as tl
 
+from .epilogue import finish
+
 from .tiles import (  # isort: skip
     NOWHERE, as_mask, below, cols, in_registers, index, landed, mma, narrow, part, part_count, part_zeros, phase_taps,
     rows, touched, turned,
@@ -130,15 +132,15 @@ def products(
 
 @triton.jit(do_not_specialize=SIZES)
 def fprop_kernel(
-    x_ptr, wgt_ptr, bias_ptr, y_ptr,
+    x_ptr, wgt_ptr, bias_ptr, residual_ptr, kept_ptr, y_ptr,
     batch, h_in, w_in, h_out, w_out, row_blocks,
     stride_x_n, stride_x_c, stride_x_h, stride_x_w,
     stride_wgt_o, stride_wgt_c, stride_wgt_h, stride_wgt_w,
     stride_y_n, stride_y_c, stride_y_h, stride_y_w,
     GROUPS: tl.constexpr, CIN_G: tl.constexpr, COUT_G: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr,
     CONV_STRIDE_H: tl.constexpr, CONV_STRIDE_W: tl.constexpr, PAD_H: tl.constexpr, PAD_W: tl.constexpr,
-    DIL_H: tl.constexpr, DIL_W: tl.constexpr, HAS_BIAS: tl.constexpr, WGT_ROW_DENSE: tl.constexpr,
-    X_PIXELS_LAST: tl.constexpr, Y_PIXELS_LAST: tl.constexpr,
+    DIL_H: tl.constexpr, DIL_W: tl.constexpr, HAS_BIAS: tl.constexpr, ACTIVATION: tl.constexpr,
+    WGT_ROW_DENSE: tl.constexpr, X_PIXELS_LAST: tl.constexpr, Y_PIXELS_LAST: tl.constexpr,
     X_ALIGN: tl.constexpr, Y_ALIGN: tl.constexpr, WGT_ALIGN: tl.constexpr, INDEX_64: tl.constexpr,
     PRECISION: tl.constexpr, EMULATE_BF16: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
@@ -207,10 +209,9 @@ def fprop_kernel(
             y = acc[i * PARTS + j]
             if HAS_BIAS:
                 y += tl.load(bias_ptr + o, mask=n < COUT_G, other=0.0).to(tl.float32)[None, :]
-            y = narrow(y, y_ptr.dtype.element_ty, EMULATE_BF16)
             mask = as_mask(live_p & cols(n < COUT_G, Y_PIXELS_LAST) & (row < h_out))
             y_at = y_p + cols(o * stride_y_c, Y_PIXELS_LAST)
-            tl.store(row_ptr + y_at, turned(y, Y_PIXELS_LAST), mask=mask)
+            finish(row_ptr + y_at, y, mask, y_ptr, residual_ptr, kept_ptr, ACTIVATION, Y_PIXELS_LAST, EMULATE_BF16)
 
 
 @triton.jit(do_not_specialize=SIZES + ("w_phase",))

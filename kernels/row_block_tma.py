@@ -13,6 +13,7 @@ Source: own derivation, no code adapted.
 import triton
 import triton.language as tl
 
+from .epilogue import finish
 from .row_block import first_row, many_zeros, meetings, products, row_step, source_count, source_of, source_row
 from .tiles import as_mask, index, mma, narrow, phase_taps, touched
 
@@ -54,29 +55,30 @@ def lanes_of(column, image, BLOCK_I: tl.constexpr, LANES: tl.constexpr, INDEX_64
 
 @triton.jit
 def store_rows(
-    ptr, acc, at, live, first, height, stride_h, stride_c, first_channel, n_first, WIDTH: tl.constexpr,
+    ptr, residual_ptr, kept_ptr, acc, at, live, first, height, stride_h, stride_c, first_channel, n_first,
+    ACTIVATION: tl.constexpr, WIDTH: tl.constexpr,
     BLOCK_R: tl.constexpr, PARTS: tl.constexpr, PART_N: tl.constexpr, STEP: tl.constexpr, ALIGN: tl.constexpr,
     INDEX_64: tl.constexpr, EMULATE_BF16: tl.constexpr,
 ):  # fmt: skip
-    """Store a block's sums, [lanes, PART_N] each, to the rows from `first` on that are on the map."""
+    """Store a block's sums, [lanes, PART_N] each, to the rows from `first` on that are on the map, as `finish` does."""
     for i in tl.static_range(BLOCK_R):
         row = first + i * STEP
         row_ptr = ptr + tl.multiple_of(index(row, INDEX_64) * stride_h, ALIGN)
         for j in tl.static_range(PARTS):
             n = n_first + j * PART_N + tl.arange(0, PART_N)
             mask = as_mask(live[:, None] & (n < WIDTH)[None, :] & (row < height))
-            tile = narrow(acc[i * PARTS + j], ptr.dtype.element_ty, EMULATE_BF16)
-            tl.store(row_ptr + (at[:, None] + ((first_channel + n) * stride_c)[None, :]), tile, mask=mask)
+            to = row_ptr + (at[:, None] + ((first_channel + n) * stride_c)[None, :])
+            finish(to, acc[i * PARTS + j], mask, ptr, residual_ptr, kept_ptr, ACTIVATION, False, EMULATE_BF16)
 
 
 @triton.jit(do_not_specialize=SIZES + ("programs",))
 def fprop_kernel(
-    x_desc, wgt_desc, bias_ptr, y_ptr,
+    x_desc, wgt_desc, bias_ptr, residual_ptr, kept_ptr, y_ptr,
     batch, h_in, w_in, h_out, w_out, row_blocks, column_tiles, image_tiles, programs,
     stride_y_n, stride_y_c, stride_y_h, stride_y_w,
     GROUPS: tl.constexpr, CIN_G: tl.constexpr, COUT_G: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr,
     CONV_STRIDE_H: tl.constexpr, CONV_STRIDE_W: tl.constexpr, PAD_H: tl.constexpr, PAD_W: tl.constexpr,
-    DIL_H: tl.constexpr, DIL_W: tl.constexpr, HAS_BIAS: tl.constexpr, VIEW_W: tl.constexpr,
+    DIL_H: tl.constexpr, DIL_W: tl.constexpr, HAS_BIAS: tl.constexpr, ACTIVATION: tl.constexpr, VIEW_W: tl.constexpr,
     Y_ALIGN: tl.constexpr, INDEX_64: tl.constexpr, PRECISION: tl.constexpr, EMULATE_BF16: tl.constexpr,
     PART_N: tl.constexpr, LANDED: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_I: tl.constexpr,
@@ -133,8 +135,9 @@ def fprop_kernel(
         ow, image = lanes_of(ow_first, image_first, BLOCK_I, BLOCK_M, INDEX_64)
         y_at = tl.multiple_of(image * stride_y_n + ow * stride_y_w, Y_ALIGN)
         store_rows(
-            y_ptr, acc, y_at, (image < batch) & (ow < w_out), oh, h_out, stride_y_h, stride_y_c,
-            group * COUT_G, n_first, COUT_G, BLOCK_R, PARTS, PART_N, STEP, Y_ALIGN, INDEX_64, EMULATE_BF16,
+            y_ptr, residual_ptr, kept_ptr, acc, y_at, (image < batch) & (ow < w_out), oh, h_out,
+            stride_y_h, stride_y_c, group * COUT_G, n_first, ACTIVATION, COUT_G,
+            BLOCK_R, PARTS, PART_N, STEP, Y_ALIGN, INDEX_64, EMULATE_BF16,
         )  # fmt: skip
 
 
@@ -202,8 +205,8 @@ def dgrad_kernel(
         iw = tw * CONV_STRIDE_W + phase
         dx_at = tl.multiple_of(image * stride_dx_n + iw * stride_dx_w, DX_ALIGN)
         store_rows(
-            dx_ptr, acc, dx_at, (image < batch) & (iw < w_in), ih, h_in, stride_dx_h, stride_dx_c,
-            group * CIN_G, n_first, CIN_G, BLOCK_R, PARTS, PART_N, STEP, DX_ALIGN, INDEX_64, EMULATE_BF16,
+            dx_ptr, None, None, acc, dx_at, (image < batch) & (iw < w_in), ih, h_in, stride_dx_h, stride_dx_c,
+            group * CIN_G, n_first, None, CIN_G, BLOCK_R, PARTS, PART_N, STEP, DX_ALIGN, INDEX_64, EMULATE_BF16,
         )  # fmt: skip
 
 

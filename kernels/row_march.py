@@ -23,6 +23,7 @@ Source: own derivation, no code adapted.
 import triton
 import triton.language as tl
 
+from .epilogue import finish
 from .tiles import NOWHERE, as_mask, below, cols, in_registers, index, mma, narrow, pointers, rows, touched, turned
 
 SIZES = ("batch", "h_in", "w_in", "h_out", "w_out", "segments", "steps")
@@ -121,17 +122,17 @@ def zeros(COUNT: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr):
 
 @triton.jit
 def store_output_row(
-    y_ptr, y_at, live_y, y, u, column: tl.constexpr, first, last, row_class, h_out, stride_y_h, stride_y_w,
-    DIL_H: tl.constexpr, PIXELS_LAST: tl.constexpr, ALIGN: tl.constexpr, INDEX_64: tl.constexpr,
-    EMULATE_BF16: tl.constexpr,
+    y_ptr, residual_ptr, kept_ptr, y_at, live_y, y, u, column: tl.constexpr, first, last, row_class, h_out,
+    stride_y_h, stride_y_w, ACTIVATION: tl.constexpr, DIL_H: tl.constexpr,
+    PIXELS_LAST: tl.constexpr, ALIGN: tl.constexpr, INDEX_64: tl.constexpr, EMULATE_BF16: tl.constexpr,
 ):  # fmt: skip
-    """Store y, [lanes, channels], as row u of each class, if that is one of the rows first to last - 1; of the lanes'
-    columns as number `column`.
+    """`finish` y, [lanes, channels], as row u of each class, if that is one of the rows first to last - 1; of the
+    lanes' columns as number `column`.
     """
     mask = as_mask(live_y & rows((u >= first) & (u < last) & (row_class + u * DIL_H < h_out), PIXELS_LAST))
     row = tl.multiple_of(index(u * DIL_H, INDEX_64) * stride_y_h, ALIGN)
-    y = turned(narrow(y, y_ptr.dtype.element_ty, EMULATE_BF16), PIXELS_LAST)
-    tl.store(pointers(y_ptr, y_at, row, column * stride_y_w, ALIGN), y, mask=mask)
+    to = pointers(y_ptr, y_at, row, column * stride_y_w, ALIGN)
+    finish(to, y, mask, y_ptr, residual_ptr, kept_ptr, ACTIVATION, PIXELS_LAST, EMULATE_BF16)
 
 
 @triton.constexpr_function
@@ -204,14 +205,14 @@ def source_tile(
 
 @triton.jit(do_not_specialize=SIZES + ("begin", "end"))
 def fprop_kernel(
-    x_ptr, wgt_ptr, bias_ptr, y_ptr,
+    x_ptr, wgt_ptr, bias_ptr, residual_ptr, kept_ptr, y_ptr,
     batch, h_in, w_in, h_out, w_out, segments, steps, begin, end,
     stride_x_n, stride_x_c, stride_x_h, stride_x_w,
     stride_wgt_o, stride_wgt_c, stride_wgt_h: tl.constexpr, stride_wgt_w: tl.constexpr,
     stride_y_n, stride_y_c, stride_y_h, stride_y_w,
     GROUPS: tl.constexpr, CIN_G: tl.constexpr, COUT_G: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr,
     CONV_STRIDE_H: tl.constexpr, CONV_STRIDE_W: tl.constexpr, PAD_H: tl.constexpr, PAD_W: tl.constexpr,
-    DIL_H: tl.constexpr, DIL_W: tl.constexpr, HAS_BIAS: tl.constexpr,
+    DIL_H: tl.constexpr, DIL_W: tl.constexpr, HAS_BIAS: tl.constexpr, ACTIVATION: tl.constexpr,
     X_PIXELS_LAST: tl.constexpr, Y_PIXELS_LAST: tl.constexpr,
     X_ALIGN: tl.constexpr, Y_ALIGN: tl.constexpr, C_ALIGN: tl.constexpr, INDEX_64: tl.constexpr,
     PRECISION: tl.constexpr, EMULATE_BF16: tl.constexpr,
@@ -326,8 +327,8 @@ def fprop_kernel(
         for w in tl.static_range(BLOCK_W):
             y = acc[w * LIVE] + bias if HAS_BIAS else acc[w * LIVE]
             store_output_row(
-                y_ptr, y_at, live_y[w], y, t - (LIVE - 1), w, first, last, row_class, h_out, stride_y_h, stride_y_w,
-                DIL_H, Y_PIXELS_LAST, Y_ALIGN, INDEX_64, EMULATE_BF16,
+                y_ptr, residual_ptr, kept_ptr, y_at, live_y[w], y, t - (LIVE - 1), w, first, last, row_class, h_out,
+                stride_y_h, stride_y_w, ACTIVATION, DIL_H, Y_PIXELS_LAST, Y_ALIGN, INDEX_64, EMULATE_BF16,
             )  # fmt: skip
             kept = kept + acc[w * LIVE + 1 : (w + 1) * LIVE] + zeros(1, BLOCK_P, BLOCK_C)
         acc = kept
@@ -335,8 +336,8 @@ def fprop_kernel(
         for w in tl.static_range(BLOCK_W):
             y = acc[w * LIVE + a] + bias if HAS_BIAS else acc[w * LIVE + a]
             store_output_row(
-                y_ptr, y_at, live_y[w], y, stop - (LIVE - 1) + a, w, first, last, row_class, h_out,
-                stride_y_h, stride_y_w, DIL_H, Y_PIXELS_LAST, Y_ALIGN, INDEX_64, EMULATE_BF16,
+                y_ptr, residual_ptr, kept_ptr, y_at, live_y[w], y, stop - (LIVE - 1) + a, w, first, last, row_class,
+                h_out, stride_y_h, stride_y_w, ACTIVATION, DIL_H, Y_PIXELS_LAST, Y_ALIGN, INDEX_64, EMULATE_BF16,
             )  # fmt: skip
 
 

@@ -8,8 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from groupconv import triton_conv
-from groupconv.epilogue import ACTIVATIONS
+from groupconv import dispatch, epilogue, prepared, triton_conv
+from groupconv.activations import ACTIVATIONS
+from groupconv.algorithms import REGISTRY
 
 pytestmark = pytest.mark.usefixtures("ieee", "few_programs")
 # As torch's modules have them, whose defaults these are.
@@ -135,3 +136,101 @@ def test_bad_arguments(extra, error, told):
     x, w, bias, _ = operands("nchw")
     with pytest.raises(error, match=f"^triton_conv: .*{told}"):
         triton_conv(x, w, bias, padding=1, groups=2, **extra)
+
+
+# What each algorithm's fprop can be asked for: x, w and the convolution's arguments.
+SERVED = {
+    "implicit_gemm": ((2, 6, 6, 5), (12, 3, 3, 3), {"padding": 1, "groups": 2}),
+    "row_block": ((2, 32, 6, 5), (32, 16, 3, 3), {"padding": 1, "groups": 2}),
+    "row_block_tma": ((2, 64, 6, 8), (64, 32, 3, 3), {"padding": 1, "groups": 2}),
+    "row_march": ((2, 32, 6, 5), (32, 4, 3, 3), {"padding": 1, "groups": 8}),
+    "depthwise_direct": ((2, 8, 6, 5), (8, 1, 3, 3), {"padding": 1, "groups": 8}),
+    "depthwise_toeplitz": ((2, 8, 9, 8), (8, 1, 5, 5), {"padding": 2, "groups": 8}),
+    "depthwise_map": ((2, 8, 9, 8), (8, 1, 9, 9), {"padding": 4, "groups": 8}),
+    "depthwise_plane": ((2, 8, 6, 5), (8, 1, 3, 3), {"padding": 1, "groups": 8}),
+}
+
+
+def test_all_algorithms_are_tried():
+    assert set(SERVED) == set(REGISTRY)
+
+
+@pytest.mark.parametrize("view", ["nchw", "nhwc"])
+@pytest.mark.parametrize("algorithm", SERVED)
+def test_every_algorithm_does_it_in_its_own_kernel(algorithm, view, device, monkeypatch):
+    """With a residual in another layout; y, its gradients, and no pass of torch's own over y."""
+    shape, w_shape, arguments = SERVED[algorithm]
+    if algorithm == "row_block_tma" and view == "nchw":
+        pytest.skip("its descriptors want NHWC")
+    monkeypatch.setattr(epilogue, "applied", None)
+    whole = dispatch.plan_pass
+
+    def for_fprop(problem, pass_, target, backend="auto", *others, **named):  # no algorithm must serve all passes
+        return whole(problem, pass_, target, backend if pass_ == "fprop" else "triton", *others, **named)
+
+    monkeypatch.setattr(dispatch, "plan_pass", for_fprop)
+    generator = torch.Generator().manual_seed(2)
+    x, w, bias = (torch.randn(s, generator=generator).half() for s in (shape, w_shape, w_shape[:1]))
+    y_shape = F.conv2d(x, w, bias, **arguments).shape
+    residual = cases.lay_out(torch.randn(y_shape, generator=generator).half(), "slice")
+    x = cases.lay_out(x, view)
+    x, w, bias, residual = (tensor.to(device) for tensor in (x, w, bias, residual))
+    residual.requires_grad_()
+    y = triton_conv(x, w, bias, **arguments, activation="silu", residual=residual, backend=f"triton:{algorithm}")
+    exact = residual.detach().double().requires_grad_()
+    expected = F.silu(F.conv2d(x.double(), w.double(), bias.double(), **arguments) + exact)
+    assert cases.error(y, expected) <= 2 * cases.bound("fp16", 64)
+    dy = torch.randn(y.shape, generator=generator).half().to(device)
+    (out,), (ref,) = torch.autograd.grad(y, residual, dy), torch.autograd.grad(expected, exact, dy.double())
+    assert cases.error(out, ref) <= 4 * cases.bound("fp16", 64)
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_extreme_values(activation, device):
+    """As torch's: of NaN, infinities, and numbers whose exponentials overflow."""
+    x = torch.tensor([float("nan"), float("inf"), -float("inf"), 0.0, -0.0, 1e30, -1e30, 100.0, -100.0, 3.0, -3.0, 6.0])
+    x = x.reshape(1, 1, 3, 4).repeat(1, 2, 1, 1).to(device)
+    one = torch.ones(2, 1, 1, 1, device=device)
+    y = triton_conv(x, one, groups=2, activation=activation, backend="triton:implicit_gemm")
+    one_by_one = [ACTIVATIONS[activation].of(value.reshape(1)) for value in x.flatten()]  # in vectors gelu(inf) is NaN
+    torch.testing.assert_close(y, torch.cat(one_by_one).view_as(x), equal_nan=True)
+
+
+@pytest.mark.parametrize("activation", [None, *ACTIVATIONS])
+def test_second_derivative_of_kernels(activation, device):
+    """dx's own gradient by x, with what torch derives in float64."""
+    x, w, bias, residual = (tensor.detach().to(device).requires_grad_() for tensor in operands("nchw"))
+    exact = [tensor.detach().double().requires_grad_() for tensor in (x, w, bias, residual)]
+    dy = torch.randn((2, 12, 6, 5), generator=torch.Generator().manual_seed(4)).to(device)
+
+    def second(y, tensors, dy):
+        first = torch.autograd.grad(y, tensors, dy, create_graph=True)
+        return torch.autograd.grad(sum(grad.square().sum() for grad in first), tensors, allow_unused=True)
+
+    y = triton_conv(
+        x, w, bias, padding=1, groups=2, activation=activation, residual=residual, backend="triton"
+    )  # fmt: skip
+    outs = second(y, (x, w, bias, residual), dy)
+    refs = second(chain(*exact, activation, 1), exact, dy.double())
+    for out, ref in zip(outs, refs, strict=True):
+        assert (out is None or not out.any()) if ref is None else cases.error(out, ref) <= 16 * cases.bound("fp32", 64)
+
+
+def test_what_it_keeps(device):
+    """Of an activation that is derived from its result, that; of others, also what they are of."""
+    x, w, bias, _ = (tensor.detach().to(device).requires_grad_() for tensor in operands("nchw"))
+    kept = {}
+    for activation in ("relu", "silu"):
+        y = triton_conv(x, w, bias, padding=1, groups=2, activation=activation, backend="triton")
+        kept[activation] = [t.data_ptr() for t in y.grad_fn.saved_tensors if t is not None and t.shape == y.shape]
+        assert (kept[activation] == [y.data_ptr()]) == (activation == "relu")
+        assert len(kept[activation]) == 1
+
+
+def test_a_call_has_one_key_for_all_that_follows(device):
+    """The convolution's own plan serves, whatever follows it."""
+    x, w, bias, residual = (tensor.detach().to(device) for tensor in operands("nchw"))
+    prepared.reset()
+    for extra in ({}, {"activation": "relu"}, {"activation": "gelu"}, {"residual": residual}):
+        triton_conv(x, w, bias, padding=1, groups=2, backend="triton", **extra)
+    assert len(prepared._CALLS) == 1

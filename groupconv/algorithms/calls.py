@@ -76,6 +76,14 @@ def split_config(config: dict) -> tuple[dict, dict]:
     return blocks, {name: value for name, value in config.items() if name.islower()}
 
 
+def epilogue(problem: ConvProblem) -> dict:
+    """Kernel arguments of fprop that say what follows the products."""
+    return {"HAS_BIAS": problem.bias, "ACTIVATION": problem.activation}
+
+
+NO_EPILOGUE = {"HAS_BIAS": False, "ACTIVATION": None}
+
+
 class Single:
     """One launch into one new tensor. `run`: how to call it with (*operands, out), where that is not its own order."""
 
@@ -89,6 +97,30 @@ class Single:
         out = launcher.allocate(self.shape, self.strides, operands[0])
         self.run(*operands, out)
         return out
+
+
+class Forward:
+    """fprop by a launch of (x, w, bias, residual, kept, y), and its arguments in `epilogue`.
+
+    Called with (x, w, bias, residual): y, or (y, kept) of a problem that keeps what its activation is of. `run`: how to
+    call the launch so, where that is not its own order.
+    """
+
+    __slots__ = ("keeps", "launches", "run", "shape", "strides")
+
+    def __init__(self, launch: launcher.Launch, problem: ConvProblem, strides, run=None):
+        self.launches = (launch,)
+        self.run, self.keeps = run or launch, problem.keeps
+        self.shape, self.strides = problem.y_shape, strides
+
+    def __call__(self, x, w, bias=None, residual=None):
+        y = launcher.allocate(self.shape, self.strides, x)
+        if not self.keeps:
+            self.run(x, w, bias, residual, None, y)
+            return y
+        kept = launcher.allocate(self.shape, self.strides, x)
+        self.run(x, w, bias, residual, kept, y)
+        return y, kept
 
 
 class FilterGradient:

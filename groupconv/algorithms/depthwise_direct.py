@@ -18,10 +18,11 @@ from ..occupancy import Held, largest_splits, partial_bytes, shares
 from ..problem import ConvProblem
 from .calls import (
     FilterGradient,
-    Single,
+    Forward,
     align,
     call_of_backward,
     emulate_bf16,
+    epilogue,
     index_64,
     named_strides,
     pixels_last,
@@ -250,8 +251,8 @@ def prepare(problem: ConvProblem, pass_: str, config: dict, target: Target, stri
         "EMULATE_BF16": emulate_bf16(kernel, problem), **blocks,
     }  # fmt: skip
     if pass_ == "fprop":
-        scalars |= {**named_strides("y", y), "HAS_BIAS": problem.bias, "Y_ALIGN": align(y)}
-        return Single(launcher.Launch(kernel, (tiles, segments), scalars, **options), problem.y_shape, y)
+        scalars |= {**named_strides("y", y), **epilogue(problem), "Y_ALIGN": align(y)}
+        return Forward(launcher.Launch(kernel, (tiles, segments), scalars, **options), problem, y)
     result = FilterGradient(problem, splits, dw if march.sums else None)
     scalars |= {
         **result.depthwise_arguments(), **named_strides("dy", dy), **named_strides("dx", dx),

@@ -12,7 +12,18 @@ from ..devices import Target
 from ..kernels import depthwise_map as kernels
 from ..occupancy import Held, shares
 from ..problem import ConvProblem
-from .calls import Single, align, emulate_bf16, index_64, named_strides, pixels_last, split_config
+from .calls import (
+    NO_EPILOGUE,
+    Forward,
+    Single,
+    align,
+    emulate_bf16,
+    epilogue,
+    index_64,
+    named_strides,
+    pixels_last,
+    split_config,
+)
 from .depthwise_toeplitz import BLOCK_K, fewest_rounds, wide_accesses
 
 NAME = "depthwise_map"
@@ -146,7 +157,7 @@ def prepare(problem: ConvProblem, pass_: str, config: dict, target: Target, stri
         "H_IN": made.h_in, "W_IN": made.w_in, "H_OUT": made.h_out, "W_OUT": made.w_out,
         "CHANNELS": problem.c_out, "MULTIPLIER": problem.cout_g, "KH": problem.kh, "KW": problem.kw,
         "PAD_H": made.pad_h, "PAD_W": made.pad_w,
-        "TRANSPOSED": transposed, "HAS_BIAS": problem.bias and not transposed,
+        "TRANSPOSED": transposed, **(NO_EPILOGUE if transposed else epilogue(problem)),
         "INDEX_64": index_64(problem, strides),
         "PRECISION": target.precision(problem.dtype),
         "EMULATE_BF16": emulate_bf16(kernels.fprop_kernel, problem),
@@ -157,5 +168,5 @@ def prepare(problem: ConvProblem, pass_: str, config: dict, target: Target, stri
         scalars |= {f"{name}_PIXELS_LAST": last, f"{name}_ALIGN": align(memory, (0, 1, 2) if last else (0, 2, 3))}
     launch = launcher.Launch(kernels.fprop_kernel, (made.c_blocks * splits,), scalars, **options)
     if transposed:
-        return Single(launch, problem.x_shape, strides["dx"], lambda dy, w, dx: launch(dy, w, None, dx))
-    return Single(launch, problem.y_shape, strides["y"])
+        return Single(launch, problem.x_shape, strides["dx"], lambda dy, w, dx: launch(dy, w, None, None, None, dx))
+    return Forward(launch, problem, strides["y"])

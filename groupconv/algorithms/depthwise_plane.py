@@ -17,10 +17,11 @@ from ..occupancy import Held, largest_splits, most_splits, partial_bytes, shares
 from ..problem import ConvProblem
 from .calls import (
     FilterGradient,
-    Single,
+    Forward,
     align,
     call_of_backward,
     emulate_bf16,
+    epilogue,
     index_64,
     named_strides,
     split_config,
@@ -312,8 +313,8 @@ def prepare(problem: ConvProblem, pass_: str, config: dict, target: Target, stri
     scalars |= named_strides("wgt", w)
     grid = (math.ceil(channels / config["BLOCK_C"]), splits)
     if pass_ == "fprop":
-        launch = launcher.Launch(kernel, grid, scalars | {"HAS_BIAS": problem.bias}, **options)
-        return Single(launch, problem.y_shape, y)
+        launch = launcher.Launch(kernel, grid, scalars | epilogue(problem), **options)
+        return Forward(launch, problem, y)
     tap_rows, block_taps = _tap_tile(problem)
     scalars |= {
         "TAP_ROWS": tap_rows, "BLOCK_TAPS": block_taps,

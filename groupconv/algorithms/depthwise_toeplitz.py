@@ -15,11 +15,14 @@ from ..kernels import depthwise_toeplitz as kernels
 from ..occupancy import Held, largest_splits, most_splits, partial_bytes, shares
 from ..problem import ConvProblem
 from .calls import (
+    NO_EPILOGUE,
     FilterGradient,
+    Forward,
     Single,
     SplitK,
     align,
     emulate_bf16,
+    epilogue,
     index_64,
     named_strides,
     pixels_last,
@@ -358,10 +361,10 @@ def prepare(problem: ConvProblem, pass_: str, config: dict, target: Target, stri
         grid = (splits * made.c_blocks * made.t_blocks,)
         return SplitK(launcher.Launch(kernel, grid, scalars, **options), gradient)
     scalars |= {"first": cut.first, "last": cut.last, "DRAIN": cut.drain, "TRANSPOSED": transposed}
-    scalars |= {"HAS_BIAS": problem.bias and not transposed}
+    scalars |= NO_EPILOGUE if transposed else epilogue(problem)
     scalars |= named_strides("x", strides[source]) | named_strides("wgt", strides["w"])
     scalars |= named_strides("y", strides[result])
     launch = launcher.Launch(kernel, (made.m_blocks * made.c_blocks,), scalars, **options)
     if transposed:
-        return Single(launch, problem.x_shape, strides["dx"], lambda dy, w, dx: launch(dy, w, None, dx))
-    return Single(launch, problem.y_shape, strides["y"])
+        return Single(launch, problem.x_shape, strides["dx"], lambda dy, w, dx: launch(dy, w, None, None, None, dx))
+    return Forward(launch, problem, strides["y"])

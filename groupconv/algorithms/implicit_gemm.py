@@ -17,11 +17,13 @@ from ..occupancy import Held, partial_bytes
 from ..problem import ConvProblem
 from .calls import (
     FilterGradient,
+    Forward,
     Single,
     SplitK,
     align,
     convolution,
     emulate_bf16,
+    epilogue,
     index_64,
     named_strides,
     pixels_last,
@@ -199,7 +201,7 @@ def prepare(problem: ConvProblem, pass_: str, config: dict, target: Target, stri
         cin_innermost = not pixels_last(x) or not _k_dense(problem, w, cin_innermost=False)
         scalars |= named_strides("x", x) | named_strides("wgt", w) | named_strides("y", y)
         scalars |= {
-            "HAS_BIAS": problem.bias,
+            **epilogue(problem),
             "CIN_INNERMOST": cin_innermost,
             "WGT_K_DENSE": _k_dense(problem, w, cin_innermost),
             "X_PIXELS_LAST": pixels_last(x),
@@ -208,7 +210,7 @@ def prepare(problem: ConvProblem, pass_: str, config: dict, target: Target, stri
             "Y_ALIGN": align(y),
         }
         grid = (math.ceil(m / config["BLOCK_M"]) * tiles,)
-        return Single(launcher.Launch(kernel, grid, scalars, **options), problem.y_shape, y)
+        return Forward(launcher.Launch(kernel, grid, scalars, **options), problem, y)
 
     if pass_ == "dgrad":
         h_phase, w_phase = math.ceil(problem.h_in / stride_h), math.ceil(problem.w_in / stride_w)

@@ -16,11 +16,13 @@ from ..occupancy import Held, partial_bytes
 from ..problem import ConvProblem
 from .calls import (
     FilterGradient,
+    Forward,
     Single,
     SplitK,
     align,
     convolution,
     emulate_bf16,
+    epilogue,
     index_64,
     named_strides,
     pixels_last,
@@ -289,7 +291,7 @@ def prepare(problem: ConvProblem, pass_: str, config: dict, target: Target, stri
         scalars |= named_strides("x", x) | named_strides("wgt", w) | named_strides("y", y)
         adjacent = problem.kw == 1 or w[3] == problem.cin_g
         scalars |= {
-            "HAS_BIAS": problem.bias,
+            **epilogue(problem),
             "WGT_ROW_DENSE": adjacent and (w[1] == 1 or problem.cin_g == 1),
             "X_PIXELS_LAST": pixels_last(x),
             "Y_PIXELS_LAST": pixels_last(y),
@@ -297,7 +299,7 @@ def prepare(problem: ConvProblem, pass_: str, config: dict, target: Target, stri
             "Y_ALIGN": align(y),
             "WGT_ALIGN": align(w, (0, 2)),
         }
-        return Single(launcher.Launch(kernel, grid, scalars, **options), problem.y_shape, y)
+        return Forward(launcher.Launch(kernel, grid, scalars, **options), problem, y)
     if pass_ == "dgrad":
         common = math.gcd(problem.stride[1], problem.dilation[1])
         scalars |= named_strides("dy", dy) | named_strides("wgt", w) | named_strides("dx", dx)

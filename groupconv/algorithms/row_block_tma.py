@@ -18,11 +18,13 @@ from ..occupancy import Held, partial_bytes
 from ..problem import ConvProblem, dense_strides
 from .calls import (
     FilterGradient,
+    Forward,
     Single,
     SplitK,
     align,
     convolution,
     emulate_bf16,
+    epilogue,
     index_64,
     named_strides,
     split_config,
@@ -358,11 +360,11 @@ def prepare(problem: ConvProblem, pass_: str, config: dict, target: Target, stri
         w = _weights(problem, strides["w"], part, bk)
         scalars |= named_strides("y", strides["y"])
         scalars |= {
-            "programs": programs, "HAS_BIAS": problem.bias, "VIEW_W": view_w, "Y_ALIGN": align(strides["y"])
+            "programs": programs, **epilogue(problem), "VIEW_W": view_w, "Y_ALIGN": align(strides["y"])
         }  # fmt: skip
         launch = launcher.Launch(kernel, (programs,), scalars, **options)
-        return Single(
-            launch, problem.y_shape, strides["y"], lambda a, b, bias, y: launch(x.of(a), w.of(b), bias, y)
+        return Forward(
+            launch, problem, strides["y"], lambda a, b, *others: launch(x.of(a), w.of(b), *others)
         )  # fmt: skip
     of_lanes, of_channels = (bk, part) if pass_ == "wgrad" else (bm, bk)
     dy = _pixels(problem, problem.y_shape, strides["dy"], of_lanes, images, of_channels)

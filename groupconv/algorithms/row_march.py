@@ -18,11 +18,12 @@ from ..occupancy import Held, largest_splits, partial_bytes
 from ..problem import ConvProblem
 from .calls import (
     FilterGradient,
-    Single,
+    Forward,
     align,
     call_of_backward,
     convolution,
     emulate_bf16,
+    epilogue,
     index_64,
     named_strides,
     pixels_last,
@@ -438,10 +439,10 @@ def prepare(problem: ConvProblem, pass_: str, config: dict, target: Target, stri
     programs = (made.tiles * splits,)
     if pass_ == "fprop":
         scalars |= {
-            "begin": march.begin, "HAS_BIAS": problem.bias, **named_strides("y", y),
+            "begin": march.begin, **epilogue(problem), **named_strides("y", y),
             "Y_PIXELS_LAST": pixels_last(y), "Y_ALIGN": align(y),
         }  # fmt: skip
-        return Single(launcher.Launch(kernel, programs, scalars, **options), problem.y_shape, y)
+        return Forward(launcher.Launch(kernel, programs, scalars, **options), problem, y)
     result = FilterGradient(problem, splits, dw if march.held else None)
     scalars |= {
         "blocks": grid.blocks, "BLOCK_L": left, **result.arguments,
