@@ -157,12 +157,12 @@ class Call:
 
     # --- Forward, and what follows it
 
-    def finishes(self, x, w, bias, activation: str | None, residual: bool, keeps: bool) -> bool:
-        """Whether `finish` can serve: a kernel of ours makes the forward pass, and is not on trial."""
-        key = activation, residual, keeps
-        if key not in self._finished:
-            self._finished[key] = self._prepare_finished(x, w, bias, *key)
-        return self._finished[key] is not None
+    def finisher(self, x, w, bias, activation: str | None, residual: bool, keeps: bool) -> Callable | None:
+        """What `finish` runs; None unless a kernel of ours makes the forward pass, and is not on trial."""
+        key, finished = (activation, residual, keeps), self._finished  # another thread may forget it
+        if key not in finished:
+            finished[key] = self._prepare_finished(x, w, bias, *key)
+        return finished[key]
 
     def _prepare_finished(self, x, w, bias, activation, residual, keeps) -> Callable | None:
         choice = self._choice("fprop", x=x, w=w, bias=bias)
@@ -172,15 +172,14 @@ class Call:
         algorithm = REGISTRY[choice.algorithm]
         return algorithm.prepare(problem, "fprop", choice.config, self.plan.target, self.strides)
 
-    def finish(self, x, w, bias, residual: Tensor | None, activation: str | None, keeps: bool):
-        """y = activation(convolution + residual), or (y, what the activation is of), where it `finishes` such calls."""
+    def finish(self, run: Callable, x, w, bias, residual: Tensor | None, activation: str | None, keeps: bool):
+        """y = activation(convolution + residual), or, if it keeps that, (y, what the activation is of), by `finisher`'s
+        answer.
+        """
         if residual is not None:
             residual = self._lying_as_y(residual)
         if self.copy_bias and bias is not None:
             bias = bias.contiguous()
-        key = activation, residual is not None, keeps
-        run = self._finished[key]
-        assert run is not None, key
         try:
             if self._elsewhere():
                 with torch.cuda.device(self.device):
@@ -188,8 +187,9 @@ class Call:
             return run(x, w, bias, residual)
         except assembler.Miscompiled as error:
             self._give_up(error)
-            self._finished[key] = functools.partial(self._finish_by_torch, activation, keeps)
-            return self._finished[key](x, w, bias, residual)
+            run = functools.partial(self._finish_by_torch, activation, keeps)
+            self._finished[activation, residual is not None, keeps] = run
+            return run(x, w, bias, residual)
 
     def _lying_as_y(self, residual: Tensor) -> Tensor:
         """A residual of y's strides, aligned as new memory is: a copy, if it is not already one."""

@@ -81,21 +81,22 @@ def fused(
     operands = (x, w, bias, residual)
     derived = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in operands)
     keeps = derived and activation is not None and not ACTIVATIONS[activation].by_result
-    if not call.finishes(x, w, bias, activation, residual is not None, keeps):
+    run = call.finisher(x, w, bias, activation, residual is not None, keeps)
+    if run is None:
         return None
     if derived:
-        found = _apply_function(x, w, bias, residual, call, activation, keeps)
+        found = _apply_function(x, w, bias, residual, call, run, activation, keeps)
         return found[0] if keeps else found
-    return call.finish(x, w, bias, residual, activation, False)
+    return call.finish(run, x, w, bias, residual, activation, False)
 
 
 class _FinishedFunction(torch.autograd.Function):
     """y, and what its activation is of where the derivative wants that: a result too, so that it is derivable."""
 
     @staticmethod
-    def forward(ctx, x, w, bias, residual, call: Call, activation, keeps):
+    def forward(ctx, x, w, bias, residual, call: Call, run, activation, keeps):
         ctx.set_materialize_grads(False)
-        found = call.finish(x, w, bias, residual, activation, keeps)
+        found = call.finish(run, x, w, bias, residual, activation, keeps)
         read = found[1] if keeps else found if activation is not None else None
         save_x, save_w = call.saves(*ctx.needs_input_grad[:2])
         ctx.save_for_backward(x if save_x else None, w if save_w else None, read)
@@ -109,9 +110,9 @@ class _FinishedFunction(torch.autograd.Function):
         if d_kept is not None:
             dv = d_kept if dv is None else dv + d_kept
         if dv is None:
-            return (None,) * 7
+            return (None,) * 8
         grads = eager.gradients(ctx.call, dv, x, w, eager.wanted(ctx))
-        return *grads, dv if ctx.needs_input_grad[3] else None, None, None, None
+        return *grads, dv if ctx.needs_input_grad[3] else None, None, None, None, None
 
 
 _apply_function = torch_private.direct_apply(_FinishedFunction)
