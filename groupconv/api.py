@@ -82,10 +82,10 @@ def triton_conv(
             return epilogue.shuffled(epilogue.applied(y, activation, residual), shuffle_groups) if followed else y
     if followed:
         arguments = input, weight, bias, stride, padding, dilation, groups
-        y = epilogue.fused(*arguments, backend, activation, residual)
-        if y is None:
-            y = epilogue.applied(triton_conv(*arguments, backend=backend), activation, residual)
-        return epilogue.shuffled(y, shuffle_groups)
+        fused = epilogue.fused(*arguments, backend, activation, residual)
+        if fused is None:
+            fused = epilogue.applied(triton_conv(*arguments, backend=backend), activation, residual)
+        return epilogue.shuffled(fused, shuffle_groups)
     if backend not in dispatch.BACKENDS:
         raise ValueError(f"triton_conv: backend is {backend!r}, but must be one of {', '.join(dispatch.BACKENDS)}")
     if torch_private.being_traced() is not None:

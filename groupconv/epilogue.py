@@ -44,17 +44,19 @@ def _check(activation: str | None) -> None:
         raise ValueError(f"triton_conv: activation is {activation!r}, but must be one of {', '.join(ACTIVATIONS)}")
 
 
-def _like(shape, dtype: torch.dtype, device: torch.device, residual: Tensor) -> Tensor:
+def _like(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, residual: Tensor) -> Tensor:
     """A residual, under autocast in its dtype; ValueError if it is not of this shape, dtype and device."""
     if not isinstance(residual, Tensor):
         raise TypeError(f"triton_conv: residual is of type {type(residual).__name__}, but must be a tensor or None")
     cast = autocast_dtype(residual, residual.device.type)
     residual = residual if cast is None else residual.to(cast)
-    for name, ours in (("shape", shape), ("dtype", dtype), ("device", device)):
-        theirs = getattr(residual, name)
+    for name, theirs, ours in (
+        ("shape", tuple(residual.shape), tuple(shape)),
+        ("dtype", residual.dtype, dtype),
+        ("device", residual.device, device),
+    ):
         if theirs != ours:
-            shown = [tuple(value) if name == "shape" else value for value in (theirs, ours)]
-            raise ValueError(f"triton_conv: residual's {name} is {shown[0]}, but must be y's, {shown[1]}")
+            raise ValueError(f"triton_conv: residual's {name} is {theirs}, but must be y's, {ours}")
     return residual
 
 
