@@ -113,7 +113,8 @@ class _FinishedFunction(torch.autograd.Function):
             dv = d_kept if dv is None else dv + d_kept
         if dv is None:
             return (None,) * 8
-        grads = eager.gradients(ctx.call, dv, x, w, eager.wanted(ctx))
+        needs = eager.wanted(ctx)
+        grads = eager.gradients(ctx.call, dv, x, w, needs) if any(needs) else (None, None, None)
         return *grads, dv if ctx.needs_input_grad[3] else None, None, None, None, None
 
 
