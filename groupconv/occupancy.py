@@ -100,6 +100,7 @@ class Room:
         fitted, self._compiled = tables()
         self.kind = f"{arithmetic(target, dtype)} {algorithm} {pass_}"  # by what registers are fitted
         self._fit = fitted.get(self.kind, UNKNOWN)
+        self.most = self._fit.most  # as `Registers` has it
         self._file, self._threads, self._programs, self._together = limits(target)
         self._warp = target.warp_size
         self._most = 255 if target.backend == "cuda" else 512
@@ -121,7 +122,7 @@ class Room:
         """
         if compiled is not None:
             return compiled.registers > 0 and compiled.shared_bytes <= self._shared
-        return held.shared_bytes <= self._shared and self.share(held) <= self._fit.most
+        return held.shared_bytes <= self._shared and self.share(held) <= self.most
 
     def risk(self, held: Held, compiled: Compiled | None) -> float:
         """What a program's time is to be multiplied by, as another Triton may make it spill."""

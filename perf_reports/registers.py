@@ -27,7 +27,7 @@ import numpy as np
 import triton
 
 from groupconv import devices, dispatch, occupancy, workers
-from groupconv.algorithms import GENERAL, REGISTRY, STRETCHED, able, divided, fitting, tile_of
+from groupconv.algorithms import GENERAL, REGISTRY, able, divided, fitting, tile_of
 from groupconv.common import Layer, files
 from groupconv.compiling import command
 from groupconv.compiling.compiler import Compiler, Job
@@ -116,7 +116,7 @@ def planned(
     """
     kinds, tiles = tables
     if hopeful:
-        kinds = {kind: fit._replace(most=STRETCHED) for kind, fit in kinds.items()}
+        kinds = {kind: fit._replace(most=LARGEST) for kind, fit in kinds.items()}
     with mock.patch.object(occupancy, "tables", return_value=(kinds, tiles)):
         _forget()
         for suite, target in itertools.product(suites.values(), targets):

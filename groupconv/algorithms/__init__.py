@@ -83,7 +83,7 @@ def _numbers(version: str) -> tuple[int, ...]:
 
 
 LARGEST = 2**14  # pixels: beyond, the taps of a phase are too many to count while a caller waits
-STRETCHED = 1.25  # of the registers that there are: what kernels are estimated to take that do with them all
+STRETCHED = 1.5  # times the limit on registers: what a tile may be estimated to take where no other fits; a guess
 GENERAL = "implicit_gemm"  # which serves every problem that any algorithm does
 
 
@@ -127,7 +127,7 @@ def fitting(name: str, problem: ConvProblem, pass_: str, target: Target) -> tupl
     if not good and others:
         sound = [choice for choice in others if choice[2] is None]  # as far as is known
         last = min(sound or others, key=lambda choice: room.share(choice[1]))
-        nearly = sound and pass_ != "backward" and room.share(last[1]) <= STRETCHED
+        nearly = sound and pass_ != "backward" and room.share(last[1]) <= STRETCHED * room.most
         if name == GENERAL or nearly:
             good.append(last)
     widest = max((held.vector for _, held, _ in good), default=0)
