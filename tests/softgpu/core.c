@@ -58,7 +58,8 @@ static int barrier(const Ins *I, const u32 *M,
 
 /* ---------------------------------------------------------------- the loop */
 
-static int min_other(void) { /* least pc of runnable threads outside the group */
+static int rank_of(int t) { return L->prog[thread_pc[t]].rank; }
+static int min_other(void) { /* least rank of runnable threads outside the group */
   int best = 0x7fffffff;
   for (int w = 0; w < NW; w++) {
     u32 rest = lanes(w) & ~active[w];
@@ -66,7 +67,7 @@ static int min_other(void) { /* least pc of runnable threads outside the group *
       int l = __builtin_ctz(rest);
       rest &= rest - 1;
       int t = w * 32 + l;
-      if (thread_state[t] == RUN && thread_pc[t] < best) best = thread_pc[t];
+      if (thread_state[t] == RUN && rank_of(t) < best) best = rank_of(t);
     }
   }
   return best;
@@ -91,7 +92,7 @@ static void run_group(void) {
   other = full ? 0x7fffffff : min_other();
   for (;;) {
     const Ins *I = &L->prog[pc];
-    if (!full && (I->flags & F_LEADER) && pc >= other) {
+    if (!full && (I->flags & F_LEADER) && I->rank >= other) {
       park(pc);
       return;
     }
@@ -363,7 +364,7 @@ static void run_cta(void) {
       if (s == DONE) continue;
       alive++;
       if (s == RUN) {
-        if (thread_pc[t] < best) best = thread_pc[t];
+        if (rank_of(t) < best) best = rank_of(t), pc = thread_pc[t];
       } else if (s == YIELD) yielding++;
       else waiting++;
     }
@@ -398,11 +399,10 @@ static void run_cta(void) {
     memset(active, 0, sizeof active);
     nact = 0;
     for (int t = 0; t < T; t++)
-      if (thread_state[t] == RUN && thread_pc[t] == best) {
+      if (thread_state[t] == RUN && thread_pc[t] == pc) {
         active[t >> 5] |= 1u << (t & 31);
         nact++;
       }
-    pc = best;
     run_group();
   }
 }

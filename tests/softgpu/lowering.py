@@ -10,6 +10,9 @@ from __future__ import annotations
 import dataclasses
 import re
 import struct
+from collections.abc import Iterator
+
+import networkx
 
 from . import arithmetic
 from .parser import Kernel, Statement, Unsupported, split_operands
@@ -47,10 +50,11 @@ class Row:
     flags: int
     values: tuple[int, ...]  # five, by operation
     line: int
+    rank: int = 0  # where it would be if blocks lay in the order in which parts of a warp are to run them
 
     def __iter__(self):
-        *fields, values, line = (getattr(self, field.name) for field in dataclasses.fields(self))
-        return iter((*fields, *values, line))
+        *fields, values, line, rank = (getattr(self, field.name) for field in dataclasses.fields(self))
+        return iter((*fields, *values, line, rank))
 
 
 @dataclasses.dataclass
@@ -199,6 +203,8 @@ class Lowering:
         blocks |= {n + 1 for n, row in enumerate(self.rows[:-1]) if row.op in ends}
         for n in blocks:
             self.rows[n].flags |= LEADER
+        for rank, n in enumerate(self._in_order(sorted(blocks))):
+            self.rows[n].rank = rank
         for row in self.rows:
             written = self.pool[row.registers : row.registers + row.written]
             if row.op != OPS["WGMMA"] and self.wgmma_registers.intersection(written):
@@ -214,6 +220,37 @@ class Lowering:
             self.rows, self.statements, self.pool, self._bytes, constants, special, list(self._forms), sorted(blocks),
             shared, global_,
         )  # fmt: skip
+
+    def _in_order(self, blocks: list[int]) -> Iterator[int]:
+        """All rows, each block after all from which it can be reached but by going round a loop, a loop's together:
+        where parts of a warp run in this order, they meet again where their ways do, wherever a compiler put that.
+        """
+        graph = networkx.DiGraph()
+        ends = dict(zip(blocks, [*blocks[1:], len(self.rows)], strict=True))
+        for block, end in ends.items():
+            last = self.rows[end - 1]
+            graph.add_node(block)
+            if last.op == OPS["BRA"]:
+                graph.add_edge(block, last.target)
+            if end in ends and (last.guard >= 0 or last.op not in (OPS["BRA"], OPS["RET"])):
+                graph.add_edge(block, end)
+        for block in _topological(graph, blocks[0]):
+            yield from range(block, ends[block])
+
+
+def _topological(graph: networkx.DiGraph, first: int) -> Iterator[int]:
+    """The blocks of a graph without the edges that close its loops, which are entered by `first`, then by theirs."""
+    loops = networkx.condensation(graph)
+    for loop in networkx.lexicographical_topological_sort(loops, key=lambda loop: min(loops.nodes[loop]["members"])):
+        members = loops.nodes[loop]["members"]
+        if len(members) == 1:
+            yield from members
+            continue
+        entries = {to for at, to in graph.edges if to in members and at not in members}
+        entry = first if first in members else min(entries or members)
+        inside = networkx.DiGraph(graph.subgraph(members))
+        inside.remove_edges_from([edge for edge in inside.edges if edge[1] == entry])
+        yield from _topological(inside, entry)
 
 
 def vector(text: str) -> list[str]:

@@ -96,12 +96,13 @@ class _Parser:
         self.pending, self.pending_line = "", 0
 
     def _read_module(self, number: int, line: str) -> None:
+        """Of module variables, only libdevice's name of an option may be there, which no instruction reads."""
         if found := re.match(r"\.visible\s+\.entry\s+(\w+)\s*\(?", line):
             self.name = found[1]
             self.read = self._read_header if ")" in line else self._read_parameter
         elif line.startswith((".func", ".visible .func")):
             raise Unsupported(f"line {number}: functions: {line}")
-        elif line.startswith((".global", ".visible .global", ".const")):
+        elif line.startswith((".global", ".visible .global", ".const")) and "_$_str" not in line:
             raise Unsupported(f"line {number}: module variables: {line}")
 
     def _read_parameter(self, number: int, line: str) -> None:

@@ -15,8 +15,8 @@
 #define WAITED 62                  /* a whole warpgroup that waited for its wgmma, as a lane of each of its warps */
 
 typedef struct {
-  i32 op, guard, gneg, target, arg, nargs, chk, nd, nr, flags, i0, i1, i2, i3, i4, line;
-} Ins;
+  i32 op, guard, gneg, target, arg, nargs, chk, nd, nr, flags, i0, i1, i2, i3, i4, line, rank;
+} Ins; /* rank: threads elsewhere that are to run before it have a lower one */
 enum { F_LEADER = 1, F_WGREG = 2, F_LAST = 4 };
 
 typedef struct {

@@ -173,6 +173,28 @@ $done:
     np.testing.assert_array_equal(out, [i * (i - 1) // 2 for i in range(64)])
 
 
+def test_parts_of_a_warp_meet_again_wherever_their_code_lies():
+    """One side of the branch is behind the end, as compilers put what is seldom taken."""
+    body = """
+	mov.b32 %r5, 1;
+	setp.lt.s32 %p1, %r1, 5;
+	@%p1 bra $seldom;
+$together:
+	mov.b32 %r6, 0;
+	bar.warp.sync -1;
+	shfl.sync.idx.b32 %r6, %r5, 0, 31, -1;
+	mad.wide.s32 %rd5, %r1, 4, %rd1;
+	st.global.b32 [%rd5], %r6;
+	ret;
+$seldom:
+	mov.b32 %r5, 2;
+	bra.uni $together;
+"""
+    out = np.zeros(32, np.uint32)
+    run_ptx(body, out, threads=32)
+    np.testing.assert_array_equal(out, [2] * 32)
+
+
 def counted(result, op, counter):
     row = next(i for i, s in enumerate(result.loaded.program.statements) if s.op == op)
     return result.counters[row, machine.COUNTERS.index(counter)]
