@@ -6,8 +6,8 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 __all__ = [
-    "Conv2d", "ConvProblem", "ConversionSummary", "PassPlan", "Plan", "convert", "explain", "revert",
-    "set_fp32_precision", "set_trials", "summarize", "trials", "triton_conv",
+    "Conv2d", "ConvProblem", "ConversionSummary", "PassPlan", "Plan", "convert", "explain", "fold_batchnorm",
+    "revert", "set_fp32_precision", "set_trials", "summarize", "trials", "triton_conv",
 ]  # fmt: skip
 __version__ = "0.1.0"
 
@@ -24,6 +24,7 @@ def _is_command_line() -> bool:
 if TYPE_CHECKING or not _is_command_line():
     from .api import explain, triton_conv
     from .dispatch import PassPlan, Plan
+    from .folding import fold_batchnorm
     from .modules import Conv2d, ConversionSummary, convert, revert, summarize
     from .prepared import set_fp32_precision, set_trials
     from .problem import ConvProblem
@@ -32,7 +33,7 @@ else:
 
     def __getattr__(name: str) -> Any:
         if name in __all__:
-            for module in ("api", "dispatch", "modules", "prepared", "problem", "trial"):
+            for module in ("api", "dispatch", "folding", "modules", "prepared", "problem", "trial"):
                 loaded = importlib.import_module(f".{module}", __name__)
                 if hasattr(loaded, name):
                     return getattr(loaded, name)

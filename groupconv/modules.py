@@ -105,7 +105,7 @@ def convert(model: nn.Module) -> nn.Module:
         `model` itself. Converting it again changes nothing. Raises: TypeError for what is no module. Source: own
         derivation.
     """
-    _require_module(model, "convert")
+    require_module(model, "convert")
     for module in model.modules():
         if _why_left(module) == CONVERTIBLE:
             module.__class__ = Conv2d
@@ -121,7 +121,7 @@ def revert(model: nn.Module) -> nn.Module:
 
     Returns: `model` itself. Raises: TypeError for what is no module. Source: own derivation.
     """
-    _require_module(model, "revert")
+    require_module(model, "revert")
     for module in model.modules():
         if type(module) is Conv2d:
             module.__class__ = nn.Conv2d  # type: ignore[assignment]
@@ -137,7 +137,7 @@ def summarize(model: nn.Module) -> ConversionSummary:
     Returns: a ConversionSummary, `converted` and `left`; print() shows it. Raises: TypeError for what is no module.
     Source: own derivation.
     """
-    _require_module(model, "summarize")
+    require_module(model, "summarize")
     converted, left = [], {}
     for name, module in model.named_modules():
         reason = _why_left(module)
@@ -148,7 +148,7 @@ def summarize(model: nn.Module) -> ConversionSummary:
     return ConversionSummary(tuple(converted), left)
 
 
-def _require_module(model: object, function: str) -> None:
+def require_module(model: object, function: str) -> None:
     if not isinstance(model, nn.Module):
         raise TypeError(f"{function}: model is {model!r}, but must be a torch.nn.Module")
 
