@@ -158,7 +158,7 @@ class Call:
     # --- Forward, and what follows it
 
     def finisher(self, x, w, bias, activation: str | None, residual: bool, keeps: bool) -> Callable | None:
-        """What `finish` runs; None unless a kernel of ours makes the forward pass, and is not on trial."""
+        """What `finish` runs; None unless a kernel of ours makes the forward pass, is not on trial, and has room."""
         key, finished = (activation, residual, keeps), self._finished  # another thread may forget it
         if key not in finished:
             finished[key] = self._prepare_finished(x, w, bias, *key)
@@ -169,8 +169,10 @@ class Call:
         if self.problem.batch == 0 or isinstance(choice, trial.Trial) or choice.algorithm == "torch":
             return None
         problem = dataclasses.replace(self.problem, activation=activation, residual=residual, keeps=keeps)
-        algorithm = REGISTRY[choice.algorithm]
-        return algorithm.prepare(problem, "fprop", choice.config, self.plan.target, self.strides)
+        config, _ = dispatch.finished(problem, choice, self.plan.target)
+        if config is None:
+            return None
+        return REGISTRY[choice.algorithm].prepare(problem, "fprop", config, self.plan.target, self.strides)
 
     def finish(self, run: Callable, x, w, bias, residual: Tensor | None, activation: str | None, keeps: bool):
         """y = activation(convolution + residual), or, if it keeps that, (y, what the activation is of), by `finisher`'s

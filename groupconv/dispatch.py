@@ -7,7 +7,7 @@ import functools
 from collections.abc import Mapping
 
 from . import configs, cost, devices, raced
-from .algorithms import NAMES, REGISTRY, divided, fitting, lack, newer_triton, possible, tile_of, tiling
+from .algorithms import NAMES, REGISTRY, divided, fits, fitting, lack, newer_triton, possible, tile_of, tiling
 from .devices import Target
 from .problem import PASSES, ConvProblem
 
@@ -125,6 +125,23 @@ def plan(problem: ConvProblem, target: Target, backend: str = "auto", refusal: s
         for pass_ in PASSES:  # what cannot be served is told now, not when a gradient is wanted
             getattr(made, pass_)
     return made
+
+
+def finished(problem: ConvProblem, plan: PassPlan, target: Target) -> tuple[dict | None, str]:
+    """The configuration with which the algorithm of a plan of fprop computes what follows the convolution too, None
+    where torch's functions do; and why.
+
+    problem: with its activation and residual, which `plan` is without.
+    """
+    if plan.algorithm == "torch":
+        return None, "by torch's functions"
+    if fits(plan.algorithm, problem, "fprop", plan.config or {}, target):
+        return plan.config, "by the same kernel"
+    if lack(plan.algorithm, problem, "fprop", target) is None:
+        config = modelled(problem, "fprop", target, plan.algorithm)[1]
+        sizes = " ".join(f"{name}={size}" for name, size in config.items())
+        return config, f"by the same kernel, for which it takes {sizes}, or its registers would not do"
+    return None, f"by torch's functions: no tile of {plan.algorithm} has the registers"
 
 
 def _able(problem: ConvProblem, pass_: str, target: Target, backend: str) -> tuple[list[str], list[str]]:

@@ -6,7 +6,7 @@ import argparse
 import pathlib
 
 from . import __version__
-from .problem import LAYOUTS, PLANNED
+from .problem import FINISHED, LAYOUTS, PLANNED
 
 DTYPES = ("bf16", "fp16", "fp32", "tf32", "bf16x3")
 PARTS = ("layers", "host", "models", "compiled")  # of `groupconv bench`
@@ -37,7 +37,7 @@ def _compile(parser: argparse.ArgumentParser) -> None:
     )
     add = parser.add_argument
     add("--targets", nargs="+", metavar="TARGET", help="sm_90, gfx942, ... (default: all known)")
-    add("--pass", dest="pass_", choices=PLANNED, help="only this pass")
+    add("--pass", dest="pass_", choices=(*PLANNED, FINISHED), help="only this pass, or fprop with all that may follow")
     add("--dtype", choices=DTYPES, help="only this dtype")
     add("--algorithm", metavar="NAME", help="only this algorithm")
     add("--jobs", type=int, metavar="N", help="worker processes (default: one a core)")

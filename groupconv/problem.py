@@ -7,6 +7,7 @@ import math
 from functools import cached_property
 
 PASSES = ("fprop", "dgrad", "wgrad")
+FINISHED = "finished"  # fprop of a problem that `ends` in more than a sum: a kernel that takes more registers
 PLANNED = (*PASSES, "backward")  # what has a plan of its own: the passes, and dgrad and wgrad by one kernel
 LAYOUTS = ("nhwc", "nchw")
 ELEMENT_BYTES = {"fp32": 4, "tf32": 4, "bf16x3": 4, "fp16": 2, "bf16": 2}
@@ -168,6 +169,15 @@ class ConvProblem:
             return (2 * x + y + 2 * self.params) * self.element_bytes
         return (x + y + self.params) * self.element_bytes
 
+    def ended_bytes(self, apart: bool) -> int:
+        """The fewest bytes that fprop moves with the residual and the activation that follow it: by one kernel, or,
+        apart, by one for each.
+        """
+        y = self.out_pixels * self.c_out * self.element_bytes
+        if apart:
+            return self.min_bytes("fprop") + y * (3 * self.residual + 2 * (self.activation is not None))
+        return self.min_bytes("fprop") + y * (self.residual + self.keeps)
+
     def error_bound(self, pass_: str) -> float:
         """||error|| / ||result|| of one of PASSES, at most: fp32 by its reduction's length, others by rounding."""
         if self.dtype in ("tf32", "fp16", "bf16"):
@@ -175,6 +185,15 @@ class ConvProblem:
         taps = self.kh * self.kw
         length = {"fprop": self.cin_g * taps, "dgrad": self.cout_g * taps, "wgrad": self.out_pixels}[pass_]
         return 2**-23 * math.sqrt(length) + (1e-5 if self.dtype == "bf16x3" else 0.0)
+
+    @property
+    def ends(self) -> bool:
+        """Whether an activation or a residual follows the convolution."""
+        return self.activation is not None or self.residual or self.keeps
+
+    def kernel_of(self, pass_: str) -> str:
+        """The pass, or FINISHED: what registers go by."""
+        return FINISHED if pass_ == "fprop" and self.ends else pass_
 
     @cached_property
     def params(self) -> int:

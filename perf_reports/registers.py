@@ -31,7 +31,7 @@ from groupconv.algorithms import GENERAL, REGISTRY, able, divided, fitting, tile
 from groupconv.common import Layer, files
 from groupconv.compiling import command
 from groupconv.compiling.compiler import Compiler, Job
-from groupconv.problem import LAYOUTS, PLANNED
+from groupconv.problem import FINISHED, LAYOUTS, PLANNED, ConvProblem
 
 from . import layers
 
@@ -99,6 +99,7 @@ def collect(rows: list[Row], tiles: Iterable[Tile], end: float, count: int) -> I
             if row.key in known:
                 continue
             known.add(row.key)
+            problem, pass_ = compiled_as(problem, pass_)
             job = Job(name, pass_, divided(name, problem, pass_, tile, devices.named(target))[0], problem, target)
             compiler.submit(job)
             pending.append((row, job))
@@ -109,19 +110,30 @@ def collect(rows: list[Row], tiles: Iterable[Tile], end: float, count: int) -> I
 
 
 def planned(
-    suites: Suites, targets: Sequence[str], algorithms: Sequence[str], tables: Tables, hopeful: bool
+    suites: Suites,
+    targets: Sequence[str],
+    passes: Sequence[str],
+    algorithms: Sequence[str],
+    tables: Tables,
+    hopeful: bool,
 ) -> Iterator[Tile]:
     """What the plans of all layers take, or, hopeful, would take if every tile fitted that is not known to spill; where
     only widths are named, the general algorithm's.
     """
     kinds, tiles = tables
     if hopeful:
-        kinds = {kind: fit._replace(most=LARGEST) for kind, fit in kinds.items()}
+        hoped = {kind for kind in kinds if kind.split()[-1] in passes}
+        kinds = kinds | {kind: kinds[kind]._replace(most=LARGEST) for kind in hoped}
     with mock.patch.object(occupancy, "tables", return_value=(kinds, tiles)):
         _forget()
         for suite, target in itertools.product(suites.values(), targets):
             on = devices.named(target)
-            for layer, pass_ in itertools.product(suite, PLANNED):
+            for layer, pass_ in itertools.product(suite, passes):
+                if pass_ == FINISHED:
+                    for job in command.finished(layer.problem, on):
+                        if job.algorithm in algorithms:
+                            yield target, job.algorithm, pass_, layer, tile_of(job.algorithm, job.config)
+                    continue
                 names = [name for name in able(layer.problem, pass_, on) if name in algorithms]
                 if layer.name.startswith(WIDTH):
                     names = [name for name in names if name == GENERAL]
@@ -132,16 +144,24 @@ def planned(
     _forget()
 
 
+def compiled_as(problem: ConvProblem, pass_: str) -> tuple[ConvProblem, str]:
+    """The problem and the pass whose kernel a row is of."""
+    return (command.ended(problem), "fprop") if pass_ == FINISHED else (problem, pass_)
+
+
 def _forget() -> None:
     """What was concluded from the tables."""
     occupancy.room.cache_clear()
     fitting.cache_clear()
 
 
-def drawn(draw: random.Random, suites: Suites, targets: Sequence[str], algorithms: Sequence[str]) -> Iterator[Tile]:
-    """Tiles at random, as many of each kind, without an end."""
+def drawn(
+    draw: random.Random, suites: Suites, targets: Sequence[str], passes: Sequence[str], algorithms: Sequence[str]
+) -> Iterator[Tile]:
+    """Tiles at random, as many of each kind, without an end. Of what ends in more than a sum, none."""
     while True:
-        for suite, target, name, pass_ in itertools.product(suites.values(), targets, algorithms, PLANNED):
+        kinds = itertools.product(suites.values(), targets, algorithms, [name for name in passes if name in PLANNED])
+        for suite, target, name, pass_ in kinds:
             if found := _drawn(draw, target, name, pass_, suite):
                 yield target, name, pass_, *found
 
@@ -200,7 +220,7 @@ def samples(rows: Iterable[Row], suites: Suites) -> dict[str, list[Sample]]:
     by_kind = collections.defaultdict(list)
     for row in rows:
         on, problem = devices.named(row.target), problems[row.dtype, row.layout][row.layer]
-        held = REGISTRY[row.algorithm].held(problem, row.pass_, row.sizes, on)
+        held = REGISTRY[row.algorithm].held(problem, "fprop" if row.pass_ == FINISHED else row.pass_, row.sizes, on)
         threads, room = on.warp_size * held.warps, occupancy.room(row.algorithm, row.pass_, on, row.dtype)
         parts = (1.0, held.sums / threads, held.words / threads, held.accesses / threads)
         available = room.most_registers(held.warps)
@@ -252,7 +272,12 @@ def tables(rows: list[Row], suites: Suites) -> Tables:
         elif of_layer.get(sizes, (1, 0))[0]:  # a layer's name stands for several, and the worst counts
             of_layer[sizes] = max(taken, of_layer.get(sizes, (0, 0)))
     compiled = {layer: [[*sizes, *taken] for sizes, taken in sorted(of.items())] for layer, of in sorted(tiles.items())}
-    return {kind: fitted(chosen) for kind, chosen in sorted(by_kind.items())}, compiled
+    fits = {}
+    for kind, chosen in sorted(by_kind.items()):
+        few = sum(not sample.spills for sample in chosen) < ENOUGH
+        bare = by_kind.get(f"{kind.removesuffix(FINISHED)}fprop", []) if few and kind.endswith(FINISHED) else []
+        fits[kind] = fitted(chosen + bare)  # what follows takes little more
+    return fits, compiled
 
 
 def text(tables: Tables) -> str:
@@ -284,6 +309,7 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=workers.processes(), help="processes that compile (%(default)s)")
     parser.add_argument("--targets", nargs="+", choices=TARGETS, default=TARGETS)
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=DTYPES)
+    parser.add_argument("--passes", nargs="+", choices=(*PLANNED, FINISHED), default=(*PLANNED, FINISHED))
     parser.add_argument("--algorithms", nargs="+", choices=tuple(REGISTRY), default=tuple(REGISTRY))
     parser.add_argument(
         "--planned", choices=("hopefully", "now"),
@@ -303,10 +329,11 @@ def main() -> None:
             writer.writeheader()
         found = args.seconds > 0
         while found:  # once, but of what is planned as long as plans change
-            tiles = drawn(random.Random(len(rows)), chosen, args.targets, args.algorithms)
+            tiles = drawn(random.Random(len(rows)), chosen, args.targets, args.passes, args.algorithms)
             if args.planned:
                 hopeful = args.planned == "hopefully"
-                tiles = iter(list(planned(chosen, args.targets, args.algorithms, tables(rows, suites), hopeful)))
+                known = tables(rows, suites)
+                tiles = iter(list(planned(chosen, args.targets, args.passes, args.algorithms, known, hopeful)))
             found = False
             for row in collect(rows, tiles, end, args.jobs):
                 found = args.planned is not None

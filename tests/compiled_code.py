@@ -34,12 +34,13 @@ import triton
 from softgpu import machine_code
 
 from groupconv import configs, devices, dispatch
+from groupconv.activations import ACTIVATIONS
 from groupconv.algorithms import REGISTRY, able, candidates, divided, lack
 from groupconv.common import files, progress
 from groupconv.compiling import compiler, resources
 from groupconv.perf_reports import counted as counted_
 from groupconv.perf_reports import layers
-from groupconv.problem import LAYOUTS, PLANNED, ConvProblem
+from groupconv.problem import FINISHED, LAYOUTS, PLANNED, ConvProblem
 
 TARGETS = ("sm_90", "sm_80")
 SAMPLED = ("fp16", "tf32", "fp32", "bf16x3")  # dtypes of which every EVERY-th layer runs by default
@@ -61,7 +62,8 @@ class Job:
     @property
     def key(self) -> str:
         p, blocks = self.problem, ",".join(str(value) for value in self.config.values())
-        return f"{self.target} {p.dtype} {p.layout} {self.layer} {self.pass_} {self.algorithm} [{blocks}]"
+        kernel = p.kernel_of(self.pass_)
+        return f"{self.target} {p.dtype} {p.layout} {self.layer} {kernel} {self.algorithm} [{blocks}]"
 
 
 def shrunk(problem: ConvProblem, images: int = 2, pixels: int = 14, groups: int = 4) -> ConvProblem:
@@ -106,12 +108,21 @@ def run_pass(
         view = {"nhwc": "nhwc-padded", "nchw": "slice"}[view]
     given = cases.operands(cases.Case(problem, x=view, w=problem.layout, dy=view))
     expected = cases.references(problem, given)
+    operands, made = given.of(pass_), cases.PRODUCES.get(pass_, (pass_,))
+    if problem.kernel_of(pass_) == FINISHED:
+        residual = torch.randn(problem.y_shape).to(given.x.dtype)
+        residual = torch.empty_strided(problem.y_shape, given.strides(problem)["y"], dtype=given.x.dtype).copy_(
+            residual
+        )
+        before = expected["fprop"] + residual.double()
+        expected |= {"fprop": ACTIVATIONS[problem.activation].of(before), "kept": before}
+        operands, made = (*operands, residual), ("fprop", "kept")[: 1 + problem.keeps]
     with softgpu.active(target, late=varied, **options) as session, cases.guarded():
         prepared = REGISTRY[algorithm].prepare(problem, pass_, config, on, given.strides(problem))
-        out = prepared(*given.of(pass_))
-    made = cases.PRODUCES.get(pass_, (pass_,))
+        out = prepared(*operands)
+    terms = {each: cases.terms(problem, "fprop" if each == "kept" else each) for each in made}
     return {
-        each: cases.error(result, expected[each]) / cases.bound(problem.dtype, cases.terms(problem, each))
+        each: cases.error(result, expected[each]) / cases.bound(problem.dtype, terms[each])
         for each, result in zip(made, out if isinstance(out, tuple) else (out,), strict=True)
     }, session
 

@@ -16,7 +16,7 @@ from groupconv.compiling import compiler as compiling
 from groupconv.compiling.compiler import Compiler, Job
 from groupconv.kernels.tiles import part_sizes
 from groupconv.perf_reports import layers
-from groupconv.problem import PASSES, PLANNED, ConvProblem
+from groupconv.problem import FINISHED, PASSES, PLANNED, ConvProblem
 
 ENVIRONMENT = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
 
@@ -321,6 +321,25 @@ def test_planned_wide_configurations(target, name, passes, compiler):
             assert used.matrix_n >= (32 if "40" in str(job) else 64), str(job)
             loaded = used.wide_loads if job.algorithm != "row_block_tma" else used.loads
             assert loaded >= 0.4 * used.loads > 0
+
+
+@pytest.mark.parametrize(
+    ("target", "layout", "name"),
+    [
+        ("sm_90", "nhwc", "resnext101_32x8d.s4d"),
+        ("sm_90", "nhwc", "dpn92.s2"),
+        ("sm_90", "nhwc", "eca_nfnet_l0.s2"),
+        ("sm_90", "nchw", "mobilenetv2_100.b3"),
+        ("sm_80", "nhwc", "senet154.s3"),
+        ("sm_100", "nhwc", "regnety_016.s3"),
+        ("gfx942", "nhwc", "resnext50_32x4d.s1"),
+    ],
+)
+def test_what_follows_adds_no_spills(target, layout, name, compiler):
+    """The most that may follow: an activation that takes many registers, a residual, and a second result."""
+    ((job, used),) = outcomes(compiler, planned(target, layout, name, [FINISHED]))
+    assert job.problem.keeps
+    assert used.stores >= 2
 
 
 def test_operands_come_by_descriptors_and_bf16x3_by_three_products():

@@ -35,7 +35,7 @@ from types import ModuleType
 from .. import launcher, occupancy
 from ..cost import Tiling
 from ..devices import Target
-from ..problem import ConvProblem
+from ..problem import PASSES, ConvProblem
 
 NAMES = (
     "implicit_gemm", "row_block", "row_block_tma", "row_march",
@@ -109,9 +109,10 @@ def fitting(name: str, problem: ConvProblem, pass_: str, target: Target) -> tupl
 
     Tiles that an algorithm has seldom seen win (`seldom`) are not among them, though they are `possible`.
     Where none does, the one that takes the fewest registers, if there are nearly so many: limits are on the safe side.
-    Not for both gradients in one kernel, which two others can do. The general algorithm has a tile for everything.
+    Not for both gradients in one kernel, which two others can do. The general algorithm has a tile for every pass of
+    everything, but not for what follows, which torch's functions can do.
     """
-    module, room = REGISTRY[name], occupancy.room(name, pass_, target, problem.dtype)
+    module, room = REGISTRY[name], _room(name, problem, pass_, target)
     good, others, compiled = [], [], room.compiled(problem)
     seldom = getattr(module, "seldom", None)
     for alternatives in module.tiles(problem, pass_, target):
@@ -128,7 +129,7 @@ def fitting(name: str, problem: ConvProblem, pass_: str, target: Target) -> tupl
         sound = [choice for choice in others if choice[2] is None]  # as far as is known
         last = min(sound or others, key=lambda choice: room.share(choice[1]))
         nearly = sound and pass_ != "backward" and room.share(last[1]) <= STRETCHED * room.most
-        if name == GENERAL or nearly:
+        if nearly or (name == GENERAL and problem.kernel_of(pass_) in PASSES):
             good.append(last)
     widest = max((held.vector for _, held, _ in good), default=0)
     return tuple(
@@ -160,8 +161,19 @@ def possible(name: str, problem: ConvProblem, pass_: str, config: dict, target: 
 
 def resident(name: str, problem: ConvProblem, pass_: str, tile: dict, target: Target) -> int:
     """How many programs of a tile, or configuration, share a multiprocessor."""
-    room, held = occupancy.room(name, pass_, target, problem.dtype), REGISTRY[name].held(problem, pass_, tile, target)
+    room, held = _room(name, problem, pass_, target), REGISTRY[name].held(problem, pass_, tile, target)
     return room.resident(held, room.compiled(problem).get(tuple(tile_of(name, tile).values())))
+
+
+def fits(name: str, problem: ConvProblem, pass_: str, config: dict, target: Target) -> bool:
+    """Whether a configuration's tile has the registers and the shared memory, as far as is known."""
+    room, tile = _room(name, problem, pass_, target), tile_of(name, config)
+    held = REGISTRY[name].held(problem, pass_, tile, target)
+    return room.fits(held, room.compiled(problem).get(tuple(tile.values())))
+
+
+def _room(name: str, problem: ConvProblem, pass_: str, target: Target) -> occupancy.Room:
+    return occupancy.room(name, problem.kernel_of(pass_), target, problem.dtype)
 
 
 def divided(

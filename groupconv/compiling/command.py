@@ -14,7 +14,7 @@ from rich.table import Table
 from .. import devices, dispatch, workers
 from ..algorithms import GENERAL, REGISTRY, able, lack, tiling
 from ..common import Layer, progress
-from ..problem import ELEMENT_BYTES, LAYOUTS, PASSES, PLANNED, ConvProblem
+from ..problem import ELEMENT_BYTES, FINISHED, LAYOUTS, PASSES, PLANNED, ConvProblem
 from .compiler import Compiled, Compiler, Job, compiled
 from .resources import Resources
 
@@ -89,7 +89,7 @@ def general(targets: list[str], only_pass: str | None = None, only_dtype: str | 
     """What the general algorithm takes for these, in every dtype and both layouts."""
     jobs = []
     for name, dtype, layout in itertools.product(targets, ELEMENT_BYTES, LAYOUTS):
-        if only_dtype not in (None, dtype):
+        if only_dtype not in (None, dtype) or only_pass == FINISHED:
             continue
         for problem, pass_ in itertools.product(widths(dtype, layout), PASSES if only_pass is None else (only_pass,)):
             serves = lack(GENERAL, problem, pass_, devices.named(name)) is None  # if not, run() says why
@@ -99,11 +99,14 @@ def general(targets: list[str], only_pass: str | None = None, only_dtype: str | 
 
 
 def planned(targets: list[str], problems: list[ConvProblem], only_pass: str | None = None) -> list[Job]:
-    """What the model takes of ours for problems."""
+    """What the model takes of ours for problems, and for fprop of them with all that may follow."""
     jobs = []
     for target_name, problem in itertools.product(targets, problems):
         target = devices.named(target_name)
-        for pass_ in PLANNED if only_pass is None else (only_pass,):
+        for pass_ in (*PLANNED, FINISHED) if only_pass is None else (only_pass,):
+            if pass_ == FINISHED:
+                jobs += finished(problem, target)
+                continue
             names = able(problem, pass_, target)
             if names:
                 name, config, _ = dispatch.best(problem, pass_, target, names)
@@ -111,6 +114,18 @@ def planned(targets: list[str], problems: list[ConvProblem], only_pass: str | No
             elif pass_ != "backward":  # run() says why
                 jobs.append(Job(GENERAL, pass_, {}, problem, target_name))
     return jobs
+
+
+def ended(problem: ConvProblem) -> ConvProblem:
+    """A convolution with what may follow it and takes the most registers."""
+    return dataclasses.replace(problem, activation="gelu", residual=True, keeps=True)
+
+
+def finished(problem: ConvProblem, target: devices.Target) -> list[Job]:
+    """What fprop and all that may follow it takes: a job, or none where torch's functions follow."""
+    plan = dispatch.plan_pass(problem, "fprop", target)
+    config, _ = dispatch.finished(ended(problem), plan, target)
+    return [] if config is None else [Job(plan.algorithm, "fprop", config, ended(problem), target.arch_name)]
 
 
 def run_parallel(jobs: list[Job], on_done: Callable[[Outcome], None], processes: int | None = None) -> list[Outcome]:

@@ -46,7 +46,8 @@ class Job:
 
     def __str__(self) -> str:
         p, options = self.problem, " ".join(str(size) for size in self.config.values())
-        return f"{self.algorithm} {self.pass_} {p.kh}x{p.kw} s{p.stride[0]} {p.cin_g}->{p.cout_g} [{options}]"
+        kernel = f"{self.algorithm} {p.kernel_of(self.pass_)}"
+        return f"{kernel} {p.kh}x{p.kw} s{p.stride[0]} {p.cin_g}->{p.cout_g} [{options}]"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,8 +74,11 @@ class Compiled:
 def launched(job: Job) -> tuple[launcher.Launch, ...]:
     """The launches of one pass, compiled for a target as a call would."""
     problem, strides = job.problem, job.strides or dense_operand_strides(job.problem)
-    shapes = {"x": problem.x_shape, "w": problem.w_shape, "dy": problem.y_shape, "bias": (problem.c_out,)}
-    names = ("x", "w", "bias") if job.pass_ == "fprop" and problem.bias else OPERANDS[job.pass_]
+    x, w, y = problem.x_shape, problem.w_shape, problem.y_shape
+    shapes = {"x": x, "w": w, "y": y, "dy": y, "bias": (problem.c_out,)}
+    names = OPERANDS[job.pass_]
+    if job.pass_ == "fprop":
+        names = ("x", "w", "bias" if problem.bias else None, "y" if problem.residual else None)
     operands = [
         None if name is None else _meta(shapes[name], strides.get(name, (1,)), problem, name in job.unaligned)
         for name in names
