@@ -6,8 +6,8 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 __all__ = [
-    "Conv2d", "ConvProblem", "ConversionSummary", "PassPlan", "Plan", "convert", "explain", "fold_batchnorm",
-    "revert", "set_fp32_precision", "set_trials", "summarize", "trials", "triton_conv",
+    "Conv2d", "ConvProblem", "ConversionSummary", "PassPlan", "Plan", "conv_bn_act", "convert", "explain",
+    "fold_batchnorm", "revert", "set_fp32_precision", "set_trials", "summarize", "trials", "triton_conv",
 ]  # fmt: skip
 __version__ = "0.1.0"
 
@@ -22,7 +22,7 @@ def _is_command_line() -> bool:
 
 # A program has the operators registered at once: what it loads later may hold calls of them.
 if TYPE_CHECKING or not _is_command_line():
-    from .api import explain, triton_conv
+    from .api import conv_bn_act, explain, triton_conv
     from .dispatch import PassPlan, Plan
     from .folding import fold_batchnorm
     from .modules import Conv2d, ConversionSummary, convert, revert, summarize

@@ -6,6 +6,8 @@ else by torch's functions. The shuffle is always torch's.
 
 from __future__ import annotations
 
+import dataclasses
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -22,7 +24,7 @@ def applied(y: Tensor, activation: str | None, residual: Tensor | None) -> Tenso
 
     Raises ValueError for an activation that there is not and a residual unlike y, TypeError for one that is no tensor.
     """
-    _check(activation)
+    check_activation(activation)
     if residual is not None:
         y = y + _like(y.shape, y.dtype, y.device, residual)
     return y if activation is None else ACTIVATIONS[activation].of(y)
@@ -30,18 +32,22 @@ def applied(y: Tensor, activation: str | None, residual: Tensor | None) -> Tenso
 
 def shuffled(y: Tensor, shuffle_groups: int) -> Tensor:
     """What nn.ChannelShuffle makes of [C, H, W] or [N, C, H, W]. ValueError and TypeError for groups that y has not."""
-    if isinstance(shuffle_groups, bool) or not isinstance(shuffle_groups, int):
-        raise TypeError(f"triton_conv: shuffle_groups is {shuffle_groups!r}, but must be an int")
-    if shuffle_groups < 1 or y.shape[-3] % shuffle_groups:
-        raise ValueError(f"triton_conv: shuffle_groups is {shuffle_groups}, but must divide the {y.shape[-3]} channels")
+    _check_shuffle(shuffle_groups, y.shape[-3])
     if shuffle_groups == 1:
         return y
     return F.channel_shuffle(y if y.dim() == 4 else y.unsqueeze(0), shuffle_groups).reshape(y.shape)
 
 
-def _check(activation: str | None) -> None:
+def check_activation(activation: str | None) -> None:
     if activation is not None and activation not in tuple(ACTIVATIONS):
         raise ValueError(f"triton_conv: activation is {activation!r}, but must be one of {', '.join(ACTIVATIONS)}")
+
+
+def _check_shuffle(groups: int, channels: int) -> None:
+    if isinstance(groups, bool) or not isinstance(groups, int):
+        raise TypeError(f"triton_conv: shuffle_groups is {groups!r}, but must be an int")
+    if groups < 1 or (groups > 1 and channels % groups):  # torch.jit traces sizes, and warns of a question
+        raise ValueError(f"triton_conv: shuffle_groups is {groups}, but must divide the {channels} channels")
 
 
 def _like(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, residual: Tensor) -> Tensor:
@@ -60,6 +66,30 @@ def _like(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, resi
     return residual
 
 
+def told(
+    plan: dispatch.Plan, x, w, bias, activation: str | None, residual: Tensor | None, shuffle_groups: int
+) -> str:  # fmt: skip
+    """How what follows a planned convolution is computed. Raises what triton_conv does for the same arguments."""
+    check_activation(activation)
+    _check_shuffle(shuffle_groups, plan.problem.c_out)
+    if residual is not None:
+        residual = _like(plan.problem.y_shape[-x.dim() :], w.dtype, x.device, residual)
+    kept = _keeps((x, w, bias, residual), activation)
+    ended = dataclasses.replace(plan.problem, activation=activation, residual=residual is not None, keeps=kept)
+    parts = []
+    if ended.ends:
+        names = [*(["the residual"] if ended.residual else []), *([activation] if activation else [])]
+        config, how = None, "by torch's functions, as for one image without its axis"
+        if x.dim() == 4:
+            config, how = dispatch.finished(ended, plan.fprop, plan.target)
+        mb = (f"{ended.ended_bytes(apart) / 1e6:.2f} MB" for apart in (config is None, True))
+        moved = " where functions apart move ".join(dict.fromkeys(mb))
+        parts.append(f"then {' and '.join(names)} {how}, {moved} together (modelled)")
+    if shuffle_groups != 1:
+        parts.append("the shuffle by nn.ChannelShuffle's copy")
+    return "; ".join(parts)
+
+
 # --- By the kernel that convolves ------------------------------------------------------------------------------------
 
 
@@ -70,7 +100,7 @@ def fused(
     plain = not torch.compiler.is_compiling() and torch_private.being_traced() is None
     if not plain or not eager.is_plain(x, w, bias) or not eager.is_plain(x, w, residual):
         return None
-    _check(activation)
+    check_activation(activation)
     if torch_private.any_autocast():
         x, w, bias = autocast(x, w, bias)
     if backend not in dispatch.BACKENDS or not x.dim() == w.dim() == 4:
@@ -80,9 +110,7 @@ def fused(
         return None
     if residual is not None:
         residual = _like(call.problem.y_shape, x.dtype, x.device, residual)
-    operands = (x, w, bias, residual)
-    derived = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in operands)
-    keeps = derived and activation is not None and not ACTIVATIONS[activation].by_result
+    derived, keeps = _derived((x, w, bias, residual)), _keeps((x, w, bias, residual), activation)
     run = call.finisher(x, w, bias, activation, residual is not None, keeps)
     if run is None:
         return None
@@ -90,6 +118,15 @@ def fused(
         found = _apply_function(x, w, bias, residual, call, run, activation, keeps)
         return found[0] if keeps else found
     return call.finish(run, x, w, bias, residual, activation, False)
+
+
+def _derived(operands: tuple[Tensor | None, ...]) -> bool:
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in operands)
+
+
+def _keeps(operands: tuple[Tensor | None, ...], activation: str | None) -> bool:
+    """Whether what the activation is of has to be stored, for its derivative."""
+    return activation is not None and not ACTIVATIONS[activation].by_result and _derived(operands)
 
 
 class _FinishedFunction(torch.autograd.Function):

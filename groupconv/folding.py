@@ -102,24 +102,35 @@ def fold_batchnorm(model: nn.Module) -> nn.Module:
         )
     model = copy.deepcopy(model)
     folded, left = {}, {}
-    chains, calls = _chains(model)
+    chains, calls = chains_of(model)
     names = {module: name for name, module in model.named_modules()}
     for conv in [module for module in names if type(module) in (nn.Conv2d, Conv2d) and module.groups > 1]:
         chain = chains.get(conv)
-        reason = "no code that torch.fx can trace calls it" if chain is None else _why_left(chain, calls)
+        reason = why_left(chain, calls) or _varies(chain)
         if chain is None or reason is not None:
             left[names[conv]] = reason
         else:
             folded[names[conv]] = _fold(chain, calls, model)
-    if LOG.isEnabledFor(logging.INFO):
-        lines = [*(f"{name}: {what}" for name, what in folded.items()), *(f"{n}: left, {w}" for n, w in left.items())]
-        total = len(folded) + len(left)
-        LOG.info("%s", "\n  ".join([f"fold_batchnorm: {len(folded)} of {total} grouped convolutions", *lines]))
+    tell("fold_batchnorm", folded, left)
     return model
 
 
+def tell(function: str, taken: dict[str, str], left: dict[str, str | None]) -> None:
+    """Log which convolutions have what followed them now, and why others have not."""
+    if LOG.isEnabledFor(logging.INFO):
+        lines = [*(f"{name}: {what}" for name, what in taken.items()), *(f"{n}: left, {w}" for n, w in left.items())]
+        total = len(taken) + len(left)
+        LOG.info("%s", "\n  ".join([f"{function}: {len(taken)} of {total} grouped convolutions", *lines]))
+
+
+def _varies(chain: Any) -> str | None:
+    """Why the batch norm of a chain is not the same for all batches, or None."""
+    varies = chain.norm.training or chain.norm.running_mean is None or chain.norm.running_var is None
+    return "its batch norm goes by the batch's own statistics" if varies else None
+
+
 @dataclasses.dataclass(frozen=True)
-class _Chain:
+class Chain:
     """A convolution and what takes its result: modules, and their paths from the model."""
 
     conv: nn.Conv2d
@@ -137,9 +148,9 @@ class _Shallow(fx.Tracer):
         return True
 
 
-def _chains(model: nn.Module) -> tuple[dict[nn.Module, _Chain], dict[nn.Module, int]]:
+def chains_of(model: nn.Module) -> tuple[dict[nn.Module, Chain], dict[nn.Module, int]]:
     """The chains of a model's convolutions, and how often its code calls each module."""
-    chains: dict[nn.Module, _Chain] = {}
+    chains: dict[nn.Module, Chain] = {}
     calls: dict[nn.Module, int] = collections.Counter()
     for path, module in model.named_modules():
         if not any(isinstance(child, nn.Conv2d) and child is not module for child in module.modules()):
@@ -164,7 +175,7 @@ def _calls(module: nn.Module) -> Iterator[fx.Node]:
     yield from (node for node in graph.nodes if node.op == "call_module")
 
 
-def _chain(module: nn.Module, path: str, node: fx.Node, conv: nn.Conv2d) -> _Chain:
+def _chain(module: nn.Module, path: str, node: fx.Node, conv: nn.Conv2d) -> Chain:
     def next_of(node: fx.Node | None) -> tuple[fx.Node | None, nn.Module | None, str]:
         users = [] if node is None else list(node.users)
         if len(users) != 1 or users[0].op != "call_module" or users[0].args != (node,) or users[0].kwargs:
@@ -173,38 +184,42 @@ def _chain(module: nn.Module, path: str, node: fx.Node, conv: nn.Conv2d) -> _Cha
 
     follower, norm, norm_path = next_of(node)
     _, activate, activate_path = next_of(follower)
-    return _Chain(conv, f"{path}{node.target}", norm, norm_path, activate, activate_path)
+    return Chain(conv, f"{path}{node.target}", norm, norm_path, activate, activate_path)
 
 
-def _why_left(chain: _Chain, calls: dict[nn.Module, int]) -> str | None:
+def why_left(chain: Chain | None, calls: dict[nn.Module, int]) -> str | None:
+    """Why a chain's batch norm is not certain to follow its convolution; None if it is."""
+    if chain is None:
+        return "no code that torch.fx can trace calls it"
     norm = chain.norm
-    if norm is None or not (type(norm) in NORMS or _is_timm_norm(norm)):
+    if norm is None or not (type(norm) in NORMS or is_timm_norm(norm)):
         return "no batch norm takes its result alone"
     if calls[chain.conv] > 1 or calls[norm] > 1:
         return "it or its batch norm is called more than once"
-    if norm.training or norm.running_mean is None or norm.running_var is None:
-        return "its batch norm goes by the batch's own statistics"
-    if _is_timm_norm(norm) and not isinstance(norm.drop, nn.Identity):
+    if is_timm_norm(norm) and not isinstance(norm.drop, nn.Identity):
         return "a dropout follows its batch norm"
-    if any(_has_hooks(module) for module in (chain.conv, norm)):
+    if any(has_hooks(module) for module in (chain.conv, norm)):
         return "it or its batch norm has hooks"
     if getattr(chain.conv, "qconfig", None) is not None:
         return "it is to be quantised"
     return None
 
 
-def _fold(chain: _Chain, calls: dict[nn.Module, int], model: nn.Module) -> str:
+def activated(chain: Chain, calls: dict[nn.Module, int]) -> tuple[nn.Module | None, str | None]:
+    """The activation that a chain may take with it, and triton_conv's name of it; (None, None) if there is none."""
+    norm: Any = chain.norm
+    activate = norm.act if is_timm_norm(norm) else chain.activate
+    once = is_timm_norm(norm) or activate is None or calls[activate] == 1
+    activation = None if activate is None or not once or has_hooks(activate) else activation_of(activate)
+    return (None, None) if activation is None else (activate, activation)
+
+
+def _fold(chain: Chain, calls: dict[nn.Module, int], model: nn.Module) -> str:
     """Fold a chain into its first place in the model; what was folded."""
     norm: Any = chain.norm
-    activate, own = chain.activate, _is_timm_norm(norm)
-    if own:
-        activate = norm.act
-    activation = None if activate is None or _has_hooks(activate) else _named(activate)
-    if not own and activate is not None and calls[activate] > 1:
-        activation = None
-    kept = activate if activation is not None and activate is not None else nn.Identity()
-    model.set_submodule(chain.conv_path, FoldedConv2d(chain.conv, norm, kept, activation))
-    model.set_submodule(chain.norm_path, nn.Identity() if activation is not None or not own else norm.act)
+    own, (activate, activation) = is_timm_norm(norm), activated(chain, calls)
+    model.set_submodule(chain.conv_path, FoldedConv2d(chain.conv, norm, activate or nn.Identity(), activation))
+    model.set_submodule(chain.norm_path, norm.act if own and activation is None else nn.Identity())
     if activation is not None and not own:
         model.set_submodule(chain.activate_path, nn.Identity())
     return "batch norm" if activation is None else f"batch norm and {activation}"
@@ -225,16 +240,16 @@ def _folded(conv: nn.Conv2d, norm: Any) -> tuple[Tensor, Tensor]:
     return folded, shift.to(weight.dtype)
 
 
-def _is_timm_norm(module: nn.Module) -> bool:
+def is_timm_norm(module: nn.Module | None) -> bool:
     kind = type(module)
     return kind.__name__ == TIMM_NORM and kind.__module__.startswith("timm.") and isinstance(module, nn.BatchNorm2d)
 
 
-def _has_hooks(module: nn.Module) -> bool:
+def has_hooks(module: nn.Module) -> bool:
     return bool(module._forward_hooks or module._forward_pre_hooks or module._backward_hooks)
 
 
-def _named(module: Any) -> str | None:
+def activation_of(module: Any) -> str | None:
     """triton_conv's name of what an activation module computes."""
     kind = type(module)
     if kind in PLAIN:

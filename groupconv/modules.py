@@ -6,7 +6,7 @@ import copy
 import dataclasses
 import functools
 import logging
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -87,7 +87,7 @@ class ConversionSummary:
         return "\n".join(lines)
 
 
-def convert(model: nn.Module) -> nn.Module:
+def convert(model: nn.Module, fuse: str | None = None) -> nn.Module:
     """Turn every grouped nn.Conv2d of `model`, itself included, into groupconv.Conv2d, in place.
 
     Only a layer's class changes, so that its parameters, buffers, hooks, names and state dict stay, and so does an
@@ -100,15 +100,25 @@ def convert(model: nn.Module) -> nn.Module:
 
     Args:
         model: any module; shapes, dtypes and devices of its layers do not matter, as triton_conv takes all of them.
+        fuse: "bn_act" has converted layers compute the BatchNorm2d that follows them, and the activation after that, by
+            `conv_bn_act`, in training and in eval mode: where `fold_batchnorm` is certain that they do. Parameters,
+            buffers, modes and state dict stay where they are. Left are SyncBatchNorm, and norms with an activation of
+            their own; the logger tells which.
 
     Returns:
-        `model` itself. Converting it again changes nothing. Raises: TypeError for what is no module. Source: own
-        derivation.
+        `model` itself. Converting it again changes nothing. Raises: TypeError for what is no module, ValueError for
+        another `fuse`. Source: own derivation.
     """
     require_module(model, "convert")
+    if fuse not in (None, "bn_act"):
+        raise ValueError(f'convert: fuse is {fuse!r}, but must be None or "bn_act"')
     for module in model.modules():
         if _why_left(module) == CONVERTIBLE:
             module.__class__ = Conv2d
+    if fuse is not None:
+        from . import fusing  # which has layers that are ours
+
+        fusing.fuse(model)
     if LOG.isEnabledFor(logging.INFO):
         LOG.info("convert: %s", summarize(model))
     return model
@@ -123,6 +133,10 @@ def revert(model: nn.Module) -> nn.Module:
     """
     require_module(model, "revert")
     for module in model.modules():
+        if "_followers" in vars(module):
+            from . import fusing
+
+            fusing.unfuse(cast("fusing.ConvBatchNorm2d", module))
         if type(module) is Conv2d:
             module.__class__ = nn.Conv2d  # type: ignore[assignment]
     return model

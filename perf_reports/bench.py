@@ -62,9 +62,12 @@ def report(args: argparse.Namespace) -> int:
         table = files.read(unfinished / RESULTS, rows.FIELDS)
         drawn = [path.name for path in plots.write(plots.draw(table), unfinished)]
         whole = not measuring and taken == total
-        served = rows.served(layers.suite(args.dtype, args.layout), target) if whole else []
+        suite = layers.suite(args.dtype, args.layout) if whole else []
+        served, chains = rows.served(suite, target), rows.chains(suite, target)
         examples = counted.of_present_kernels(target.arch_name) if whole else []
-        files.write_atomically(unfinished / "REPORT.md", text.report(table, drawn, taken, total, served, examples))
+        files.write_atomically(
+            unfinished / "REPORT.md", text.report(table, drawn, taken, total, served, chains, examples)
+        )
         names = [RESULTS, "REPORT.md", *drawn]
         for name in names:
             os.replace(unfinished / name, folder / name)

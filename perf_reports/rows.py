@@ -13,7 +13,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from typing import Any
 
-from groupconv import cost, dispatch
+from groupconv import batch_norm, cost, dispatch
 from groupconv.algorithms import able, tiling
 from groupconv.common import Layer
 from groupconv.common.files import ENVIRONMENT
@@ -40,6 +40,12 @@ PRIOR = "torch_prior"  # F.conv2d, modelled
 BASELINES = ("torch_contiguous", "torch_channels_last")
 PEERS = (*BASELINES, "torch_native", "torch_compile", "flag_gems")
 TWO_KERNELS = "takes dgrad and wgrad"  # "auto" for "backward", where no one kernel is faster
+CHAINS: dict[str, dict[str, Any]] = {
+    "relu": {"activation": "relu"},
+    "silu, trained": {"activation": "silu", "keeps": True},
+    "residual and relu": {"activation": "relu", "residual": True},
+}
+NORMED = "batch norm and relu, a step"
 ROUNDS = 30
 CONFIGURATIONS_COMPILED_AHEAD = 64  # of about 8 layers
 
@@ -370,3 +376,34 @@ def served(layers: list[Layer], target: Target) -> list[Served]:
             over_floor = estimate.time_us / cost.floor_us(problem, pass_, target)
             best.append(Served(cost.width_class(problem), pass_, name, over_floor))
     return best
+
+
+@dataclasses.dataclass(frozen=True)
+class Chain:
+    """A layer's convolution with all that may follow it: by how many kernels of ours, and what they move."""
+
+    width: str
+    alone: bool  # one kernel of ours computes it all
+    megabytes: dict[str, float]  # by what follows, in inference and in training, and in functions apart
+
+
+def chains(layers: list[Layer], target: Target) -> list[Chain]:
+    """What follows the convolutions of layers, where the model takes a kernel of ours for them."""
+    found = []
+    for problem in (layer.problem for layer in layers):
+        names = able(problem, "fprop", target)
+        if not names:
+            continue
+        plan = dispatch.plan_pass(problem, "fprop", target, "triton")
+        ended = dataclasses.replace(problem, activation="silu", residual=True, keeps=True)
+        alone = dispatch.finished(ended, plan, target)[0] is not None
+        megabytes = {"alone": problem.min_bytes("fprop")}
+        for name, extra in CHAINS.items():
+            this = dataclasses.replace(problem, **extra)
+            megabytes |= {name: this.ended_bytes(apart=False), f"{name}, apart": this.ended_bytes(apart=True)}
+        passes = sum(problem.min_bytes(pass_) for pass_ in PASSES)
+        y = problem.out_pixels * problem.c_out * problem.element_bytes
+        moved = {NORMED: batch_norm.MOVED, f"{NORMED}, apart": batch_norm.MOVED_BY_TORCH}
+        megabytes |= {name: passes + count * y for name, count in moved.items()}
+        found.append(Chain(cost.width_class(problem), alone, {name: n / 1e6 for name, n in megabytes.items()}))
+    return found

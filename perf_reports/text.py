@@ -7,7 +7,7 @@ import dataclasses
 import pathlib
 import statistics
 from collections.abc import Iterable, Sequence
-from operator import itemgetter
+from operator import attrgetter, itemgetter
 
 from rich.table import Table
 
@@ -226,10 +226,10 @@ def tables(rows: list[Row]) -> list[Table]:
 
 def report(
     rows: list[Row], plots: list[str], taken: int, total: int, served: Iterable[rows_.Served] = (),
-    examples: Iterable[counted.Example] = (),
+    chains: Iterable[rows_.Chain] = (), examples: Iterable[counted.Example] = (),
 ) -> str:  # fmt: skip
-    """REPORT.md of the rows of a run that took `taken` of `total`. served: what the model takes for the suite;
-    examples: kernels that were counted.
+    """REPORT.md of the rows of a run that took `taken` of `total`. served: what the model takes for the suite; chains:
+    what follows its convolutions; examples: kernels that were counted.
     """
     modelled = kind(rows) == "modelled"
     lines = [f"# {'Modelled report' if modelled else 'Report'}: {rows[0]['gpu']}", ""]
@@ -255,6 +255,7 @@ def report(
     about = "Beside each figure, its ratio to the same layer without groups. Bytes: every operand moved once."
     lines += ["## Work", "", about, "", *markdown_table(WORK, work_cells(rows), 1), ""]
     lines += _served(list(served))
+    lines += _chains(list(chains))
     lines += _over_model(list(examples))
     lines += _counted(rows)
     lines += [f"## Passes ({'times modelled, ' if modelled else ''}code counted)", ""]
@@ -333,6 +334,27 @@ def _served(suite: list[rows_.Served]) -> list[str]:
         f"{cost.LAUNCH_US} us: for small layers that is most of what they are over the floor."
     )
     return ["## Which algorithm serves what (modelled)", "", about, "", *markdown_table(header, lines, 3), ""]
+
+
+def _chains(suite: list[rows_.Chain]) -> list[str]:
+    """The section of what follows the suite's convolutions."""
+    lines = []
+    for name, mine in grouped(suite, attrgetter("width")).items():
+        shares = []
+        for follows in (*rows_.CHAINS, rows_.NORMED):
+            ratios = [one.megabytes[f"{follows}, apart"] / one.megabytes[follows] for one in mine]
+            shares.append(f"{statistics.geometric_mean(ratios):.2f}")
+        lines.append([name, f"{sum(one.alone for one in mine)} of {len(mine)}", *shares])
+    if not lines:
+        return []
+    about = (
+        "Bytes that functions apart move, over those of one kernel, by what follows the convolution; geometric means. "
+        "A derivative that is not one of the result (silu's) has the kernel store two results. One kernel: of how many "
+        "layers it does the most that may follow, as far as registers are known; else torch's functions do. The last "
+        "column is of a step of training with all three passes and conv_bn_act's kernels."
+    )
+    header = ("width", "one kernel", *rows_.CHAINS, rows_.NORMED)
+    return ["## What follows a convolution (modelled)", "", about, "", *markdown_table(header, lines, 1), ""]
 
 
 def _counted(rows: list[Row]) -> list[str]:

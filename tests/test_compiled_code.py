@@ -7,20 +7,24 @@ import itertools
 import json
 import re
 
+import cases
 import compiled_code
 import pytest
 import softgpu
+import torch
 
-from groupconv import devices, dispatch
+from groupconv import batch_norm, devices, dispatch
 from groupconv.algorithms import NAMES, lack
+from groupconv.compiling import command
 from groupconv.perf_reports import counted, layers
-from groupconv.problem import PASSES, PLANNED
+from groupconv.problem import FINISHED, PASSES, PLANNED
 
 needs_a_compiler = pytest.mark.skipif(
     softgpu.compiler() is None, reason="no C compiler: neither $CC nor cc nor gcc; the software GPU is in C"
 )
 
-# Layers of the suite. On sm_90 in bf16 and channels_last, where tensor cores take most; on sm_80 as below.
+# Layers of the suite; of an algorithm that is not here, the first that it serves. On sm_90 in bf16 and channels_last,
+# where tensor cores take most; on sm_80 as below.
 LAYERS = {
     "implicit_gemm": ("regnety_160.s1d", "shufflenet_g3.s2c"),
     "row_block": ("regnetx_040.s3", "regnetx_032.s1d"),
@@ -45,18 +49,26 @@ ON_SM_80 = {
 def job(layer: str, pass_: str, target: str, algorithm: str, dtype="bf16", layout="nhwc", **config):
     """A pass of a layer as an algorithm would be planned for it, but for what `config` changes; None if it cannot."""
     (problem,) = (row.problem for row in layers.suite(dtype, layout) if row.name == layer)
+    if pass_ == FINISHED:
+        problem, pass_ = command.ended(problem), "fprop"
     if lack(algorithm, problem, pass_, devices.named(target)) is not None:
         return None
     planned = dispatch.modelled(problem, pass_, devices.named(target), algorithm)[1]
     return compiled_code.Job(layer, problem, pass_, target, algorithm, planned | config)
 
 
+def layers_of(algorithm: str) -> tuple[str, ...]:
+    """The suite's layers to try an algorithm with."""
+    suite = layers.suite("bf16", "nhwc")
+    return LAYERS.get(algorithm) or tuple(row.name for row in suite if job(row.name, "fprop", "sm_90", algorithm))[:1]
+
+
 def _slice():
-    for algorithm, names in LAYERS.items():
-        for pass_ in PLANNED:
+    for algorithm in NAMES:
+        names = layers_of(algorithm)
+        for pass_ in (*PLANNED, FINISHED):
             yield from (job(name, pass_, "sm_90", algorithm) for name in names)
-            if algorithm in ON_SM_80:
-                yield job(names[0], pass_, "sm_80", algorithm, *ON_SM_80[algorithm])
+            yield job(names[0], pass_, "sm_80", algorithm, *ON_SM_80.get(algorithm, ()))
     # Lanes of images and columns at once; a part of a width too narrow for warp groups, in few rows.
     for pass_ in ("fprop", "dgrad"):
         yield job("regnetx_080.s3", pass_, "sm_90", "row_block_tma", BLOCK_M=64, BLOCK_I=4)
@@ -82,7 +94,7 @@ def _slice():
 
 
 SLICE = {job.key: job for job in _slice() if job is not None}
-FIRST = [job(LAYERS[algorithm][0], pass_, "sm_90", algorithm) for algorithm in NAMES for pass_ in PASSES]
+FIRST = [job(layers_of(algorithm)[0], pass_, "sm_90", algorithm) for algorithm in NAMES for pass_ in PASSES]
 
 
 def test_the_slice_has_every_algorithm_and_pass():
@@ -91,7 +103,12 @@ def test_the_slice_has_every_algorithm_and_pass():
         for algorithm in NAMES:
             rows = [row.problem for layout in ("nhwc", "nchw") for row in layers.suite("bf16", layout)]
             able = {pass_ for pass_ in PLANNED if any(lack(algorithm, p, pass_, on) is None for p in rows)}
-            there = {job.pass_ for job in SLICE.values() if (job.target, job.algorithm) == (target, algorithm)}
+            able |= {FINISHED} if "fprop" in able else set()
+            there = {
+                job.problem.kernel_of(job.pass_)
+                for job in SLICE.values()
+                if (job.target, job.algorithm) == (target, algorithm)
+            }
             assert there == able, (target, algorithm)
 
 
@@ -111,13 +128,40 @@ def test_slice(job):
     [(found.algorithm, found.pass_) for found in FIRST if found is not None],
 )
 def test_offsets_of_64_bits(algorithm, pass_):
-    found = job(LAYERS[algorithm][0], pass_, "sm_90", algorithm)
+    found = job(layers_of(algorithm)[0], pass_, "sm_90", algorithm)
     problem = compiled_code.shrunk(found.problem, pixels=7, groups=2)
     with compiled_code.wide_offsets():
         errors, session = compiled_code.run_pass(problem, pass_, algorithm, found.config, "sm_90", varied=True)
     assert max(errors.values()) <= 1
     kernel = session.results[0].loaded.kernel
     assert any(".s64" in s.op or ".u64" in s.op for s in kernel.body if not isinstance(s, tuple))
+
+
+@needs_a_compiler
+@pytest.mark.parametrize("target", compiled_code.TARGETS)
+@pytest.mark.parametrize(("dtype", "view"), [("bf16", "nhwc"), ("fp32", "nchw"), ("fp16", "nchw")])
+def test_batch_norm(dtype, view, target):
+    """No fault, the numbers of float64, and, of NHWC, accesses of 16 bytes."""
+    generator = torch.Generator().manual_seed(0)
+    y, dz = (torch.randn((3, 40, 20, 12), generator=generator).to(cases.MODES[dtype]) for _ in range(2))
+    y, dz = cases.lay_out(y, view), cases.lay_out(dz, view)
+    weight, bias = torch.randn((2, 40), generator=generator)
+    running = torch.zeros(40), torch.ones(40)
+    exact = [tensor.double().requires_grad_() for tensor in (y, weight, bias)]
+    expected = [torch.zeros(40).double(), torch.ones(40).double()]
+    z = torch.nn.functional.silu(torch.nn.functional.batch_norm(exact[0], *expected, *exact[1:], True))
+    expected += [z, *torch.autograd.grad(z, exact, dz.double())]
+    batch_norm._launch.cache_clear()
+    with softgpu.active(target) as session, cases.guarded():
+        mean, rstd = batch_norm._statistics(y, *running, 0.1, 1e-5)
+        out = batch_norm._applied(y, weight, bias, mean, rstd, "silu")
+        grads = batch_norm._gradients(dz, y, weight, bias, mean, rstd, True, "silu", (True, True, True))
+    batch_norm._launch.cache_clear()
+    for found, reference in zip((*running, out, *grads), expected, strict=True):
+        assert cases.error(found, reference) <= max(cases.bound(dtype, 720), 1e-5)
+    if view == "nhwc":
+        loads = [s for s in session.results[0].loaded.kernel.body if not isinstance(s, tuple) and "ld.global" in s.op]
+        assert any("v4" in s.op for s in loads)
 
 
 def replaced(pattern, by):

@@ -1,5 +1,6 @@
 """What follows the convolution in one call: residual, activation, channel shuffle; against torch's own, in float64."""
 
+import dataclasses
 import itertools
 
 import cases
@@ -8,9 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from groupconv import dispatch, epilogue, prepared, triton_conv
+from groupconv import algorithms, dispatch, epilogue, explain, prepared, triton_conv
 from groupconv.activations import ACTIVATIONS
 from groupconv.algorithms import REGISTRY
+from groupconv.problem import ConvProblem
 
 pytestmark = pytest.mark.usefixtures("ieee", "few_programs")
 # As torch's modules have them, whose defaults these are.
@@ -138,30 +140,26 @@ def test_bad_arguments(extra, error, told):
         triton_conv(x, w, bias, padding=1, groups=2, **extra)
 
 
-# What each algorithm's fprop can be asked for: x, w and the convolution's arguments.
-SERVED = {
-    "implicit_gemm": ((2, 6, 6, 5), (12, 3, 3, 3), {"padding": 1, "groups": 2}),
-    "row_block": ((2, 32, 6, 5), (32, 16, 3, 3), {"padding": 1, "groups": 2}),
-    "row_block_tma": ((2, 64, 6, 8), (64, 32, 3, 3), {"padding": 1, "groups": 2}),
-    "row_march": ((2, 32, 6, 5), (32, 4, 3, 3), {"padding": 1, "groups": 8}),
-    "depthwise_direct": ((2, 8, 6, 5), (8, 1, 3, 3), {"padding": 1, "groups": 8}),
-    "depthwise_toeplitz": ((2, 8, 9, 8), (8, 1, 5, 5), {"padding": 2, "groups": 8}),
-    "depthwise_map": ((2, 8, 9, 8), (8, 1, 9, 9), {"padding": 4, "groups": 8}),
-    "depthwise_plane": ((2, 8, 6, 5), (8, 1, 3, 3), {"padding": 1, "groups": 8}),
-}
-
-
-def test_all_algorithms_are_tried():
-    assert set(SERVED) == set(REGISTRY)
+# Convolutions, of which each algorithm's fprop is asked for the first that it serves.
+SHAPES = (
+    ConvProblem(2, 32, 6, 5, 32, 3, 3, pad=(1, 1, 1, 1), groups=2, dtype="fp16"),
+    ConvProblem(2, 64, 6, 8, 64, 3, 3, pad=(1, 1, 1, 1), groups=2, dtype="fp16"),
+    ConvProblem(2, 32, 6, 5, 32, 3, 3, pad=(1, 1, 1, 1), groups=8, dtype="fp16"),
+    ConvProblem(2, 8, 6, 5, 8, 3, 3, pad=(1, 1, 1, 1), groups=8, dtype="fp16"),
+    ConvProblem(2, 8, 9, 8, 8, 5, 5, pad=(2, 2, 2, 2), groups=8, dtype="fp16"),
+    ConvProblem(2, 8, 9, 8, 8, 9, 9, pad=(4, 4, 4, 4), groups=8, dtype="fp16"),
+)
 
 
 @pytest.mark.parametrize("view", ["nchw", "nhwc"])
-@pytest.mark.parametrize("algorithm", SERVED)
+@pytest.mark.parametrize("algorithm", REGISTRY)
 def test_every_algorithm_does_it_in_its_own_kernel(algorithm, view, device, monkeypatch):
     """With a residual in another layout; y, its gradients, and no pass of torch's own over y."""
-    shape, w_shape, arguments = SERVED[algorithm]
-    if algorithm == "row_block_tma" and view == "nchw":
-        pytest.skip("its descriptors want NHWC")
+    on = cases.target(device)
+    problem = next(p for p in SHAPES if algorithms.lack(algorithm, p, "fprop", on) is None)
+    if algorithms.lack(algorithm, dataclasses.replace(problem, layout=view, out_layout=view), "fprop", on) is not None:
+        pytest.skip("not in this layout")
+    arguments = {"padding": problem.pad[0], "groups": problem.groups}
     monkeypatch.setattr(epilogue, "applied", None)
     whole = dispatch.plan_pass
 
@@ -170,7 +168,9 @@ def test_every_algorithm_does_it_in_its_own_kernel(algorithm, view, device, monk
 
     monkeypatch.setattr(dispatch, "plan_pass", for_fprop)
     generator = torch.Generator().manual_seed(2)
-    x, w, bias = (torch.randn(s, generator=generator).half() for s in (shape, w_shape, w_shape[:1]))
+    x, w, bias = (
+        torch.randn(s, generator=generator).half() for s in (problem.x_shape, problem.w_shape, problem.w_shape[:1])
+    )
     y_shape = F.conv2d(x, w, bias, **arguments).shape
     residual = cases.lay_out(torch.randn(y_shape, generator=generator).half(), "slice")
     x = cases.lay_out(x, view)
@@ -234,3 +234,62 @@ def test_a_call_has_one_key_for_all_that_follows(device):
     for extra in ({}, {"activation": "relu"}, {"activation": "gelu"}, {"residual": residual}):
         triton_conv(x, w, bias, padding=1, groups=2, backend="triton", **extra)
     assert len(prepared._CALLS) == 1
+
+
+@pytest.mark.parametrize("served", [True, False])
+def test_what_has_too_few_registers(served, device, monkeypatch):
+    """Another tile ends the convolution too, or, where none can, torch's functions do; `explain` says which."""
+    x, w, bias, residual = (tensor.detach().to(device) for tensor in operands("nhwc"))
+    expected = chain(*(tensor.double() for tensor in (x, w, bias, residual)), "silu", 1)
+    arguments = {"padding": 1, "groups": 2, "activation": "silu", "residual": residual, "backend": "triton"}
+    prepared.reset()
+    monkeypatch.setattr(dispatch, "fits", lambda *_: False)
+    if not served:
+        lack = dispatch.lack
+        monkeypatch.setattr(dispatch, "lack", lambda name, p, *rest: "none" if p.ends else lack(name, p, *rest))
+    assert cases.error(triton_conv(x, w, bias, **arguments), expected) <= 4 * cases.bound("fp32", 64)
+    (call,) = prepared._CALLS.values()
+    assert (call.finisher(x, w, bias, "silu", True, False) is not None) == served
+    told = explain(x, w, bias, **arguments, target="h200").notes["fprop"]
+    how = "the same kernel, for which it takes " if served else "torch's functions: no tile of "
+    assert told.startswith(f"then the residual and silu by {how}")
+    prepared.reset()
+
+
+@pytest.mark.parametrize(
+    ("extra", "told"),
+    [
+        ({"activation": "relu"}, "then relu by the same kernel, 25.70 MB where functions apart move 51.39 MB together"),
+        ({"activation": "silu"}, "then silu by the same kernel, 38.54 MB where functions apart move 51.39 MB together"),
+        ({"residual": True}, "then the residual by the same kernel, 38.54 MB where functions apart move 64.23 MB"),
+        ({"activation": "gelu", "backend": "torch"}, "then gelu by torch's functions, 51.39 MB together (modelled)"),
+        ({"shuffle_groups": 2}, "the shuffle by nn.ChannelShuffle's copy"),
+        ({"activation": "relu", "shuffle_groups": 2}, " (modelled); the shuffle by nn.ChannelShuffle's copy"),
+    ],
+)
+def test_explain_says_who_computes_it(extra, told):
+    """Bytes of bf16: 12.85 MB are 16 images of 128 x 56 x 56 channels and pixels."""
+    x, w = torch.empty(16, 128, 56, 56, dtype=torch.bfloat16), torch.empty(128, 4, 3, 3, dtype=torch.bfloat16)
+    x = x.to(memory_format=torch.channels_last)
+    extra = extra | ({"residual": x} if "residual" in extra else {})
+    arguments = {"padding": 1, "groups": 32, "target": "nvidia_h200", "backend": "triton"} | extra
+    plan = explain(x, w.requires_grad_(), **arguments)
+    assert told in plan.notes["fprop"]
+    assert told in str(plan)
+    one = {name: value[0] if name == "residual" else value for name, value in arguments.items()}
+    assert "same kernel" not in explain(x[0], w, **one).notes["fprop"]
+
+
+@pytest.mark.parametrize(
+    ("extra", "error"),
+    [({"activation": "tanh"}, ValueError), ({"residual": torch.ones(3)}, ValueError), ({"residual": 1}, TypeError),
+     ({"shuffle_groups": 5}, ValueError), ({"shuffle_groups": 1.5}, TypeError)],
+)  # fmt: skip
+def test_explain_refuses_what_the_call_does(extra, error):
+    x, w, bias, _ = operands("nchw")
+    messages = []
+    for call in (triton_conv, explain):
+        with pytest.raises(error) as raised:
+            call(x, w, bias, padding=1, groups=2, **extra)
+        messages.append(str(raised.value))
+    assert messages[0] == messages[1]
