@@ -44,3 +44,22 @@ ACTIVATIONS = {
     "hardswish": Activation(F.hardswish, _aten.hardswish_backward, False),
     "sigmoid": Activation(torch.sigmoid, _aten.sigmoid_backward, True),
 }  # fmt: skip
+
+
+def finished_by_torch(v: Tensor, residual: Tensor | None, activation: str | None, keeps: bool):
+    """y = activation(v + residual), or, if it keeps that, (y, what the activation is of)."""
+    v = v if residual is None else v + residual
+    y = v if activation is None else ACTIVATIONS[activation].of(v)
+    return (y, v) if keeps else y
+
+
+def before_activation(dy: Tensor | None, d_kept: Tensor | None, read: Tensor | None, activation: str | None):
+    """The gradient of what an activation is of, from those of its result and of itself, each None if there is none.
+
+    read: what the derivative is of; see `Activation`.
+    """
+    dv = dy
+    if dy is not None and activation is not None:
+        assert read is not None
+        dv = ACTIVATIONS[activation].derivative(dy, read)
+    return dv if d_kept is None else d_kept if dv is None else dv + d_kept

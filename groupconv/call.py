@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from . import assembler, dispatch, launcher, raced, torch_private, trial
-from .activations import ACTIVATIONS
+from .activations import finished_by_torch
 from .algorithms import REGISTRY, torch_reference
 from .arguments import ConvArgs, dw_strides, dx_strides
 from .problem import ConvProblem, dense_strides, meaningful_strides
@@ -202,10 +202,7 @@ class Call:
         return launcher.allocate(residual.shape, strides, residual).copy_(residual)
 
     def _finish_by_torch(self, activation: str | None, keeps: bool, x, w, bias, residual):
-        v = torch_reference.fprop(self.args, x, w, bias)
-        v = v if residual is None else v + residual
-        y = v if activation is None else ACTIVATIONS[activation].of(v)
-        return (y, v) if keeps else y
+        return finished_by_torch(torch_reference.fprop(self.args, x, w, bias), residual, activation, keeps)
 
     def _give_up(self, error: assembler.Miscompiled) -> None:
         """Warn that F.conv2d serves; of a backend that was asked for, raise."""

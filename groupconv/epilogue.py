@@ -12,11 +12,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import dispatch, eager, torch_private
-from .activations import ACTIVATIONS
-from .arguments import autocast, autocast_dtype
+from . import dispatch, eager, operators, torch_private
+from .activations import ACTIVATIONS, before_activation, finished_by_torch
+from .arguments import are_tensors, autocast, autocast_dtype, consistent, normalise, out_pixels
 from .call import Call
-from .prepared import lookup
+from .prepared import lookup, refusal
 
 
 def applied(y: Tensor, activation: str | None, residual: Tensor | None) -> Tensor:
@@ -26,8 +26,8 @@ def applied(y: Tensor, activation: str | None, residual: Tensor | None) -> Tenso
     """
     check_activation(activation)
     if residual is not None:
-        y = y + _like(y.shape, y.dtype, y.device, residual)
-    return y if activation is None else ACTIVATIONS[activation].of(y)
+        residual = _like(y.shape, y.dtype, y.device, residual)
+    return finished_by_torch(y, residual, activation, False)
 
 
 def shuffled(y: Tensor, shuffle_groups: int) -> Tensor:
@@ -97,8 +97,9 @@ def fused(
     x, w, bias, stride, padding, dilation, groups, backend: str, activation: str | None, residual: Tensor | None
 ) -> Tensor | None:
     """activation(convolution + residual) by one kernel, and derivable; None where torch's functions have to follow."""
-    plain = not torch.compiler.is_compiling() and torch_private.being_traced() is None
-    if not plain or not eager.is_plain(x, w, bias) or not eager.is_plain(x, w, residual):
+    if torch.compiler.is_compiling():
+        return _in_a_graph(x, w, bias, stride, padding, dilation, groups, backend, activation, residual)
+    if torch_private.being_traced() is not None or not eager.is_plain(x, w, bias) or not eager.is_plain(x, w, residual):
         return None
     check_activation(activation)
     if torch_private.any_autocast():
@@ -118,6 +119,25 @@ def fused(
         found = _apply_function(x, w, bias, residual, call, run, activation, keeps)
         return found[0] if keeps else found
     return call.finish(run, x, w, bias, residual, activation, False)
+
+
+def _in_a_graph(
+    x, w, bias, stride, padding, dilation, groups, backend: str, activation: str | None, residual: Tensor | None
+) -> Tensor | None:  # fmt: skip
+    """`fused` as one operator of a graph that is compiled for a GPU; None where functions have to follow."""
+    check_activation(activation)
+    forced = backend.startswith("triton")
+    if not are_tensors(x, w, bias) or not x.dim() == w.dim() == 4 or not (forced or (x.is_cuda and backend == "auto")):
+        return None
+    x, w, bias = autocast(x, w, bias)
+    args = normalise(x.shape, w.shape, stride, padding, dilation, groups)
+    if args is None or not consistent(x, w, bias) or refusal(x, backend) is not None:
+        return None
+    if residual is not None:
+        shape = (x.shape[0], w.shape[0], *out_pixels(x.shape, w.shape, args.stride, args.padding, args.dilation))
+        residual = _like(shape, x.dtype, x.device, residual)
+    keeps = _keeps((x, w, bias, residual), activation)
+    return operators.conv2d_finished(x, w, bias, residual, activation, keeps, *args, backend)[0]
 
 
 def _derived(operands: tuple[Tensor | None, ...]) -> bool:
@@ -145,9 +165,7 @@ class _FinishedFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dy, d_kept=None):
         x, w, read = ctx.saved_tensors
-        dv = dy if dy is None or ctx.activation is None else ACTIVATIONS[ctx.activation].derivative(dy, read)
-        if d_kept is not None:
-            dv = d_kept if dv is None else dv + d_kept
+        dv = before_activation(dy, d_kept, read, ctx.activation)
         if dv is None:
             return (None,) * 8
         needs = eager.wanted(ctx)

@@ -1,6 +1,7 @@
-"""The operators groupconv::conv2d and groupconv::conv2d_backward, for all of PyTorch that reads or transforms programs.
+"""The operators groupconv::conv2d, conv2d_backward and conv2d_finished, which a residual and an activation follow, for
+all of PyTorch that reads or transforms programs.
 
-torch.compile and export, tensor subclasses, dispatch modes, vmap, autocast, derivatives of derivatives. Both end in the
+torch.compile and export, tensor subclasses, dispatch modes, vmap, autocast, derivatives of derivatives. All end in the
 prepared calls that eager calls take.
 """
 
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 
 from . import launcher, torch_private
+from .activations import before_activation, finished_by_torch
 from .algorithms import torch_reference
 from .arguments import ConvArgs, autocast, dw_strides, dx_strides, out_channels_last, out_pixels
 from .call import torch_gradients
@@ -23,6 +25,10 @@ _ARGS = "SymInt[2] stride, SymInt[4] padding, SymInt[2] dilation, SymInt groups"
 _LIBRARY.define(f"conv2d(Tensor input, Tensor weight, Tensor? bias, {_ARGS}, str backend) -> Tensor")
 _LIBRARY.define(
     f"conv2d_backward(Tensor grad, Tensor input, Tensor weight, {_ARGS}, bool[3] mask, str backend) -> Tensor[]"
+)
+_LIBRARY.define(
+    "conv2d_finished(Tensor input, Tensor weight, Tensor? bias, Tensor? residual, str? activation, bool keeps,"
+    f" {_ARGS}, str backend) -> (Tensor, Tensor)"
 )
 
 
@@ -59,9 +65,25 @@ def _conv2d_backward_op(dy, x, w, stride, padding, dilation, groups, mask, backe
     return [grad for grad in (dx, dw, db) if grad is not None]
 
 
+def _conv2d_finished_op(x, w, bias, residual, activation, keeps, stride, padding, dilation, groups, backend):
+    """y, and what the activation is of where the derivative wants that, else nothing."""
+    args = _conv_args(stride, padding, dilation, groups)
+    call = lookup_of_operator(x, w, bias, args, backend)
+    run = None if call is None else call.finisher(x, w, bias, activation, residual is not None, keeps)
+    if call is not None and run is not None:
+        found = call.finish(run, x, w, bias, residual, activation, keeps)
+    else:
+        found = finished_by_torch(_conv2d_op(x, w, bias, *args, backend), residual, activation, keeps)
+    y, kept = found if keeps else (found, x.new_empty(0))
+    strides = dense_strides(y.shape, out_channels_last(x, w))
+    return _like(y, strides), _like(kept, strides) if keeps else kept
+
+
 conv2d, conv2d_backward = torch.ops.groupconv.conv2d, torch.ops.groupconv.conv2d_backward
+conv2d_finished = torch.ops.groupconv.conv2d_finished
 _LIBRARY.impl("conv2d", _conv2d_op, "CompositeExplicitAutograd")
 _LIBRARY.impl("conv2d_backward", _conv2d_backward_op, "CompositeExplicitAutograd")
+_LIBRARY.impl("conv2d_finished", _conv2d_finished_op, "CompositeExplicitAutograd")
 
 
 def _conv2d_backward_batched(dy, x, w, stride, padding, dilation, groups, mask, backend):
@@ -77,6 +99,12 @@ _LIBRARY.impl("conv2d_backward", _conv2d_backward_batched, "Batched")
 def _conv2d_fake(x, w, bias, stride, padding, dilation, groups, backend):
     shape = (x.shape[0], w.shape[0], *out_pixels(x.shape, w.shape, stride, padding, dilation))
     return x.new_empty_strided(shape, dense_strides(shape, out_channels_last(x, w)))
+
+
+@torch.library.register_fake("groupconv::conv2d_finished", lib=_LIBRARY)
+def _conv2d_finished_fake(x, w, bias, residual, activation, keeps, stride, padding, dilation, groups, backend):
+    y = _conv2d_fake(x, w, bias, stride, padding, dilation, groups, backend)
+    return y, torch.empty_like(y) if keeps else y.new_empty(0)
 
 
 @torch.library.register_fake("groupconv::conv2d_backward", lib=_LIBRARY)
@@ -105,6 +133,26 @@ def _backward_conv2d(ctx, dy):
     mask = [ctx.needs_input_grad[0], ctx.needs_input_grad[1], ctx.has_bias and ctx.needs_input_grad[2]]
     grads = iter(conv2d_backward(dy, x, w, *ctx.args, mask, ctx.backend))
     return *(next(grads) if needed else None for needed in mask), *(None,) * 5
+
+
+def _setup_conv2d_finished(ctx, inputs, output):
+    x, w, bias, _, activation, keeps, *args, backend = inputs
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(x, w, output[1] if keeps else None if activation is None else output[0])
+    ctx.activation, ctx.args, ctx.backend, ctx.has_bias = activation, args, backend, bias is not None
+    if not keeps:
+        ctx.mark_non_differentiable(output[1])
+
+
+def _backward_conv2d_finished(ctx, dy, d_kept):
+    x, w, read = ctx.saved_tensors
+    dv = before_activation(dy, d_kept, read, ctx.activation)
+    if dv is None:
+        return (None,) * 11
+    mask = [ctx.needs_input_grad[0], ctx.needs_input_grad[1], ctx.has_bias and ctx.needs_input_grad[2]]
+    grads = iter(conv2d_backward(dv, x, w, *ctx.args, mask, ctx.backend) if any(mask) else ())
+    of_operands = [next(grads) if needed else None for needed in mask]
+    return *of_operands, dv if ctx.needs_input_grad[3] else None, *(None,) * 7
 
 
 def _setup_conv2d_backward(ctx, inputs, output):
@@ -139,6 +187,9 @@ def _backward_conv2d_backward(ctx, grads):
 
 torch.library.register_autograd("groupconv::conv2d", _backward_conv2d, setup_context=_setup_conv2d, lib=_LIBRARY)
 torch.library.register_autograd(
+    "groupconv::conv2d_finished", _backward_conv2d_finished, setup_context=_setup_conv2d_finished, lib=_LIBRARY
+)
+torch.library.register_autograd(
     "groupconv::conv2d_backward", _backward_conv2d_backward, setup_context=_setup_conv2d_backward, lib=_LIBRARY
 )
 
@@ -163,6 +214,17 @@ def _conv2d_vmap(info, in_dims, x, w, bias, stride, padding, dilation, groups, b
     return y.unflatten(1, (size, -1)), 1
 
 
+def _conv2d_finished_vmap(
+    info, in_dims, x, w, bias, residual, activation, keeps, stride, padding, dilation, groups, backend
+):
+    size = info.batch_size
+    x, w = _into_channels(x, in_dims[0], size, 1), _into_channels(w, in_dims[1], size, 0)
+    bias, residual = _into_channels(bias, in_dims[2], size, 0), _into_channels(residual, in_dims[3], size, 1)
+    args = (stride, padding, dilation, groups * size, backend)
+    y, kept = conv2d_finished(x, w, bias, residual, activation, keeps, *args)
+    return (y.unflatten(1, (size, -1)), kept.unflatten(1, (size, -1)) if keeps else kept), (1, 1 if keeps else None)
+
+
 def _conv2d_backward_vmap(info, in_dims, dy, x, w, stride, padding, dilation, groups, mask, backend):
     size = info.batch_size
     dy, x = _into_channels(dy, in_dims[0], size, 1), _into_channels(x, in_dims[1], size, 1)
@@ -174,6 +236,7 @@ def _conv2d_backward_vmap(info, in_dims, dy, x, w, stride, padding, dilation, gr
 
 
 torch.library.register_vmap("groupconv::conv2d", _conv2d_vmap, lib=_LIBRARY)
+torch.library.register_vmap("groupconv::conv2d_finished", _conv2d_finished_vmap, lib=_LIBRARY)
 torch.library.register_vmap("groupconv::conv2d_backward", _conv2d_backward_vmap, lib=_LIBRARY)
 
 
@@ -185,7 +248,14 @@ def _register_autocast(key: str) -> None:
         with without_autocast():
             return conv2d(x, w, bias, *args)
 
+    def conv2d_finished_autocast(x, w, bias, residual, *args):
+        x, w, bias = autocast(x, w, bias)
+        residual = None if residual is None else residual.to(x.dtype)
+        with without_autocast():
+            return conv2d_finished(x, w, bias, residual, *args)
+
     _LIBRARY.impl("conv2d", conv2d_autocast, key)
+    _LIBRARY.impl("conv2d_finished", conv2d_finished_autocast, key)
 
 
 _register_autocast("AutocastCUDA")

@@ -7,7 +7,9 @@ import cases
 import pytest
 import torch
 import torch.nn.functional as F
+from functorch.compile import make_boxed_func
 from torch import nn
+from torch._dynamo.backends.common import aot_autograd
 
 from groupconv import algorithms, dispatch, epilogue, explain, prepared, triton_conv
 from groupconv.activations import ACTIVATIONS
@@ -293,3 +295,67 @@ def test_explain_refuses_what_the_call_does(extra, error):
             call(x, w, bias, padding=1, groups=2, **extra)
         messages.append(str(raised.value))
     assert messages[0] == messages[1]
+
+
+# --- The operator ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("activation", "keeps", "added", "view"),
+    [
+        ("relu", False, True, "nchw"),
+        ("silu", True, True, "nhwc"),
+        ("gelu", False, False, "nhwc"),
+        (None, False, True, "nchw"),
+    ],
+)
+def test_opcheck(activation, keeps, added, view, device):
+    x, w, bias, residual = (tensor.detach().to(device) for tensor in operands(view))
+    if keeps or activation in (None, "relu"):
+        x, w, bias, residual = (tensor.requires_grad_() for tensor in (x, w, bias, residual))
+    args = (x, w, bias, residual if added else None, activation, keeps, (1, 1), (1, 1, 1, 1), (1, 1), 2, "triton")
+    checks = torch.library.opcheck(torch.ops.groupconv.conv2d_finished.default, args)
+    assert set(checks.values()) == {"SUCCESS"}
+
+
+@pytest.mark.parametrize(("activation", "added"), [("relu", True), ("silu", False), (None, True), ("gelu", True)])
+def test_a_compiled_model_has_one_operator(activation, added, device):
+    """For all that follows; its gradients are those of float64, and no function of torch passes over y in between."""
+    x, w, bias, residual = (tensor.detach().to(device).requires_grad_() for tensor in operands("nhwc"))
+    tensors = (x, w, bias, residual) if added else (x, w, bias)
+    graphs = []
+
+    def keep(graph, _):
+        graphs.append([str(node.target) for node in graph.graph.nodes if node.op == "call_function"])
+        return make_boxed_func(graph.forward)
+
+    def function(x, w, bias, residual=None):
+        extra = {"activation": activation, "residual": residual, "backend": "triton"}
+        return triton_conv(x, w, bias, padding=1, groups=2, **extra)
+
+    compiled = torch.compile(function, backend=aot_autograd(fw_compiler=keep, bw_compiler=keep), fullgraph=True)
+    y = compiled(*tensors)
+    exact = [tensor.detach().double().requires_grad_() for tensor in tensors]
+    expected = chain(*exact[:3], exact[3] if added else None, activation, 1)
+    dy = torch.randn(y.shape, generator=torch.Generator().manual_seed(1)).to(device)
+    outs, refs = torch.autograd.grad(y, tensors, dy), torch.autograd.grad(expected, exact, dy.double())
+    for out, ref in zip((y, *outs), (expected, *refs), strict=True):
+        assert cases.error(out, ref) <= 4 * cases.bound("fp32", 64)
+    computing = [name for name in graphs[0] if "getitem" not in name and "detach" not in name]
+    assert computing == ["groupconv.conv2d_finished.default"]
+
+
+def test_operator_under_vmap_and_autocast(device):
+    x, w, bias, residual = (tensor.detach().to(device) for tensor in operands("nchw"))
+    args = ((1, 1), (1, 1, 1, 1), (1, 1), 2, "triton")
+    finished = torch.ops.groupconv.conv2d_finished
+
+    def function(x, residual):
+        return finished(x, w, bias, residual, "silu", True, *args)
+
+    both = torch.vmap(function)(torch.stack((x, 2 * x)), torch.stack((residual, residual)))
+    for i, scale in enumerate((1, 2)):
+        for out, ref in zip(both, function(scale * x, residual), strict=True):
+            torch.testing.assert_close(out[i], ref)
+    with torch.autocast(torch.device(device).type, torch.bfloat16):
+        assert [t.dtype for t in function(x, residual)] == [torch.bfloat16] * 2
