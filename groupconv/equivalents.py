@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from . import torch_private
+from .activations import finished_by_torch
 
 try:
     from torch.utils import flop_counter
@@ -18,13 +19,19 @@ def register() -> None:
     operators = torch.ops.groupconv
     if torch_private.register_decomposition is not None:
         torch_private.register_decomposition(operators.conv2d.default)(_decomposed)
+        torch_private.register_decomposition(operators.conv2d_finished.default)(_decomposed_finished)
     if flop_counter is not None:
         flop_counter.register_flop_formula(operators.conv2d)(_forward_flops)
+        flop_counter.register_flop_formula(operators.conv2d_finished)(_finished_flops)
         flop_counter.register_flop_formula(operators.conv2d_backward)(_backward_flops)
 
 
 def _forward_flops(x_shape, w_shape, *_, out_shape) -> int:
     return flop_counter.conv_flop_count(x_shape, w_shape, out_shape)
+
+
+def _finished_flops(x_shape, w_shape, *_, out_shape) -> int:
+    return flop_counter.conv_flop_count(x_shape, w_shape, out_shape[0])
 
 
 def _backward_flops(dy_shape, x_shape, w_shape, stride, padding, dilation, groups, mask, backend, *, out_shape) -> int:
@@ -41,3 +48,9 @@ def _decomposed(x, w, bias, stride, padding, dilation, groups, backend):
     if (top, left) != (bottom, right):
         x, top, left = F.pad(x, (left, right, top, bottom)), 0, 0
     return F.conv2d(x, w, bias, stride, (top, left), dilation, groups)
+
+
+def _decomposed_finished(x, w, bias, residual, activation, keeps, stride, padding, dilation, groups, backend):
+    v = _decomposed(x, w, bias, stride, padding, dilation, groups, backend)
+    found = finished_by_torch(v, residual, activation, keeps)
+    return found if keeps else (found, x.new_empty(0))

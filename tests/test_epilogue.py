@@ -9,7 +9,9 @@ import torch
 import torch.nn.functional as F
 from functorch.compile import make_boxed_func
 from torch import nn
+from torch._decomp import decomposition_table
 from torch._dynamo.backends.common import aot_autograd
+from torch.utils.flop_counter import FlopCounterMode
 
 from groupconv import algorithms, dispatch, epilogue, explain, prepared, triton_conv
 from groupconv.activations import ACTIVATIONS
@@ -359,3 +361,19 @@ def test_operator_under_vmap_and_autocast(device):
             torch.testing.assert_close(out[i], ref)
     with torch.autocast(torch.device(device).type, torch.bfloat16):
         assert [t.dtype for t in function(x, residual)] == [torch.bfloat16] * 2
+
+
+def test_tools_know_the_operator(device):
+    """Its FLOPs are the convolution's, and it decomposes into functions of torch's."""
+    x, w, bias, residual = (tensor.detach().to(device) for tensor in operands("nchw"))
+    finished = torch.ops.groupconv.conv2d_finished
+    for activation, keeps in (("relu", False), ("silu", True)):
+        args = (x, w, bias, residual, activation, keeps, (1, 1), (1, 1, 1, 1), (1, 1), 2, "triton")
+        with FlopCounterMode(display=False) as ours:
+            found = finished(*args)
+        with FlopCounterMode(display=False) as theirs:
+            F.conv2d(x, w, bias, padding=1, groups=2)
+        assert ours.get_total_flops() == theirs.get_total_flops() > 0
+        decomposed = decomposition_table[finished.default](*args)
+        for out, ref in zip(found, decomposed, strict=True):
+            torch.testing.assert_close(out, ref)
