@@ -25,7 +25,8 @@ if TYPE_CHECKING or not _is_command_line():
     from .api import conv_bn_act, explain, triton_conv
     from .dispatch import PassPlan, Plan
     from .folding import fold_batchnorm
-    from .modules import Conv2d, ConversionSummary, convert, revert, summarize
+    from .layers import Conv2d
+    from .modules import ConversionSummary, convert, revert, summarize
     from .prepared import set_fp32_precision, set_trials
     from .problem import ConvProblem
     from .trial import trials
@@ -33,7 +34,7 @@ else:
 
     def __getattr__(name: str) -> Any:
         if name in __all__:
-            for module in ("api", "dispatch", "folding", "modules", "prepared", "problem", "trial"):
+            for module in ("api", "dispatch", "folding", "layers", "modules", "prepared", "problem", "trial"):
                 loaded = importlib.import_module(f".{module}", __name__)
                 if hasattr(loaded, name):
                     return getattr(loaded, name)

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from .api import triton_conv
-from .modules import LOG, Conv2d, require_module
+from .layers import LOG, Conv2d, require_module
 
 NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm)
 TIMM_NORM = "BatchNormAct2d"  # a BatchNorm2d with a dropout and an activation

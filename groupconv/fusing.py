@@ -10,7 +10,7 @@ from torch import Tensor, fx, nn
 
 from . import folding
 from .api import conv_bn_act
-from .modules import Conv2d
+from .layers import Conv2d
 
 
 class ConvBatchNorm2d(Conv2d):

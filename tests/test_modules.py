@@ -13,7 +13,7 @@ from torch.ao.nn import quantized
 from torch.nn.utils import parametrizations, parametrize
 
 import groupconv
-from groupconv import ConversionSummary, convert, modules, revert, summarize, triton_conv
+from groupconv import ConversionSummary, convert, layers, revert, summarize, triton_conv
 
 pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same'")
 FORMS = {
@@ -70,7 +70,7 @@ def calls(monkeypatch):
         recorded_calls.append({"shape": tuple(input.shape), "padding": padding, "groups": groups})
         return triton_conv(input, weight, bias, stride, padding, dilation, groups)
 
-    monkeypatch.setattr(modules, "triton_conv", recorded)
+    monkeypatch.setattr(layers, "triton_conv", recorded)
     return recorded_calls
 
 
@@ -87,7 +87,7 @@ def test_same_numbers_as_nn_conv2d(options):
 @pytest.mark.usefixtures("ieee")
 @pytest.mark.parametrize("options", [FORMS["strided"], FORMS["same_even"], FORMS["circular"]], ids=str)
 def test_same_numbers_by_our_kernels(options, device, monkeypatch):
-    monkeypatch.setattr(modules, "triton_conv", functools.partial(triton_conv, backend="triton"))
+    monkeypatch.setattr(layers, "triton_conv", functools.partial(triton_conv, backend="triton"))
     theirs, ours = (layer.to(device) for layer in pair(**options))
     x = pixels(6).to(device)
     for out, ref in zip(cases.step(ours, ours, x), cases.step(theirs, theirs, x), strict=True):

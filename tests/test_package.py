@@ -111,7 +111,12 @@ ABOVE = {  # of the runtime: what each module must not import
     "operators": {"api", "eager", "equivalents", "dispatch", "kernels"},
     "eager": {"api", "equivalents", "dispatch", "kernels"},
     "equivalents": CALLS | {"dispatch", "algorithms", "configs", "devices", "kernels"},
-    "api": {"modules"},
+    "epilogue": {"api", "batch_norm", "equivalents", "kernels"},
+    "batch_norm": {"api", "equivalents", "dispatch"},
+    "api": {"layers", "folding", "fusing", "modules"},
+    "layers": {"folding", "fusing", "modules"},
+    "folding": {"fusing", "modules"},
+    "fusing": {"modules"},
     "modules": {"eager", "operators", "prepared", "call", "trial", "dispatch"},
 }
 

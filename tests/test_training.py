@@ -11,7 +11,8 @@ import torch
 from torch import nn
 
 import groupconv
-from groupconv import modules, triton_conv
+from groupconv import layers as layers_of_ours
+from groupconv import triton_conv
 from groupconv.common import files
 from groupconv.perf_reports import layers, training
 
@@ -93,7 +94,7 @@ def test_rows_of_a_model(steps):
 
 
 def test_our_kernels_pass(steps, monkeypatch):
-    monkeypatch.setattr(modules, "triton_conv", functools.partial(triton_conv, backend="triton"))
+    monkeypatch.setattr(layers_of_ours, "triton_conv", functools.partial(triton_conv, backend="triton"))
     right, ours = found(lambda step: (1.0, 1.0, 1.0), "small", size=6)
     assert (ours["note"], ours["converted"]) == ("", 2)
     assert abs(ours["loss"] - right["loss"]) <= 5e-3 * right["loss"]
@@ -143,7 +144,7 @@ def test_layouts_and_precision_of_a_step(steps, monkeypatch):
         assert torch.is_autocast_enabled("cpu")
         return triton_conv(input, weight, *rest)
 
-    monkeypatch.setattr(modules, "triton_conv", recorded)
+    monkeypatch.setattr(layers_of_ours, "triton_conv", recorded)
     found(steps, "small")
     assert set(seen) == {(True, torch.bfloat16)}
     seen.clear()
@@ -213,7 +214,7 @@ def test_wrong_layer_is_found_where_the_loss_hides_it(fault, steps, monkeypatch)
         y = triton_conv(input, weight, bias, stride, padding, dilation, groups)
         return fault(y) if groups == 8 else y
 
-    monkeypatch.setattr(modules, "triton_conv", faulty)
+    monkeypatch.setattr(layers_of_ours, "triton_conv", faulty)
     right, wrong = found(steps, "small")
     assert right["note"] == ""
     assert wrong["loss"] == right["loss"]
