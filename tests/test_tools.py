@@ -176,7 +176,8 @@ def test_what_an_override_is_given(device):
     assert args[1] is w
     assert args[3:] == (1, "same", 1, 4)
     assert kwargs["backend"] == "triton"
-    assert explain(x, w, target="sm_90")[3] == {"backend": "auto", "target": "sm_90"}
+    extras = {"activation": None, "residual": None, "shuffle_groups": 1}
+    assert explain(x, w, target="sm_90")[3] == extras | {"backend": "auto", "target": "sm_90"}
 
 
 @pytest.mark.usefixtures("ieee")
