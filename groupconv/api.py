@@ -142,6 +142,7 @@ def conv_bn_act(
             running_var=running_var, bn_weight=bn_weight, bn_bias=bn_bias, training=training, momentum=momentum,
             eps=eps, activation=activation, backend=backend,
         )  # fmt: skip
+    epilogue.check_activation(activation, "conv_bn_act")
     y = triton_conv(input, weight, bias, stride, padding, dilation, groups, backend=backend)
     if y.dim() != 4:
         raise ValueError(f"conv_bn_act: expected 4D input (got {y.dim()}D input)")

@@ -19,7 +19,7 @@ from torch import Tensor
 from . import eager, launcher, prepared, torch_private
 from .activations import ACTIVATIONS
 from .algorithms import INTERPRETED, REGISTRY
-from .epilogue import check_activation
+from .call import is_unreadable
 
 TILE = 4096  # elements that a program has at once: two accesses of 16 bytes of each of its threads, of 16-bit types
 WARPS = 8
@@ -55,15 +55,17 @@ class _Shape(NamedTuple):
 
 def apply(
     y: Tensor, running_mean: Tensor | None, running_var: Tensor | None, weight: Tensor | None, bias: Tensor | None,
-    training: bool, momentum: float, eps: float, activation: str | None,
+    training: bool, momentum: float, eps: float, activation: str | None, *, once: bool = False,
 ) -> Tensor:  # fmt: skip
-    """activation(F.batch_norm(y, ...)), whose running statistics are updated. Raises what F.batch_norm does."""
-    check_activation(activation)
+    """activation(F.batch_norm(y, ...)), whose running statistics are updated. Raises what F.batch_norm does.
+
+    once: this momentum will not come again.
+    """
     operands = (y, running_mean, running_var, weight, bias)
-    if not _served(operands, training):
+    if not serves(*operands, training, momentum, eps):
         return _by_torch(*operands, training, momentum, eps, activation)
     if training:
-        mean, rstd = _statistics(y, running_mean, running_var, momentum, eps)
+        mean, rstd = _statistics(y, running_mean, running_var, momentum, eps, once)
     else:
         assert running_mean is not None
         assert running_var is not None
@@ -78,20 +80,26 @@ def _by_torch(y, running_mean, running_var, weight, bias, training, momentum, ep
     return z if activation is None else ACTIVATIONS[activation].of(z)
 
 
-def _served(operands: tuple, training: bool) -> bool:
+def serves(y, running_mean, running_var, weight, bias, training: bool, momentum: float, eps: float) -> bool:
     """Whether the kernels can do it: of what they cannot, and of what is wrong, torch knows what is to be said."""
-    y, running_mean, running_var, *_ = operands
+    others = [t for t in (running_mean, running_var, weight, bias) if t is not None]
     if torch.compiler.is_compiling() or torch_private.being_traced() is not None or not REGISTRY:
         return False
-    if not all(eager.is_plain(y, y, tensor) for tensor in operands) or not (y.is_cuda or INTERPRETED):
+    if not isinstance(y, Tensor) or not all(eager.is_plain(y, y, t) for t in (None, *others)):
         return False
-    if y.dim() != 4 or y.dtype not in _DTYPES or y.numel() <= y.shape[1] or y.is_neg() or _shape(y) is None:
+    if not (y.is_cuda or INTERPRETED) or y.dim() != 4 or y.dtype not in _DTYPES or y.numel() <= y.shape[1]:
+        return False
+    if _shape(y) is None or any(is_unreadable(t) for t in (y, *others)):
         return False
     if (running_mean is None) != (running_var is None) or (running_mean is None and not training):
         return False
+    if not isinstance(momentum, (int, float)) or not isinstance(eps, (int, float)) or eps <= 0:
+        return False
+    if any(t is not None and t.requires_grad for t in (running_mean, running_var)):
+        return False
     return all(
-        t is None or (t.shape == y.shape[1:2] and t.device == y.device and t.is_contiguous() and t.dtype in _DTYPES)
-        for t in operands[1:]
+        t.shape == y.shape[1:2] and t.device == y.device and t.is_contiguous() and t.dtype in (y.dtype, torch.float32)
+        for t in others
     )
 
 
@@ -134,11 +142,12 @@ def _launch(name: str, shape: _Shape, programs: int, specialised: tuple, **scala
     return launcher.Launch(kernel, grid, {key: scalars[key] for key in names if key in scalars}, num_warps=WARPS)
 
 
-def _run(name: str, shape: _Shape, programs: int, *tensors: Tensor | None, **scalars) -> None:
+def _run(name: str, shape: _Shape, programs: int, *tensors: Tensor | None, once: bool = False, **scalars) -> None:
     specialised = tuple(
         part for t in tensors for part in ((None,) if t is None else (t.dtype, t.data_ptr() & 15 == 0, t.device))
     )
-    launch = _launch(name, shape, programs, specialised, **scalars)
+    make = _launch.__wrapped__ if once else _launch
+    launch = make(name, shape, programs, specialised, **scalars)
     with _on(tensors[0]):
         launch(*tensors)
 
@@ -161,7 +170,9 @@ def _vector(y: Tensor, *sizes: int) -> Tensor:
     return launcher.allocate(sizes, tuple(math.prod(sizes[i + 1 :]) for i in range(len(sizes))), y, torch.float32)
 
 
-def _statistics(y: Tensor, running_mean, running_var, momentum: float, eps: float) -> tuple[Tensor, Tensor]:
+def _statistics(
+    y: Tensor, running_mean, running_var, momentum: float, eps: float, once: bool = False
+) -> tuple[Tensor, Tensor]:
     """Mean and 1 / sqrt(variance + eps) of each channel, in fp32; the running ones are moved."""
     shape = _shape(y)
     assert shape is not None
@@ -171,7 +182,7 @@ def _statistics(y: Tensor, running_mean, running_var, momentum: float, eps: floa
     merge = shape._replace(block_c=max(1, min(TILE // _power_of_2(splits), _power_of_2(c), 32)))
     _run(
         "merge_kernel", merge, splits, partial, mean, rstd, running_mean, running_var,
-        splits=splits, eps=float(eps), factor=float(momentum), SPLITS=_power_of_2(splits),
+        splits=splits, eps=float(eps), factor=float(momentum), SPLITS=_power_of_2(splits), once=once,
     )  # fmt: skip
     for tensor in (running_mean, running_var):
         if tensor is not None:
@@ -221,8 +232,8 @@ class _BatchNormFunction(torch.autograd.Function):
         y, weight, bias, mean, rstd = ctx.saved_tensors
         needs = ctx.needs_input_grad[:3]
         read = [tensor for tensor in (y, weight, bias) if tensor is not None]
-        plain = all(eager.is_plain(dz, y, tensor) and not tensor.is_neg() for tensor in read)
-        if torch.is_grad_enabled() or not plain or _shape(y) is None:
+        plain = all(eager.is_plain(dz, y, tensor) and not is_unreadable(tensor) for tensor in read)
+        if torch.is_grad_enabled() or not plain or _shape(y) is None or torch_private.is_batched(dz):
             grads = _derived(dz, y, weight, bias, mean, rstd, ctx.training, ctx.eps, ctx.activation, needs)
         else:
             grads = _gradients(dz, y, weight, bias, mean, rstd, ctx.training, ctx.activation, needs)

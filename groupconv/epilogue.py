@@ -38,9 +38,10 @@ def shuffled(y: Tensor, shuffle_groups: int) -> Tensor:
     return F.channel_shuffle(y if y.dim() == 4 else y.unsqueeze(0), shuffle_groups).reshape(y.shape)
 
 
-def check_activation(activation: str | None) -> None:
+def check_activation(activation: str | None, function: str = "triton_conv") -> None:
+    """ValueError for one that there is not."""
     if activation is not None and activation not in tuple(ACTIVATIONS):
-        raise ValueError(f"triton_conv: activation is {activation!r}, but must be one of {', '.join(ACTIVATIONS)}")
+        raise ValueError(f"{function}: activation is {activation!r}, but must be one of {', '.join(ACTIVATIONS)}")
 
 
 def _check_shuffle(groups: int, channels: int) -> None:

@@ -1,103 +1,146 @@
-"""Batch norm and activation computed with the grouped convolutions before them, in training too."""
+"""Batch norms behind grouped convolutions that also compute the activation after them, in training too."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from . import folding
-from .api import conv_bn_act
-from .layers import Conv2d
+from . import batch_norm, chains, torch_private
+from .layers import call_module
+
+MARK = "_groupconv_activated"  # of a tensor to which the activation that comes next was applied already
 
 
-class ConvBatchNorm2d(Conv2d):
-    """A Conv2d that also computes the batch norm, and the activation, that follow it: conv_bn_act.
+class BatchNormAct2d(nn.BatchNorm2d):
+    """An nn.BatchNorm2d that also computes the activation that follows it, which lets its result through.
 
-    Made by `convert(model, fuse="bn_act")`, by its class alone: the batch norm keeps its place, parameters, buffers and
-    mode, and lets through what is normalised already; so does the activation. torch.jit.script takes no such layer,
-    torch.fx only in eval mode. `revert` undoes it.
+    Made by `convert(model, fuse="bn_act")`, by its class alone: parameters, buffers, mode and name stay. Where hooks
+    watch either of the two, in compiled code and for what conv_bn_act's kernels do not take, both are what they were.
+    Outside its model it activates all the same: `revert` before it is taken out.
     """
 
     def forward(self, input: Tensor) -> Tensor:
         if not torch.jit.is_scripting():
             return self._computed(input)
-        raise NotImplementedError("this model has batch norms in its convolutions: groupconv.revert(model) first")
+        raise NotImplementedError("torch.jit.script does not take this model: groupconv.revert(model) first")
 
     @torch.jit.unused
-    def _computed(self, input: Tensor) -> Tensor:
-        norm, _, activation = vars(self)["_followers"]
-        if isinstance(input, fx.Proxy) and norm.training:
-            raise NotImplementedError("torch.fx would count this batch only: groupconv.revert(model) first")
-        padding = self.padding
-        if self.padding_mode != "zeros":
-            input, padding = F.pad(input, self._reversed_padding_repeated_twice, mode=self.padding_mode), (0, 0)
-        momentum = norm.momentum
-        if norm.training and norm.track_running_stats and norm.num_batches_tracked is not None:
-            norm.num_batches_tracked.add_(1)
-            if momentum is None:
-                momentum = 1.0 / float(norm.num_batches_tracked)
-        tracked = norm.running_mean is not None and norm.running_var is not None
-        kept = tracked and (not norm.training or norm.track_running_stats)
-        return conv_bn_act(
-            input, self.weight, self.bias, self.stride, padding, self.dilation, self.groups,
-            running_mean=norm.running_mean if kept else None, running_var=norm.running_var if kept else None,
-            bn_weight=norm.weight, bn_bias=norm.bias, training=norm.training or not tracked,
-            momentum=0.0 if momentum is None else momentum, eps=norm.eps, activation=activation,
+    def _computed(self, input: Any) -> Any:
+        if isinstance(input, fx.Proxy):
+            call = call_module(self, input, BatchNormAct2d, nn.BatchNorm2d)
+            return nn.BatchNorm2d.forward(self, input) if call is None else call  # type: ignore[arg-type]
+        (activate,) = vars(self)["_following"]
+        activation = None
+        if isinstance(activate, Passing) and not torch_private.has_hooks(self, activate):
+            activation = chains.activation_of(activate, activate.native())
+        own = self.training or (self.running_mean is None and self.running_var is None)
+        tensors = (input, self.running_mean, self.running_var, self.weight, self.bias)
+        if activation is None or not batch_norm.serves(*tensors, own, self.momentum or 0.0, self.eps):
+            return nn.BatchNorm2d.forward(self, input)
+        momentum = 0.0 if self.momentum is None else self.momentum
+        if self.training and self.track_running_stats and self.num_batches_tracked is not None:
+            self.num_batches_tracked.add_(1)
+            if self.momentum is None:
+                momentum = 1.0 / float(self.num_batches_tracked)
+        kept = not self.training or self.track_running_stats
+        z = batch_norm.apply(
+            input, self.running_mean if kept else None, self.running_var if kept else None, self.weight, self.bias,
+            own, momentum, self.eps, activation, once=self.momentum is None,
         )  # fmt: skip
+        setattr(z, MARK, True)
+        return z
 
 
-class PassedBatchNorm2d(nn.BatchNorm2d):
-    """A batch norm that the convolution before it computes."""
-
-    def forward(self, input: Tensor) -> Tensor:
-        return input
-
-
-class Passed(nn.Module):
-    """An activation that the convolution before it computes."""
+class Passing(nn.Module):
+    """An activation that lets through what the batch norm before it has activated."""
 
     def forward(self, input: Tensor) -> Tensor:
-        return input
+        if not torch.jit.is_scripting():
+            return self._passed(input)
+        raise NotImplementedError("torch.jit.script does not take this model: groupconv.revert(model) first")
+
+    @torch.jit.unused
+    def _passed(self, input: Any) -> Any:
+        if isinstance(input, fx.Proxy):
+            call = call_module(self, input, Passing, self.native())
+            return self.native().forward(self, input) if call is None else call
+        if not torch.compiler.is_compiling() and vars(input).pop(MARK, False):
+            return input
+        return self.native().forward(self, input)
+
+    @classmethod
+    def native(cls) -> type[nn.Module]:
+        """The activation's own class."""
+        return cls.__mro__[2]
+
+
+class PassingReLU(Passing, nn.ReLU): ...
+
+
+class PassingReLU6(Passing, nn.ReLU6): ...
+
+
+class PassingLeakyReLU(Passing, nn.LeakyReLU): ...
+
+
+class PassingSiLU(Passing, nn.SiLU): ...
+
+
+class PassingGELU(Passing, nn.GELU): ...
+
+
+class PassingHardswish(Passing, nn.Hardswish): ...
+
+
+class PassingSigmoid(Passing, nn.Sigmoid): ...
+
+
+PASSING = {kind.native(): kind for kind in Passing.__subclasses__()}
 
 
 def fuse(model: nn.Module) -> None:
-    """Have groupconv's convolutions of a model compute the batch norms and activations that follow them."""
+    """Have the batch norms that follow a model's grouped convolutions compute the activations that follow them."""
     taken: dict[str, str] = {}
-    left: dict[str, str | None] = {}
-    chains, calls = folding.chains_of(model)
-    for name, conv in model.named_modules():
-        if type(conv) is not Conv2d or conv.groups == 1:
+    left: dict[str, str] = {}
+    names = {module: name for name, module in model.named_modules()}
+    for conv, chain in chains.found(model, (True, False)).items():
+        reason = chain if isinstance(chain, str) else _why_left(chain)
+        if isinstance(chain, str) or reason is not None:
+            left[names[conv]] = str(reason)
             continue
-        chain = chains.get(conv)
-        reason = folding.why_left(chain, calls)
-        if chain is not None and reason is None and isinstance(chain.norm, nn.SyncBatchNorm):
-            reason = "a SyncBatchNorm follows, whose statistics are of all processes"
-        if chain is not None and reason is None and folding.is_timm_norm(chain.norm):
-            reason = "a batch norm with an activation of its own"
-        if chain is None or reason is not None:
-            left[name] = reason
-            continue
-        activate, activation = folding.activated(chain, calls)
-        conv.__dict__["_followers"] = (chain.norm, activate, activation)
-        conv.__class__ = ConvBatchNorm2d
-        _pass(chain.norm, PassedBatchNorm2d)
-        if activate is not None:
-            _pass(activate, Passed)
-        taken[name] = "batch norm" if activation is None else f"batch norm and {activation}"
-    folding.tell("convert", taken, left)
+        norm: Any
+        activate: Any
+        norm, activate = chain.norm, chain.activate
+        if not isinstance(activate, Passing):  # which another convolution has too
+            activate.__class__ = PASSING[type(activate)]
+        vars(norm)["_following"] = (activate,)  # no child of its own
+        norm.__class__ = BatchNormAct2d
+        taken[names[conv]] = f"batch norm and {chains.activation_of(activate, activate.native())}"
+    chains.tell("convert", taken, left)
 
 
-def unfuse(conv: ConvBatchNorm2d) -> None:
-    """The layer a Conv2d again, and what follows it what it was."""
-    for module in conv.__dict__.pop("_followers")[:2]:
-        if module is not None:
-            module.__class__ = module.__dict__.pop("_was")
-    conv.__class__ = Conv2d  # type: ignore[assignment]
+def _why_left(chain: chains.Chain) -> str | None:
+    if isinstance(chain.norm, BatchNormAct2d):
+        return None
+    if isinstance(chain.norm, nn.SyncBatchNorm):
+        return "a SyncBatchNorm follows, whose statistics are of all processes"
+    if type(chain.norm) is not nn.BatchNorm2d:
+        return "a batch norm with an activation of its own follows"
+    activate = chain.activate
+    native = activate.native() if isinstance(activate, Passing) else type(activate)
+    if activate is None or native not in PASSING or chains.activation_of(activate, native) is None:
+        return "no activation of triton_conv's takes its batch norm's result alone"
+    return None
 
 
-def _pass(module: Any, kind: type[nn.Module]) -> None:
-    module.__dict__["_was"] = type(module)
-    module.__class__ = kind
+def unfuse(model: nn.Module) -> None:
+    """`fuse` undone. What is a subclass by now, parametrized say, stays."""
+    module: Any
+    for module in model.modules():
+        if type(module) is BatchNormAct2d:
+            vars(module).pop("_following")
+            module.__class__ = nn.BatchNorm2d  # type: ignore[assignment]
+        elif type(module) in PASSING.values():
+            module.__class__ = module.native()

@@ -29,7 +29,7 @@ class Conv2d(nn.Conv2d):
         # torch.jit.script leaves out the block, but would read a longer condition.
         if not torch.jit.is_scripting():  # noqa: SIM102
             if isinstance(input, fx.Proxy):
-                call = _call_module(self, input)
+                call = call_module(self, input, Conv2d, nn.Conv2d)
                 if call is not None:
                     return call
         return self._conv_forward(input, self.weight, self.bias)
@@ -53,17 +53,20 @@ class Conv2d(nn.Conv2d):
             plain(self)
 
 
-def _call_module(layer: Conv2d, input: Any) -> Any:
-    """What a tracer of torch.fx makes of a call of nn.Conv2d where it does not look inside, or None.
+def call_module(layer: nn.Module, input: Any, own: type[nn.Module], native: type[nn.Module]) -> Any:
+    """What a tracer of torch.fx makes of a call of a layer's native class where it does not look inside, or None.
+
+    own: the class whose forward asks; a subclass that has another is looked into.
 
     Its own question, whether the layer's class is one of torch.nn, was answered for ours already.
     """
     tracer = input.tracer
-    if not isinstance(tracer, fx.Tracer) or getattr(layer.forward, "__func__", None) is not Conv2d.forward:
+    if not isinstance(tracer, fx.Tracer) or "forward" in vars(layer) or type(layer).forward is not own.forward:
         return None
-    native = plain(copy.copy(layer))
+    twin = copy.copy(layer)
+    twin.__class__ = native
     path = tracer.path_of_module(layer)
-    if not path or not tracer.is_leaf_module(native, path):
+    if not path or not tracer.is_leaf_module(twin, path):
         return None
     return tracer.create_proxy("call_module", path, (input,), {})
 

@@ -44,10 +44,11 @@ def convert(model: nn.Module, fuse: str | None = None) -> nn.Module:
 
     Args:
         model: any module; shapes, dtypes and devices of its layers do not matter, as triton_conv takes all of them.
-        fuse: "bn_act" has converted layers compute the BatchNorm2d that follows them, and the activation after that, by
-            `conv_bn_act`, in training and in eval mode: where `fold_batchnorm` is certain that they do. Parameters,
-            buffers, modes and state dict stay where they are. Left are SyncBatchNorm, and norms with an activation of
-            their own; the logger tells which.
+        fuse: "bn_act" also has each BatchNorm2d that follows a grouped convolution compute the activation after it, as
+            `conv_bn_act` does, in training and in eval mode, where the model's code is as certain as `fold_batchnorm`
+            wants it. Parameters, buffers, modes, names and state dict stay. Left are SyncBatchNorm, and norms with an
+            activation of their own; the logger tells which. `revert` before another module takes an activation's place,
+            or a batch norm is taken out without it.
 
     Returns:
         `model` itself. Converting it again changes nothing. Raises: TypeError for what is no module, ValueError for
@@ -75,9 +76,8 @@ def revert(model: nn.Module) -> nn.Module:
     """
     require_module(model, "revert")
     for module in model.modules():
-        if isinstance(module, fusing.ConvBatchNorm2d):
-            fusing.unfuse(module)
         plain(module)
+    fusing.unfuse(model)
     return model
 
 

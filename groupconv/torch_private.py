@@ -28,15 +28,23 @@ from torch._C import (
     _will_engine_execute_node,
 )
 from torch._C._autograd import _top_saved_tensors_default_hooks
-from torch._C._functorch import TransformType, get_interpreter_stack, maybe_current_level
+from torch._C._functorch import (
+    TransformType,
+    get_interpreter_stack,
+    is_batchedtensor,
+    is_legacy_batchedtensor,
+    maybe_current_level,
+)
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd import forward_ad
+from torch.nn.modules.module import _has_any_global_hook
 from torch.utils._python_dispatch import TorchDispatchMode
 
 __all__ = [
     "FakeTensor", "TorchDispatchMode", "any_autocast", "being_traced", "cudnn_is_deterministic", "cudnn_searches",
     "current_gpu", "determinism_is_asked_for", "direct_apply", "dispatch_modes",
-    "forward_mode_is_on", "fp32_precision_of_convolutions", "fusers_of_quantization", "is_being_derived",
+    "forward_mode_is_on", "fp32_precision_of_convolutions", "fusers_of_quantization", "has_hooks", "is_batched",
+    "is_being_derived",
     "is_going_to_run", "is_watched", "overrides_are_on", "register_decomposition", "saved_tensors_are_packed",
     "without_dispatch_key",
 ]  # fmt: skip
@@ -84,6 +92,11 @@ def is_watched() -> bool:
     return bool(_len_torch_dispatch_stack()) or maybe_current_level() is not None or forward_mode_is_on()
 
 
+def is_batched(tensor: torch.Tensor) -> bool:
+    """Whether a tensor stands for many, as autograd (is_grads_batched) and torch.vmap have it."""
+    return is_batchedtensor(tensor) or is_legacy_batchedtensor(tensor)
+
+
 def forward_mode_is_on() -> bool:
     """Whether forward-mode derivatives are taken."""
     return forward_ad._current_level >= 0
@@ -92,6 +105,12 @@ def forward_mode_is_on() -> bool:
 def is_being_derived() -> bool:
     """Whether torch.func applies a transform other than vmap, which are those that take derivatives."""
     return any(transform.key() != TransformType.Vmap for transform in get_interpreter_stack() or ())
+
+
+def has_hooks(*modules: torch.nn.Module) -> bool:
+    """Whether anything watches or changes what modules take and give, forward or backward."""
+    names = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    return _has_any_global_hook() or any(getattr(module, name) for module in modules for name in names)
 
 
 def saved_tensors_are_packed() -> bool:

@@ -15,7 +15,7 @@ import groupconv
 from groupconv import batch_norm
 from groupconv.activations import ACTIVATIONS
 from groupconv.batch_norm import apply
-from groupconv.fusing import ConvBatchNorm2d, Passed, PassedBatchNorm2d
+from groupconv.fusing import BatchNormAct2d, PassingReLU, PassingSiLU
 
 pytestmark = pytest.mark.usefixtures("ieee")
 SHAPES = {"odd": (3, 6, 5, 7), "many channels": (2, 70, 4, 3), "one row": (1, 3, 1, 5), "one image": (1, 1, 40, 70)}
@@ -60,7 +60,7 @@ def test_values_and_gradients(shape, view, training, device):
     activation = (None, *ACTIVATIONS)[number % (len(ACTIVATIONS) + 1)]
     tensors = [t.to(device) for t in operands(SHAPES[shape], view=view)]
     dz = torch.randn(SHAPES[shape], generator=torch.Generator().manual_seed(1)).to(device)
-    assert batch_norm._served(tuple(tensors), training)
+    assert batch_norm.serves(*tensors, training, 0.1, 1e-5)
     outs = computed(apply, tensors, training, activation, dz)
     refs = computed(batch_norm._by_torch, exact(tensors), training, activation, dz.double())
     assert outs["z"].stride() == outs["dy"].stride() == tensors[0].stride()
@@ -104,7 +104,7 @@ def test_what_no_kernel_takes_is_torchs(device):
     y, mean, var, weight, bias = (t.detach().to(device) for t in operands((2, 4, 6, 6)))
     for other in (y[:, :, ::2], y.double(), y.transpose(2, 3)):
         same = [other, *(t.to(other.dtype) for t in (mean, var, weight, bias))]
-        assert not batch_norm._served(tuple(same), True)
+        assert not batch_norm.serves(*same, True, 0.1, 1e-5)
         ours, theirs = ([t.clone() if i in (1, 2) else t for i, t in enumerate(same)] for _ in range(2))
         assert torch.equal(
             apply(*ours, True, 0.1, 1e-5, "relu"), batch_norm._by_torch(*theirs, True, 0.1, 1e-5, "relu")
@@ -114,8 +114,11 @@ def test_what_no_kernel_takes_is_torchs(device):
         apply(y[:1, :, :1, :1], mean, var, weight, bias, True, 0.1, 1e-5, None)
     with pytest.raises(RuntimeError, match="running_mean"):
         apply(y, None, None, weight, bias, False, 0.1, 1e-5, None)
-    with pytest.raises(ValueError, match="activation is 'tanh'"):
-        apply(y, mean, var, weight, bias, True, 0.1, 1e-5, "tanh")
+    with pytest.raises(ValueError, match="eps must be positive"):
+        apply(y, mean, var, weight, bias, True, 0.1, 0.0, None)
+    negated = torch._neg_view(-weight)
+    found, expected = (apply(y, None, None, gamma, bias, True, 0.1, 1e-5, None) for gamma in (negated, weight))
+    torch.testing.assert_close(found, expected)
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -199,34 +202,27 @@ def test_conv_bn_act(device):
 
 
 class Net(nn.Module):
-    """Two chains by name, of which one shares its activation with the head, and a SyncBatchNorm."""
+    """Chains by name, two of which share an activation with the head."""
 
     def __init__(self, **norm):
         super().__init__()
-        self.conv1, self.bn1, self.act1 = (
-            nn.Conv2d(8, 12, 3, padding=1, groups=4, bias=False),
-            nn.BatchNorm2d(12, **norm),
-            nn.SiLU(),
-        )
-        self.conv2, self.bn2, self.relu = (
-            nn.Conv2d(12, 12, 3, padding=1, groups=12),
-            nn.BatchNorm2d(12, **norm),
-            nn.ReLU(),
-        )
+        self.conv1, self.bn1 = nn.Conv2d(8, 12, 3, padding=1, groups=4, bias=False), nn.BatchNorm2d(12, **norm)
+        self.conv2, self.bn2 = nn.Conv2d(12, 12, 3, padding=1, groups=12), nn.BatchNorm2d(12, **norm)
         self.conv3, self.bn3 = nn.Conv2d(12, 12, 3, groups=2), nn.SyncBatchNorm(12)
+        self.act1, self.relu = nn.SiLU(), nn.ReLU(inplace=True)
 
     def forward(self, x):
         x = self.act1(self.bn1(self.conv1(x)))
         x = self.relu(self.bn2(self.conv2(x)))
-        return self.relu(self.conv3(x))
+        return self.relu(self.conv3(x) - 0.1)
 
 
 def trained(model, steps=3):
-    """What some steps of training leave: losses, state, gradients."""
+    """The losses of some steps of training, one of them in eval mode."""
     generator, losses = torch.Generator().manual_seed(3), []
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     for step in range(steps):
-        model.train(step != 1)  # eval in the middle of training
+        model.train(step != 1)
         optimizer.zero_grad()
         loss = model(torch.randn(4, 8, 7, 6, generator=generator).to(next(model.parameters()).dtype)).square().mean()
         loss.backward()
@@ -240,16 +236,20 @@ def trained(model, steps=3):
     [{}, {"momentum": None}, {"track_running_stats": False}, {"affine": False}, {"eps": 0.1, "momentum": 0.5}],
     ids=str,
 )
-def test_training_is_the_same(norm):
+def test_training_is_the_same(norm, monkeypatch):
     torch.manual_seed(0)
     model = Net(**norm)
     fused = groupconv.convert(copy.deepcopy(model), fuse="bn_act")
-    assert [type(m) for m in (fused.conv1, fused.bn1, fused.act1)] == [ConvBatchNorm2d, PassedBatchNorm2d, Passed]
-    assert [type(m) for m in (fused.conv2, fused.bn2, fused.relu)] == [ConvBatchNorm2d, PassedBatchNorm2d, nn.ReLU]
+    assert [type(m) for m in (fused.bn1, fused.act1)] == [BatchNormAct2d, PassingSiLU]
+    assert [type(m) for m in (fused.bn2, fused.relu)] == [BatchNormAct2d, PassingReLU]
     exact_ = copy.deepcopy(model).double()
     assert list(fused.state_dict()) == list(model.state_dict())
     assert [name for name, _ in fused.named_parameters()] == [name for name, _ in model.named_parameters()]
+    activated = []
+    whole = batch_norm.apply
+    monkeypatch.setattr(batch_norm, "apply", lambda *args, **named: activated.append(args[8]) or whole(*args, **named))
     assert cases.error(trained(fused), trained(exact_)) <= 1e-4
+    assert activated == ["silu", "relu"] * 3
     for name, tensor in fused.state_dict().items():
         torch.testing.assert_close(tensor.double(), exact_.state_dict()[name].double(), rtol=1e-3, atol=1e-4)
 
@@ -265,43 +265,121 @@ def test_summary_and_revert(caplog):
     classes = [type(module) for module in model.modules()]
     groupconv.convert(model, fuse="bn_act")
     assert [type(module) for module in model.modules()] == classes
-    assert len(groupconv.summarize(model).converted) == 3
     groupconv.revert(model)
     assert {name: type(module) for name, module in model.named_modules()} == before
     with pytest.raises(ValueError, match=r'^convert: fuse is True, but must be None or "bn_act"$'):
         groupconv.convert(model, fuse=True)
 
 
+def block(norm=nn.BatchNorm2d, activate=nn.SiLU):
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(8, 8, 3, groups=4), norm(8), activate())
+
+
+def image():
+    return torch.randn(2, 8, 6, 5, generator=torch.Generator().manual_seed(1))
+
+
 def test_sync_batch_norm_is_left(caplog):
-    model = nn.Sequential(nn.Conv2d(8, 8, 3, groups=4), nn.SyncBatchNorm(8), nn.ReLU())
+    model = block(nn.SyncBatchNorm)
     with caplog.at_level(logging.INFO, logger="groupconv"):
         groupconv.convert(model, fuse="bn_act")
     assert type(model[1]) is nn.SyncBatchNorm
     assert "0: left, a SyncBatchNorm follows" in caplog.text
 
 
+def hooked(model, name, hook):
+    getattr(model[1], name)(hook)
+    return model
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda model: hooked(model, "register_forward_hook", lambda module, x, y: 2 * y),
+        lambda model: hooked(model, "register_full_backward_pre_hook", lambda module, grads: (0 * grads[0],)),
+        lambda model: model[2].register_forward_pre_hook(lambda module, x: (x[0] + 1,)) and model,
+        lambda model: setattr(model, "1", nn.BatchNorm2d(8)) or model,
+        lambda model: setattr(model, "1", nn.Identity()) or model,
+        lambda model: model[0].register_forward_hook(lambda module, x, y: 2 * y) and model,
+        lambda model: nn.Sequential(*copy.deepcopy(list(model))),
+        lambda model: copy.deepcopy(model),
+        lambda model: model.half().float(),
+        lambda model: torch.nn.utils.parametrizations.weight_norm(model[0]) and model,
+    ],
+    ids=range(10),
+)
+def test_what_is_changed_afterwards(change):
+    """Values and gradients as if the model had never been converted."""
+    plain, fused = change(block()), change(groupconv.convert(block(), fuse="bn_act"))
+    results = []
+    for model in (plain, fused):
+        x = image().requires_grad_()
+        y = model(x)
+        results.append((y.detach(), *torch.autograd.grad(y.square().sum(), x)))
+    for out, ref in zip(results[1], results[0], strict=True):
+        torch.testing.assert_close(out, ref, rtol=1e-4, atol=1e-4)
+    assert len(list(groupconv.revert(fused).modules())) == len(list(plain.modules()))
+
+
+def test_a_leaky_relu_of_another_slope():
+    plain, fused = block(activate=nn.LeakyReLU), groupconv.convert(block(activate=nn.LeakyReLU), fuse="bn_act")
+    assert isinstance(fused[1], BatchNormAct2d)
+    for model in (plain, fused):
+        model[2].negative_slope = 0.3
+    torch.testing.assert_close(fused(image()), plain(image()))
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_checkpoints(reentrant):
+    from torch.utils.checkpoint import checkpoint
+
+    plain, fused = block(), groupconv.convert(block(), fuse="bn_act")
+    grads = []
+    for model in (plain, fused):
+        x = image().requires_grad_()
+        checkpoint(model, x, use_reentrant=reentrant).square().sum().backward()
+        grads.append(x.grad)
+    torch.testing.assert_close(grads[1], grads[0], rtol=1e-4, atol=1e-5)
+
+
+def test_gradients_in_batches():
+    plain, fused = block(), groupconv.convert(block(), fuse="bn_act")
+    dz = torch.randn(3, 2, 8, 4, 3, generator=torch.Generator().manual_seed(2))
+    grads = []
+    for model in (plain, fused):
+        x = image().requires_grad_()
+        grads += torch.autograd.grad(model(x), x, dz, is_grads_batched=True)
+    torch.testing.assert_close(grads[1], grads[0], rtol=1e-4, atol=1e-5)
+
+
+def test_momentum_none_leaves_no_launches_behind():
+    model = groupconv.convert(block(lambda size: nn.BatchNorm2d(size, momentum=None)), fuse="bn_act")
+    sizes = []
+    for _ in range(3):
+        model(image())
+        sizes.append(batch_norm._launch.cache_info().currsize)
+    assert sizes[0] == sizes[2]
+
+
 def test_copies_states_and_tracers(tmp_path):
-    """A copy's convolution has the copy's batch norm; what traces gets all of it, or says why not."""
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Conv2d(8, 8, 3, groups=4), nn.BatchNorm2d(8), nn.ReLU())
-    plain = copy.deepcopy(model)
-    groupconv.convert(model, fuse="bn_act")
-    twin = copy.deepcopy(model)
-    assert twin[0]._followers[0] is twin[1]
+    """What traces gets the model's own functions."""
+    model, plain = groupconv.convert(block(), fuse="bn_act"), block()
     torch.save(model, tmp_path / "model.pt")
     loaded = torch.load(tmp_path / "model.pt", weights_only=False)
-    assert loaded[0]._followers[0] is loaded[1]
+    assert vars(loaded[1])["_following"] == (loaded[2],)
     loaded.load_state_dict(plain.state_dict())
-    x = torch.randn(2, 8, 6, 5, generator=torch.Generator().manual_seed(1))
-    with pytest.raises(NotImplementedError, match=r"groupconv\.revert\(model\) first"):
-        torch.fx.symbolic_trace(model)
+    x = image()
     with pytest.raises(torch.jit.Error, match=r"groupconv\.revert\(model\) first"):
         torch.jit.script(model)(x)
-    for each in (model, twin, loaded, plain):
+    graph = torch.fx.symbolic_trace(model)
+    assert [node.op for node in graph.graph.nodes] == ["placeholder", *["call_module"] * 3, "output"]
+    for each in (model, loaded, plain):
         each.eval()
-    for made in (torch.fx.symbolic_trace(model), torch.jit.trace(model, x), twin, loaded):
+    for made in (graph.eval(), torch.jit.trace(model, x), loaded):
         torch.testing.assert_close(made(x), plain(x))
-    plain.train(), model.train()
+    plain.train()
+    model.train()
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
     torch.testing.assert_close(compiled(x), plain(x))
     torch.testing.assert_close(model[1].running_var, plain[1].running_var)

@@ -136,8 +136,8 @@ def test_a_block_by_its_code():
     [
         (Block("read twice"), "no batch norm takes its result alone"),
         (Block("called twice"), "it or its batch norm is called more than once"),
-        (Block("data"), "no code that torch.fx can trace calls it"),
-        (Optional(), "no code that torch.fx can trace calls it"),
+        (Block("data"), "torch.fx cannot tell what the model calls"),
+        (Optional(), "torch.fx cannot tell what the model calls"),
         (sequence(nn.BatchNorm2d(16, track_running_stats=False)), "its batch norm goes by the batch's own statistics"),
         (sequence(nn.GroupNorm(4, 16)), "no batch norm takes its result alone"),
     ],
@@ -218,3 +218,92 @@ def test_gradients_reach_the_folded_weight():
     folded(image()).sum().backward()
     assert folded[0].weight.grad is not None
     assert folded[0].bias.grad is not None
+
+
+class Hostile(nn.Module):
+    """A chain in a module whose code has more to it."""
+
+    def __init__(self, way):
+        super().__init__()
+        self.way = way
+        self.conv, self.bn, self.act = nn.Conv2d(8, 8, 3, groups=4), nn.BatchNorm2d(8), nn.ReLU()
+        if way == "alias":
+            self.alias, self.norms, self.acts = self.conv, nn.ModuleList([self.bn]), [self.act]
+        if way in ("part", "whole"):
+            self.seq = nn.Sequential(self.conv, self.bn, self.act)
+        if way == "head":
+            self.head = nn.Sequential(nn.Flatten(), nn.Linear(8 * 7 * 5, 8), self.act)
+        if way == "kept":
+            self.seen = []
+
+    def forward(self, x):
+        if self.way == "alias":
+            return self.acts[0](self.norms[0](self.alias(x)))
+        if self.way == "part":
+            return self.seq[0](x) if x.sum() > 1e6 else self.seq[0](x) + 1
+        if self.way == "weight":
+            return self.bn(self.conv(x)) * self.conv.weight.abs().sum()
+        if self.way == "mode" and self.training:
+            return self.act(2 * self.bn(self.conv(x)))
+        if self.way == "frozen":
+            with torch.no_grad():
+                x = self.conv(x)
+            return self.act(self.bn(x))
+        y = self.conv(x)
+        if self.way == "kept":
+            self.seen.append(y)
+        y = self.act(self.bn(y))
+        return self.head(y) if self.way == "head" else y
+
+
+HOSTILE = ("alias", "part", "whole", "head", "patched", "patched norm", "weight", "mode", "frozen", "kept")
+
+
+def made(way):
+    """A model, and with some ways functions of it in place of its code."""
+    torch.manual_seed(0)
+    model = trained(Hostile(way))
+    if way == "patched":
+        model.forward = lambda x: model.act(model.conv(x))
+    if way == "patched norm":
+        model.bn.forward = lambda x: 3 * nn.BatchNorm2d.forward(model.bn, x)
+    return model
+
+
+@pytest.mark.parametrize("way", HOSTILE)
+def test_code_that_has_more_to_it(way):
+    """Folded or left, fused or left: the same numbers and gradients, and nothing kept of a look."""
+    for training in (False, True):
+        results = []
+        for change in ("none", "fuse", "fold"):
+            model = made(way)
+            if change == "fuse":
+                groupconv.convert(model, fuse="bn_act")
+            elif change == "fold" and not training and way != "patched norm":  # whose function is of the first model
+                model = groupconv.fold_batchnorm(model)
+            x = image().requires_grad_()
+            y = model.train(training)(x)
+            y.square().sum().backward()
+            norm = model.bn if isinstance(model.bn, nn.BatchNorm2d) else None
+            results.append((y.detach(), x.grad, None if norm is None else norm.bias.grad))
+            assert not any(isinstance(kept, torch.fx.Proxy) for kept in getattr(model, "seen", []))
+        for others in results[1:]:
+            for out, ref in zip(others, results[0], strict=True):
+                if out is not None:
+                    torch.testing.assert_close(out, ref, rtol=1e-3, atol=1e-3)
+
+
+def test_a_fused_model_can_be_folded():
+    model = sequence(activate=nn.SiLU())
+    fused = groupconv.convert(copy.deepcopy(model), fuse="bn_act")
+    folded = groupconv.fold_batchnorm(fused)
+    assert isinstance(folded[0], FoldedConv2d)
+    assert same(folded, model)
+    assert same(fused, model)
+
+
+def test_a_state_dict_of_other_layers_is_taken():
+    folded = groupconv.fold_batchnorm(nn.Sequential(sequence(), nn.Conv2d(16, 4, 1)).eval())
+    folded.load_state_dict({"1.bias": torch.ones(4)}, strict=False)
+    assert torch.equal(folded[1].bias, torch.ones(4))
+    assert all(isinstance(value, torch.Tensor) for value in folded.state_dict().values())
