@@ -113,10 +113,11 @@ ABOVE = {  # of the runtime: what each module must not import
     "equivalents": CALLS | {"dispatch", "algorithms", "configs", "devices", "kernels"},
     "epilogue": {"api", "batch_norm", "equivalents", "kernels"},
     "batch_norm": {"api", "equivalents", "dispatch"},
-    "api": {"layers", "folding", "fusing", "modules"},
-    "layers": {"folding", "fusing", "modules"},
-    "folding": {"fusing", "modules"},
-    "fusing": {"modules"},
+    "api": {"layers", "chains", "folding", "fusing", "modules"},
+    "layers": {"chains", "folding", "fusing", "modules"},
+    "chains": {"api", "folding", "fusing", "modules"},
+    "fusing": {"folding", "modules"},
+    "folding": {"modules"},
     "modules": {"eager", "operators", "prepared", "call", "trial", "dispatch"},
 }
 
