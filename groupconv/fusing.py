@@ -102,6 +102,7 @@ PASSING = {kind.native(): kind for kind in Passing.__subclasses__()}
 
 def fuse(model: nn.Module) -> None:
     """Have the batch norms that follow a model's grouped convolutions compute the activations that follow them."""
+    unfuse(model)  # what has become another module since, or is called in other places, is seen anew
     taken: dict[str, str] = {}
     left: dict[str, str] = {}
     names = {module: name for name, module in model.named_modules()}
@@ -122,8 +123,6 @@ def fuse(model: nn.Module) -> None:
 
 
 def _why_left(chain: chains.Chain) -> str | None:
-    if isinstance(chain.norm, BatchNormAct2d):
-        return None
     if isinstance(chain.norm, nn.SyncBatchNorm):
         return "a SyncBatchNorm follows, whose statistics are of all processes"
     if type(chain.norm) is not nn.BatchNorm2d:
