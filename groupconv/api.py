@@ -41,9 +41,10 @@ def triton_conv(
             "leaky_relu", "silu", "gelu", "gelu_tanh", "hardswish" or "sigmoid".
         residual: added before the activation; of the convolution's shape, device and, but for autocast, dtype.
             Both are part of the convolution's kernel, on its fp32 sums, where a plan of ours makes the forward pass of
-            plain tensors; on trial, where F.conv2d serves, or compiled, torch's functions follow. For backward y is
-            kept where the derivative can be had of it (relu, relu6, leaky_relu, sigmoid; torch's chain keeps as much),
-            else what the activation was of, by one more store of the kernel.
+            plain tensors, and one operator with it in a graph compiled for a GPU; on trial, and where F.conv2d serves,
+            torch's functions follow. For backward y is kept where the derivative can be had of it (relu, relu6,
+            leaky_relu, sigmoid; torch's chain keeps as much), else what the activation was of, by one more store of
+            the kernel.
         shuffle_groups: what nn.ChannelShuffle would be given, after the activation; it divides C_out. A pass of its
             own, by torch.
         backend: "auto" takes the planned choice for each pass, F.conv2d among them; "triton" runs our kernels or
@@ -118,7 +119,7 @@ def conv_bn_act(
 ) -> Tensor:
     """activation(F.batch_norm(F.conv2d(...), ...)), where passes over the convolution's result cost most.
 
-    Batch norm and activation of a result of ours that is dense are two passes over it in training, one else; their
+    Batch norm and activation of a dense result on a GPU are two passes over it in training, one else; their
     gradients are two more. Kept for them are the result and two numbers a channel, nothing of the activation. Anything
     else (other layouts, fp64, torch.compile, tensor subclasses, a second derivative) is computed by torch's functions.
 
@@ -209,5 +210,7 @@ def explain(
         plan.notes.update(trial.notes(plan))
     if activation is not None or residual is not None or shuffle_groups != 1:
         told = epilogue.told(plan, input, w, b, activation, residual, shuffle_groups)
+        if "fprop" in plan.notes and not trial.why_off():
+            told = f"torch's functions follow so long, and afterwards: {told}"
         plan.notes["fprop"] = "; ".join([*filter(None, [plan.notes.get("fprop")]), told])
     return plan

@@ -16,10 +16,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import eager, launcher, prepared, torch_private
+from . import launcher, prepared, torch_private
 from .activations import ACTIVATIONS
 from .algorithms import INTERPRETED, REGISTRY
-from .call import is_unreadable
+from .call import PLAIN_TYPES, is_unreadable, traits
 
 TILE = 4096  # elements that a program has at once: two accesses of 16 bytes of each of its threads, of 16-bit types
 WARPS = 8
@@ -55,20 +55,20 @@ class _Shape(NamedTuple):
 
 def apply(
     y: Tensor, running_mean: Tensor | None, running_var: Tensor | None, weight: Tensor | None, bias: Tensor | None,
-    training: bool, momentum: float, eps: float, activation: str | None, *, once: bool = False,
+    training: bool, momentum: float, eps: float, activation: str | None,
 ) -> Tensor:  # fmt: skip
-    """activation(F.batch_norm(y, ...)), whose running statistics are updated. Raises what F.batch_norm does.
+    """activation(F.batch_norm(y, ...)), whose running statistics are updated. Raises what F.batch_norm does."""
+    arguments = (y, running_mean, running_var, weight, bias, training, momentum, eps)
+    return (computed if serves(*arguments) else _by_torch)(*arguments, activation)
 
-    once: this momentum will not come again.
-    """
-    operands = (y, running_mean, running_var, weight, bias)
-    if not serves(*operands, training, momentum, eps):
-        return _by_torch(*operands, training, momentum, eps, activation)
+
+def computed(
+    y, running_mean, running_var, weight, bias, training, momentum, eps, activation, *, once: bool = False
+) -> Tensor:  # fmt: skip
+    """`apply` by the kernels, which serve. once: this momentum will not come again."""
     if training:
         mean, rstd = _statistics(y, running_mean, running_var, momentum, eps, once)
     else:
-        assert running_mean is not None
-        assert running_var is not None
         mean, rstd = running_mean, (running_var.float() + eps).rsqrt()
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (y, weight, bias)):
         return _apply_function(y, weight, bias, mean, rstd, training, eps, activation)
@@ -82,24 +82,29 @@ def _by_torch(y, running_mean, running_var, weight, bias, training, momentum, ep
 
 def serves(y, running_mean, running_var, weight, bias, training: bool, momentum: float, eps: float) -> bool:
     """Whether the kernels can do it: of what they cannot, and of what is wrong, torch knows what is to be said."""
-    others = [t for t in (running_mean, running_var, weight, bias) if t is not None]
     if torch.compiler.is_compiling() or torch_private.being_traced() is not None or not REGISTRY:
         return False
-    if not isinstance(y, Tensor) or not all(eager.is_plain(y, y, t) for t in (None, *others)):
-        return False
-    if not (y.is_cuda or INTERPRETED) or y.dim() != 4 or y.dtype not in _DTYPES or y.numel() <= y.shape[1]:
-        return False
-    if _shape(y) is None or any(is_unreadable(t) for t in (y, *others)):
+    if not _are_readable(y, (running_mean, running_var, weight, bias)) or y.numel() <= y.shape[1]:
         return False
     if (running_mean is None) != (running_var is None) or (running_mean is None and not training):
         return False
-    if not isinstance(momentum, (int, float)) or not isinstance(eps, (int, float)) or eps <= 0:
-        return False
     if any(t is not None and t.requires_grad for t in (running_mean, running_var)):
         return False
+    return isinstance(momentum, (int, float)) and isinstance(eps, (int, float)) and eps > 0
+
+
+def _are_readable(y, vectors: tuple) -> bool:
+    """Whether the kernels can read y and what there is of vectors of a number a channel where they lie."""
+    there = [t for t in vectors if t is not None]
+    if not all(type(t) in PLAIN_TYPES and t.layout is torch.strided for t in (y, *there)) or torch_private.is_watched():
+        return False
+    if not (y.is_cuda or INTERPRETED) or y.dim() != 4 or y.dtype not in _DTYPES or _shape(y) is None:
+        return False
+    if any(map(is_unreadable, (y, *there))):
+        return False
+    dtypes = (y.dtype, torch.float32)
     return all(
-        t.shape == y.shape[1:2] and t.device == y.device and t.is_contiguous() and t.dtype in (y.dtype, torch.float32)
-        for t in others
+        t.shape == y.shape[1:2] and t.device == y.device and t.is_contiguous() and t.dtype in dtypes for t in there
     )
 
 
@@ -120,7 +125,9 @@ def _shape(y: Tensor) -> _Shape | None:
 
 @functools.lru_cache(4096)
 def _launch(name: str, shape: _Shape, programs: int, specialised: tuple, **scalars) -> launcher.Launch:
-    """A kernel bound to a shape. programs: of a block of channels; specialised: what else Triton compiles for."""
+    """A kernel bound to a shape. programs: of a block of channels; specialised: all that Triton compiles for, of each
+    tensor.
+    """
     from .kernels import batch_norm as kernels
 
     kernel = getattr(kernels, name)
@@ -136,18 +143,17 @@ def _launch(name: str, shape: _Shape, programs: int, specialised: tuple, **scala
         scalars["ALIGN"] = math.gcd(16, shape.channels if shape.channels_last else shape.pixels)
         scalars["INDEX_64"] = shape.images * shape.channels * shape.pixels + 2**20 >= 2**31
     if "EMULATE_BF16" in names:
-        scalars["EMULATE_BF16"] = launcher.interpreting(kernel) and torch.bfloat16 in specialised
+        scalars["EMULATE_BF16"] = launcher.interpreting(kernel) and any(
+            torch.bfloat16 in of for of in specialised if of
+        )
     blocks = math.ceil(shape.channels / shape.block_c)
     grid = (blocks,) if name == "merge_kernel" else (programs, blocks)
     return launcher.Launch(kernel, grid, {key: scalars[key] for key in names if key in scalars}, num_warps=WARPS)
 
 
 def _run(name: str, shape: _Shape, programs: int, *tensors: Tensor | None, once: bool = False, **scalars) -> None:
-    specialised = tuple(
-        part for t in tensors for part in ((None,) if t is None else (t.dtype, t.data_ptr() & 15 == 0, t.device))
-    )
     make = _launch.__wrapped__ if once else _launch
-    launch = make(name, shape, programs, specialised, **scalars)
+    launch = make(name, shape, programs, tuple(map(traits, tensors)), **scalars)
     with _on(tensors[0]):
         launch(*tensors)
 
@@ -229,11 +235,13 @@ class _BatchNormFunction(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dz):
-        y, weight, bias, mean, rstd = ctx.saved_tensors
+        # What was saved may have been handed back as other tensors. (Of NHWC with strided weights torch 2.13's own
+        # gradient is wrong, on a CPU.)
+        y, *vectors = ctx.saved_tensors
+        weight, bias, mean, rstd = (t if t is None else t.contiguous() for t in vectors)
         needs = ctx.needs_input_grad[:3]
-        read = [tensor for tensor in (y, weight, bias) if tensor is not None]
-        plain = all(eager.is_plain(dz, y, tensor) and not is_unreadable(tensor) for tensor in read)
-        if torch.is_grad_enabled() or not plain or _shape(y) is None or torch_private.is_batched(dz):
+        plain = type(dz) in PLAIN_TYPES and dz.layout is torch.strided and not torch_private.is_batched(dz)
+        if torch.is_grad_enabled() or not plain or not _are_readable(y, (weight, bias, mean, rstd)):
             grads = _derived(dz, y, weight, bias, mean, rstd, ctx.training, ctx.eps, ctx.activation, needs)
         else:
             grads = _gradients(dz, y, weight, bias, mean, rstd, ctx.training, ctx.activation, needs)

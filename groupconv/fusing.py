@@ -45,7 +45,7 @@ class BatchNormAct2d(nn.BatchNorm2d):
             if self.momentum is None:
                 momentum = 1.0 / float(self.num_batches_tracked)
         kept = not self.training or self.track_running_stats
-        z = batch_norm.apply(
+        z = batch_norm.computed(
             input, self.running_mean if kept else None, self.running_var if kept else None, self.weight, self.bias,
             own, momentum, self.eps, activation, once=self.momentum is None,
         )  # fmt: skip

@@ -11,11 +11,10 @@ derivation.
 import triton
 import triton.language as tl
 
-from .epilogue import HALF_ROOT, activated
+from .epilogue import HALF_ROOT, TWO_ROOTS, activated
 from .tiles import index, narrow
 
 ROOT = tl.constexpr(0.3989422804014327)  # 1 / sqrt(2 * pi)
-TWO_ROOTS = tl.constexpr(1.5957691216057308)  # 2 * sqrt(2 / pi)
 SIZES = ("images", "channels", "pixels", "steps", "steps_each")
 
 

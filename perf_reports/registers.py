@@ -220,7 +220,7 @@ def samples(rows: Iterable[Row], suites: Suites) -> dict[str, list[Sample]]:
     by_kind = collections.defaultdict(list)
     for row in rows:
         on, problem = devices.named(row.target), problems[row.dtype, row.layout][row.layer]
-        held = REGISTRY[row.algorithm].held(problem, "fprop" if row.pass_ == FINISHED else row.pass_, row.sizes, on)
+        held = REGISTRY[row.algorithm].held(*compiled_as(problem, row.pass_), row.sizes, on)
         threads, room = on.warp_size * held.warps, occupancy.room(row.algorithm, row.pass_, on, row.dtype)
         parts = (1.0, held.sums / threads, held.words / threads, held.accesses / threads)
         available = room.most_registers(held.warps)

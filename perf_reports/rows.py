@@ -17,6 +17,7 @@ from groupconv import batch_norm, cost, dispatch
 from groupconv.algorithms import able, tiling
 from groupconv.common import Layer
 from groupconv.common.files import ENVIRONMENT
+from groupconv.compiling import command
 from groupconv.compiling.compiler import Compiled, Compiler, Job
 from groupconv.compiling.interpreter import shrunk
 from groupconv.devices import Target
@@ -395,9 +396,8 @@ def chains(layers: list[Layer], target: Target) -> list[Chain]:
         if not names:
             continue
         plan = dispatch.plan_pass(problem, "fprop", target, "triton")
-        ended = dataclasses.replace(problem, activation="silu", residual=True, keeps=True)
-        alone = dispatch.finished(ended, plan, target)[0] is not None
-        megabytes = {"alone": problem.min_bytes("fprop")}
+        alone = dispatch.finished(command.ended(problem), plan, target)[0] is not None
+        megabytes: dict[str, float] = {}
         for name, extra in CHAINS.items():
             this = dataclasses.replace(problem, **extra)
             megabytes |= {name: this.ended_bytes(apart=False), f"{name}, apart": this.ended_bytes(apart=True)}

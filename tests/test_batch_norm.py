@@ -144,13 +144,14 @@ def test_second_derivative(activation, training, device):
     assert gradcheck(lambda y: apply(y, None, None, None, None, True, 0.1, 1e-5, activation), exact_[0])
 
 
-def test_what_autograd_hands_back_is_read_anew(device):
-    """Saved-tensor hooks may hand back another layout."""
+@pytest.mark.parametrize("axes", [1, 4])
+def test_what_autograd_hands_back_is_read_anew(axes, device):
+    """Saved-tensor hooks may hand back another layout, of vectors or of y."""
     y, mean, var, weight, bias = (t.detach().to(device) for t in operands((2, 4, 5, 6), view="nhwc"))
     wanted = [t.requires_grad_() for t in (y, weight, bias)]
     dz = torch.randn(y.shape, generator=torch.Generator().manual_seed(1)).to(device)
     expected = torch.autograd.grad(apply(y, mean, var, weight, bias, True, 0.1, 1e-5, "relu"), wanted, dz)
-    gaps = lambda t: torch.stack((t, t), -1)[..., 0]  # noqa: E731
+    gaps = lambda t: torch.stack((t, t), -1)[..., 0] if t.dim() == axes else t  # noqa: E731
     with torch.autograd.graph.saved_tensors_hooks(lambda t: t, gaps):
         z = apply(y, mean, var, weight, bias, True, 0.1, 1e-5, "relu")
     for out, ref in zip(torch.autograd.grad(z, wanted, dz), expected, strict=True):
@@ -246,8 +247,10 @@ def test_training_is_the_same(norm, monkeypatch):
     assert list(fused.state_dict()) == list(model.state_dict())
     assert [name for name, _ in fused.named_parameters()] == [name for name, _ in model.named_parameters()]
     activated = []
-    whole = batch_norm.apply
-    monkeypatch.setattr(batch_norm, "apply", lambda *args, **named: activated.append(args[8]) or whole(*args, **named))
+    whole = batch_norm.computed
+    monkeypatch.setattr(
+        batch_norm, "computed", lambda *args, **named: activated.append(args[8]) or whole(*args, **named)
+    )
     assert cases.error(trained(fused), trained(exact_)) <= 1e-4
     assert activated == ["silu", "relu"] * 3
     for name, tensor in fused.state_dict().items():
