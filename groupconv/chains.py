@@ -17,7 +17,7 @@ from . import torch_private
 from .layers import LOG, Conv2d
 
 NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm)
-TIMM_NORM = "BatchNormAct2d"  # a BatchNorm2d with a dropout and an activation
+TIMM_NORMS = ("BatchNormAct2d", "SyncBatchNormAct")  # with a dropout and an activation of their own
 TIMM_ACTIVATIONS = {"GELU": "gelu", "GELUTanh": "gelu_tanh", "Swish": "silu", "Sigmoid": "sigmoid"}
 ACTIVATIONS: dict[type[nn.Module], str] = {
     nn.ReLU: "relu", nn.ReLU6: "relu6", nn.SiLU: "silu", nn.Hardswish: "hardswish", nn.Sigmoid: "sigmoid",
@@ -28,12 +28,17 @@ WRAPPERS = (nn.DataParallel, nn.parallel.DistributedDataParallel)  # call what t
 
 @dataclasses.dataclass(frozen=True)
 class Chain:
-    """A convolution and what takes its result alone. exclusive: nothing else calls the activation, by any name."""
+    """A convolution and what takes its result alone, but for nn.Identity in between.
+
+    exclusive: nothing else calls the activation, by any name. places: where the activation, and what is between it and
+    the norm, are held: by whom, under which name, and they themselves.
+    """
 
     conv: nn.Conv2d
     norm: nn.Module
     activate: nn.Module | None
     exclusive: bool
+    places: tuple[tuple[nn.Module, str, nn.Module], ...]
 
 
 def found(model: nn.Module, modes: tuple[bool, ...]) -> dict[nn.Module, Chain | str]:
@@ -61,7 +66,8 @@ def found(model: nn.Module, modes: tuple[bool, ...]) -> dict[nn.Module, Chain | 
             chains[conv] = first if isinstance(first, str) else "its followers are others in training"
         else:
             activate = None if first.activate is None else ours[first.activate]
-            chains[conv] = Chain(conv, ours[first.norm], activate, first.exclusive)
+            places = tuple((ours[holder], name, ours[module]) for holder, name, module in first.places)
+            chains[conv] = Chain(conv, ours[first.norm], activate, first.exclusive, places)
     return chains
 
 
@@ -90,7 +96,7 @@ class _Reading:
         self.calls: dict[nn.Module, int] = collections.Counter()
         self.paths = collections.Counter(module for _, module in model.named_modules(remove_duplicate=False))
         self.nodes: dict[nn.Module, tuple[nn.Module, fx.Node]] = {}
-        self.read: set[int] = set()  # parameters and buffers that code takes itself, by identity
+        self.readers = collections.defaultdict(set)  # of parameters and buffers by identity, whose code takes them
         for name, module in model.named_modules():
             for inner in module.modules():
                 if inner is not module:
@@ -107,23 +113,34 @@ class _Reading:
                     self.calls[called] += 1
                     self.nodes[called] = module, node
                 elif node.op == "get_attr":
-                    self.read.add(id(_attribute(module, str(node.target))))
+                    self.readers[id(_attribute(module, str(node.target)))].add(module)
 
     def chain(self, conv: Any) -> Chain | str:
         if conv not in self.nodes:
             return next(iter(self._doubts(conv)), "nothing calls it")
         owner, node = self.nodes[conv]
-        following, norm = _next(owner, node)
-        if following is None or not (type(norm) in NORMS or is_timm_norm(norm)):
+        *_, last = self._following(owner, node)
+        if last is None or not (type(last[1]) in NORMS or is_timm_norm(last[1])):
             return next(iter(self._doubts(conv)), "no batch norm takes its result alone")
+        node, norm = last
         for module in (conv, norm):
             for doubt in self._doubts(module):
                 return doubt
-        _, activate = _next(owner, following)
-        if activate is not None and any(self._doubts(activate, by_one=False)):
-            activate = None
-        exclusive = activate is not None and self.calls[activate] == self.paths[activate] == 1
-        return Chain(conv, norm, activate, exclusive)
+        *between, last = self._following(owner, node)
+        if last is None or any(self._doubts(last[1], by_one=False)):
+            return Chain(conv, norm, None, False, ())
+        activate = last[1]
+        places = tuple(_place(owner, node, module) for node, module in (*between, last))
+        return Chain(conv, norm, activate, self.calls[activate] == self.paths[activate] == 1, places)
+
+    def _following(self, owner: nn.Module, node: fx.Node) -> Iterator[Any]:
+        """The nodes and modules of nn.Identity that take a node's result alone, and of what comes next, or None."""
+        while following := _next(owner, node):
+            node, module = following
+            yield following
+            if type(module) is not nn.Identity or any(self._doubts(module, by_one=False)):
+                return
+        yield None
 
     def _doubts(self, module: Any, by_one: bool = True) -> Iterator[str]:
         """Why it may be called, or read, in another way than its one call says."""
@@ -135,7 +152,7 @@ class _Reading:
             yield "it or its batch norm has a forward of its own"
         if torch_private.has_hooks(module):
             yield "it or its batch norm has hooks"
-        if self.read & {id(tensor) for tensor in (*module.parameters(), *module.buffers())}:
+        if any(self.readers[id(tensor)] - {module} for tensor in (*module.parameters(), *module.buffers())):
             yield "its parameters or its batch norm's are read elsewhere too"
         if getattr(module, "qconfig", None) is not None:
             yield "it is to be quantised"
@@ -163,14 +180,19 @@ def _holds_a_proxy(value: object) -> bool:
     return isinstance(value, fx.Proxy) or (isinstance(value, (list, tuple, set)) and any(map(_holds_a_proxy, value)))
 
 
-def _next(owner: nn.Module, node: fx.Node) -> tuple[fx.Node | None, Any]:
+def _next(owner: nn.Module, node: fx.Node) -> tuple[fx.Node, nn.Module] | None:
     """The call that takes a node's result alone, and is the next thing that happens, in the same modes."""
     following = node.next
     if following.op != "call_module" or list(node.users) != [following]:
-        return None, None
+        return None
     if following.args != (node,) or following.kwargs or following.meta[MODES] != node.meta[MODES]:
-        return None, None
+        return None
     return following, owner.get_submodule(str(following.target))
+
+
+def _place(owner: nn.Module, node: fx.Node, module: nn.Module) -> tuple[nn.Module, str, nn.Module]:
+    holder, _, name = str(node.target).rpartition(".")
+    return owner.get_submodule(holder), name, module
 
 
 def _attribute(module: nn.Module, path: str) -> object:
@@ -179,8 +201,20 @@ def _attribute(module: nn.Module, path: str) -> object:
 
 
 def is_timm_norm(module: object) -> bool:
+    """Whether it is timm's batch norm that also drops out and activates, in its modules `drop` and `act`."""
     kind = type(module)
-    return kind.__name__ == TIMM_NORM and kind.__module__.startswith("timm.") and isinstance(module, nn.BatchNorm2d)
+    return kind.__name__ in TIMM_NORMS and kind.__module__.startswith("timm.") and isinstance(module, NORMS)
+
+
+def doubt_of_timm_norm(norm: Any) -> str | None:
+    """Why one of timm's batch norms does more than to normalise and activate as triton_conv can, or other than that."""
+    if type(norm.drop) is not nn.Identity:
+        return "a dropout follows its batch norm"
+    if torch_private.has_hooks(norm.drop, norm.act) or "forward" in {**vars(norm.drop), **vars(norm.act)}:
+        return "its batch norm's activation has hooks, or a forward of its own"
+    if activation_of(norm.act) is None and type(norm.act) is not nn.Identity:
+        return "its batch norm has an activation that is none of triton_conv's"
+    return None
 
 
 def activation_of(module: Any, kind: type[nn.Module] | None = None) -> str | None:

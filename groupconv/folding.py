@@ -60,11 +60,12 @@ def fold_batchnorm(model: nn.Module) -> nn.Module:
     """A copy of a model in eval mode whose grouped convolutions have the batch norms that follow them in their weights,
     and the activations that follow those in their kernels: three passes over a layer's output become one.
 
-    Folded is a grouped nn.Conv2d or groupconv.Conv2d whose result only a BatchNorm2d, SyncBatchNorm or timm's
-    BatchNormAct2d takes, if that is certain: every module that holds one of them has code of one argument that torch.fx
-    can trace with its children as they are, and calls both once in all. In place of a batch norm and an activation
-    that were folded stands nn.Identity. An activation that is called more than once (torchvision's ResNet has one
-    nn.ReLU for three places), or that is none of triton_conv's, stays as it is.
+    Folded is a grouped nn.Conv2d or groupconv.Conv2d whose result only a BatchNorm2d or SyncBatchNorm takes, or timm's
+    BatchNormAct2d or SyncBatchNormAct, if that is certain: every module that holds one of them has code of one argument
+    that torch.fx can trace with its children as they are, and calls both once in all. nn.Identity may lie between (timm
+    has one where others drop out). In place of a batch norm and an activation that were folded stands nn.Identity. An
+    activation that is called more than once (torchvision's ResNet has one nn.ReLU for three places), or that is none of
+    triton_conv's, stays as it is.
 
     `model` itself stays as it is, its state dict too; the copy refuses that state dict. A record of the logger
     "groupconv", at level INFO, tells what was folded, and what was left and why; print() of the copy, what is folded.
@@ -99,11 +100,7 @@ def _why_left(chain: chains.Chain) -> str | None:
     norm: Any = chain.norm
     if norm.training or norm.running_mean is None or norm.running_var is None:
         return "its batch norm goes by the batch's own statistics"
-    if chains.is_timm_norm(norm) and not isinstance(norm.drop, nn.Identity):
-        return "a dropout follows its batch norm"
-    if chains.is_timm_norm(norm) and chains.activation_of(norm.act) is None and not isinstance(norm.act, nn.Identity):
-        return "its batch norm has an activation that is none of triton_conv's"
-    return None
+    return chains.doubt_of_timm_norm(norm) if chains.is_timm_norm(norm) else None
 
 
 def _fold(chain: chains.Chain) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -17,9 +18,12 @@ class BatchNormAct2d(nn.BatchNorm2d):
     """An nn.BatchNorm2d that also computes the activation that follows it, which lets its result through.
 
     Made by `convert(model, fuse="bn_act")`, by its class alone: parameters, buffers, mode and name stay. Where hooks
-    watch either of the two, in compiled code and for what conv_bn_act's kernels do not take, both are what they were.
-    Outside its model it activates all the same: `revert` before it is taken out.
+    watch either of the two, where another module has taken the activation's place, in compiled code and for what
+    conv_bn_act's kernels do not take, both are what they were. Outside its model it activates all the same: `revert`
+    before it is taken out.
     """
+
+    _native: type[nn.BatchNorm2d] = nn.BatchNorm2d
 
     def forward(self, input: Tensor) -> Tensor:
         if not torch.jit.is_scripting():
@@ -28,29 +32,66 @@ class BatchNormAct2d(nn.BatchNorm2d):
 
     @torch.jit.unused
     def _computed(self, input: Any) -> Any:
+        native: Any = self._native
         if isinstance(input, fx.Proxy):
-            call = call_module(self, input, BatchNormAct2d, nn.BatchNorm2d)
-            return nn.BatchNorm2d.forward(self, input) if call is None else call  # type: ignore[arg-type]
-        (activate,) = vars(self)["_following"]
-        activation = None
-        if isinstance(activate, Passing) and not torch_private.has_hooks(self, activate):
-            activation = chains.activation_of(activate, activate.native())
+            call = call_module(self, input, BatchNormAct2d, native)
+            return native.forward(self, input) if call is None else call
+        activation = self._activation()
         own = self.training or (self.running_mean is None and self.running_var is None)
         tensors = (input, self.running_mean, self.running_var, self.weight, self.bias)
         if activation is None or not batch_norm.serves(*tensors, own, self.momentum or 0.0, self.eps):
-            return nn.BatchNorm2d.forward(self, input)
+            return native.forward(self, input)
         momentum = 0.0 if self.momentum is None else self.momentum
         if self.training and self.track_running_stats and self.num_batches_tracked is not None:
             self.num_batches_tracked.add_(1)
             if self.momentum is None:
                 momentum = 1.0 / float(self.num_batches_tracked)
         kept = not self.training or self.track_running_stats
-        z = batch_norm.computed(
+        return self._activated(batch_norm.computed(
             input, self.running_mean if kept else None, self.running_var if kept else None, self.weight, self.bias,
             own, momentum, self.eps, activation, once=self.momentum is None,
-        )  # fmt: skip
-        setattr(z, MARK, True)
-        return z
+        ))  # fmt: skip
+
+    def _activation(self) -> str | None:
+        """triton_conv's name of the activation to compute; None to leave it to its module."""
+        places = vars(self)["_following"]
+        for holder, name, module in places:  # which the holder may have replaced
+            if holder._modules.get(name) is not module or "forward" in vars(module) or torch_private.has_hooks(module):
+                return None
+        activate = places[-1][-1]
+        if not isinstance(activate, Passing) or torch_private.has_hooks(self):
+            return None
+        return chains.activation_of(activate, activate.native())
+
+    def _activated(self, result: Any) -> Any:
+        setattr(result, MARK, True)
+        return result
+
+
+class _OfTimm(BatchNormAct2d):
+    """One of timm's, whose activation is its own part. Its class, which is made where timm is, is found anew by what
+    copies and unpickles it.
+    """
+
+    def _activation(self) -> str | None:
+        if torch_private.has_hooks(self) or chains.doubt_of_timm_norm(self) is not None:
+            return None
+        return chains.activation_of(self.act)
+
+    def _activated(self, result: Any) -> Any:
+        return result
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return _made_of_timm, (self._native,), self.__getstate__()
+
+
+@functools.cache
+def _of_timm(native: type) -> Any:
+    return type(native.__name__, (_OfTimm, native), {"_native": native, "__module__": __name__})
+
+
+def _made_of_timm(native: type) -> Any:
+    return object.__new__(_of_timm(native))
 
 
 class Passing(nn.Module):
@@ -114,9 +155,13 @@ def fuse(model: nn.Module) -> None:
         norm: Any
         activate: Any
         norm, activate = chain.norm, chain.activate
+        if chains.is_timm_norm(norm):
+            norm.__class__ = _of_timm(type(norm))  # type: ignore[arg-type]
+            taken[names[conv]] = f"batch norm and {chains.activation_of(norm.act)}"
+            continue
         if not isinstance(activate, Passing):  # which another convolution has too
             activate.__class__ = PASSING[type(activate)]
-        vars(norm)["_following"] = (activate,)  # no child of its own
+        vars(norm)["_following"] = chain.places  # no children of its own
         norm.__class__ = BatchNormAct2d
         taken[names[conv]] = f"batch norm and {chains.activation_of(activate, activate.native())}"
     chains.tell("convert", taken, left)
@@ -125,8 +170,9 @@ def fuse(model: nn.Module) -> None:
 def _why_left(chain: chains.Chain) -> str | None:
     if isinstance(chain.norm, nn.SyncBatchNorm):
         return "a SyncBatchNorm follows, whose statistics are of all processes"
-    if type(chain.norm) is not nn.BatchNorm2d:
-        return "a batch norm with an activation of its own follows"
+    if chains.is_timm_norm(chain.norm):
+        none = "its batch norm has no activation" if chains.activation_of(chain.norm.act) is None else None
+        return chains.doubt_of_timm_norm(chain.norm) or none
     activate = chain.activate
     native = activate.native() if isinstance(activate, Passing) else type(activate)
     if activate is None or native not in PASSING or chains.activation_of(activate, native) is None:
@@ -138,8 +184,8 @@ def unfuse(model: nn.Module) -> None:
     """`fuse` undone. What is a subclass by now, parametrized say, stays."""
     module: Any
     for module in model.modules():
-        if type(module) is BatchNormAct2d:
-            vars(module).pop("_following")
-            module.__class__ = nn.BatchNorm2d  # type: ignore[assignment]
+        if isinstance(module, BatchNormAct2d) and "_native" in vars(type(module)):
+            vars(module).pop("_following", None)
+            module.__class__ = module._native  # type: ignore[assignment]
         elif type(module) in PASSING.values():
             module.__class__ = module.native()

@@ -46,9 +46,9 @@ def convert(model: nn.Module, fuse: str | None = None) -> nn.Module:
         model: any module; shapes, dtypes and devices of its layers do not matter, as triton_conv takes all of them.
         fuse: "bn_act" also has each BatchNorm2d that follows a grouped convolution compute the activation after it, as
             `conv_bn_act` does, in training and in eval mode, where the model's code is as certain as `fold_batchnorm`
-            wants it. Parameters, buffers, modes, names and state dict stay. Left are SyncBatchNorm, and norms with an
-            activation of their own; the logger tells which. `revert` before another module takes an activation's place,
-            or a batch norm is taken out without it.
+            wants it; timm's BatchNormAct2d computes its own so. Parameters, buffers, modes, names and state dict stay.
+            SyncBatchNorm is left; the logger tells all that was. `revert` before a batch norm is taken out without its
+            activation.
 
     Returns:
         `model` itself. Converting it again changes nothing. Raises: TypeError for what is no module, ValueError for

@@ -304,13 +304,14 @@ def hooked(model, name, hook):
         lambda model: model[2].register_forward_pre_hook(lambda module, x: (x[0] + 1,)) and model,
         lambda model: setattr(model, "1", nn.BatchNorm2d(8)) or model,
         lambda model: setattr(model, "1", nn.Identity()) or model,
+        lambda model: setattr(model, "2", nn.Tanh()) or model,
         lambda model: model[0].register_forward_hook(lambda module, x, y: 2 * y) and model,
         lambda model: nn.Sequential(*copy.deepcopy(list(model))),
         lambda model: copy.deepcopy(model),
         lambda model: model.half().float(),
         lambda model: torch.nn.utils.parametrizations.weight_norm(model[0]) and model,
     ],
-    ids=range(10),
+    ids=range(11),
 )
 def test_what_is_changed_afterwards(change):
     """Values and gradients as if the model had never been converted."""
@@ -323,6 +324,49 @@ def test_what_is_changed_afterwards(change):
     for out, ref in zip(results[1], results[0], strict=True):
         torch.testing.assert_close(out, ref, rtol=1e-4, atol=1e-4)
     assert len(list(groupconv.revert(fused).modules())) == len(list(plain.modules()))
+
+
+class Bottleneck(nn.Module):
+    """As timm has it: what may be a DropBlock is an nn.Identity."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.conv, self.bn, self.drop, self.act = (
+            nn.Conv2d(8, 8, 3, groups=4),
+            nn.BatchNorm2d(8),
+            nn.Identity(),
+            nn.SiLU(),
+        )
+
+    def forward(self, x):
+        return self.act(self.drop(self.bn(self.conv(x))))
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        (lambda model: None, "silu"),
+        (lambda model: setattr(model, "drop", nn.Dropout(1.0)), None),
+        (lambda model: setattr(model, "act", nn.Tanh()), None),
+        (lambda model: model.drop.register_forward_hook(lambda module, x, y: 2 * y), None),
+    ],
+    ids=["none", "dropout", "Tanh", "hook"],
+)
+def test_an_identity_before_the_activation(change, expected):
+    plain, fused = Bottleneck(), groupconv.convert(Bottleneck(), fuse="bn_act")
+    assert isinstance(fused.bn, BatchNormAct2d)
+    results = []
+    for model in (plain, fused):
+        change(model)
+        x = image().requires_grad_()
+        y = model(x)
+        results.append((y.detach(), *torch.autograd.grad(y.square().sum(), x)))
+    for out, ref in zip(results[1], results[0], strict=True):
+        torch.testing.assert_close(out, ref, rtol=1e-4, atol=1e-4)
+    folded = groupconv.fold_batchnorm(plain.eval())
+    assert folded.conv.activation == expected
+    torch.testing.assert_close(folded(image()), plain(image()), rtol=1e-4, atol=1e-4)
 
 
 def test_a_leaky_relu_of_another_slope():
@@ -370,7 +414,7 @@ def test_copies_states_and_tracers(tmp_path):
     model, plain = groupconv.convert(block(), fuse="bn_act"), block()
     torch.save(model, tmp_path / "model.pt")
     loaded = torch.load(tmp_path / "model.pt", weights_only=False)
-    assert vars(loaded[1])["_following"] == (loaded[2],)
+    assert vars(loaded[1])["_following"] == ((loaded, "2", loaded[2]),)
     loaded.load_state_dict(plain.state_dict())
     x = image()
     with pytest.raises(torch.jit.Error, match=r"groupconv\.revert\(model\) first"):
