@@ -6,8 +6,9 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 __all__ = [
-    "Conv2d", "ConvProblem", "ConversionSummary", "PassPlan", "Plan", "conv_bn_act", "convert", "explain",
-    "fold_batchnorm", "revert", "set_fp32_precision", "set_trials", "summarize", "trials", "triton_conv",
+    "Conv2d", "ConvProblem", "ConversionSummary", "PassPlan", "Plan", "conv1d", "conv_bn_act", "conv_transpose1d",
+    "conv_transpose2d", "convert", "explain", "fold_batchnorm", "revert", "set_fp32_precision", "set_trials",
+    "summarize", "trials", "triton_conv",
 ]  # fmt: skip
 __version__ = "0.1.0"
 
@@ -25,6 +26,7 @@ if TYPE_CHECKING or not _is_command_line():
     from .api import conv_bn_act, explain, triton_conv
     from .dispatch import PassPlan, Plan
     from .folding import fold_batchnorm
+    from .kinds import conv1d, conv_transpose1d, conv_transpose2d
     from .layers import Conv2d
     from .modules import ConversionSummary, convert, revert, summarize
     from .prepared import set_fp32_precision, set_trials
@@ -34,7 +36,7 @@ else:
 
     def __getattr__(name: str) -> Any:
         if name in __all__:
-            for module in ("api", "dispatch", "folding", "layers", "modules", "prepared", "problem", "trial"):
+            for module in ("api", "dispatch", "folding", "kinds", "layers", "modules", "prepared", "problem", "trial"):
                 loaded = importlib.import_module(f".{module}", __name__)
                 if hasattr(loaded, name):
                     return getattr(loaded, name)

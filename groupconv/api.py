@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
-from . import batch_norm, devices, dispatch, eager, epilogue, equivalents, prepared, torch_private, trial
+from . import batch_norm, devices, dispatch, eager, epilogue, equivalents, native, prepared, torch_private, trial
 from .arguments import are_tensors, autocast, consistent, normalise
 
 equivalents.register()
@@ -34,8 +33,9 @@ def triton_conv(
         weight: [C_out, C_in / groups, KH, KW], of input's dtype and device.
         bias: [C_out] or None.
         stride, dilation: pixels, an int or (vertical, horizontal).
-        padding: pixels of zeros on both sides, an int or (vertical, horizontal); "valid" is 0, and "same" keeps H and
-            W at stride 1, with an even kernel's odd pixel at the bottom and right.
+        padding: pixels of zeros on both sides, an int or (vertical, horizontal); on each side, (top, bottom, left,
+            right); "valid" is 0, and "same" keeps H and W at stride 1, with an even kernel's odd pixel at the bottom
+            and right.
         groups: channels are split into so many groups, each convolved with its own filters.
         activation: what the result goes through, as torch has it with its default parameters: "relu", "relu6",
             "leaky_relu", "silu", "gelu", "gelu_tanh", "hardswish" or "sigmoid".
@@ -79,7 +79,7 @@ def triton_conv(
         except TypeError as error:  # a type may know F.conv2d, but not us
             if backend != "auto" or not str(error).startswith("no implementation found for"):
                 raise
-            y = F.conv2d(input, weight, bias, stride, padding, dilation, groups)
+            y = native.conv2d(input, weight, bias, stride, padding, dilation, groups)
             return epilogue.shuffled(epilogue.applied(y, activation, residual), shuffle_groups) if followed else y
     if followed:
         arguments = input, weight, bias, stride, padding, dilation, groups
@@ -87,15 +87,20 @@ def triton_conv(
         if fused is None:
             fused = epilogue.applied(triton_conv(*arguments, backend=backend), activation, residual)
         return epilogue.shuffled(fused, shuffle_groups)
-    if backend not in dispatch.BACKENDS:
-        raise ValueError(f"triton_conv: backend is {backend!r}, but must be one of {', '.join(dispatch.BACKENDS)}")
+    check_backend(backend, "triton_conv")
     if torch_private.being_traced() is not None:
         if backend not in ("auto", "torch"):
             raise NotImplementedError(
                 f"triton_conv: backend={backend!r} cannot run this convolution: torch.jit traces F.conv2d"
             )
-        return F.conv2d(input, weight, bias, stride, padding, dilation, groups)
+        return native.conv2d(input, weight, bias, stride, padding, dilation, groups)
     return eager.conv2d(input, weight, bias, stride, padding, dilation, groups, backend)
+
+
+def check_backend(backend: str, function: str) -> None:
+    """ValueError for one that there is not."""
+    if backend not in dispatch.BACKENDS:
+        raise ValueError(f"{function}: backend is {backend!r}, but must be one of {', '.join(dispatch.BACKENDS)}")
 
 
 def conv_bn_act(
@@ -186,17 +191,16 @@ def explain(
             explain, tensors, input, weight, bias, stride, padding, dilation, groups, activation=activation,
             residual=residual, shuffle_groups=shuffle_groups, backend=backend, target=target,
         )  # fmt: skip
-    if backend not in dispatch.BACKENDS:
-        raise ValueError(f"explain: backend is {backend!r}, but must be one of {', '.join(dispatch.BACKENDS)}")
+    check_backend(backend, "explain")
     if not isinstance(target, (str, type(None))):
         raise TypeError(f"explain: target is {target!r}, but must be a string or None")
     if not are_tensors(input, weight, bias):
-        F.conv2d(input, weight, bias, stride, padding, dilation, groups)  # raises
+        native.conv2d(input, weight, bias, stride, padding, dilation, groups)  # raises
     x, w, b = autocast(input, weight, bias)
     x = x.unsqueeze(0) if x.dim() == 3 else x
     args = normalise(x.shape, w.shape, stride, padding, dilation, groups)
     if args is None or not consistent(x, w, b):
-        F.conv2d(input, weight, bias, stride, padding, dilation, groups)
+        native.conv2d(input, weight, bias, stride, padding, dilation, groups)
         raise NotImplementedError("explain: F.conv2d takes this call, but no plan describes it")
     # A named target is planned for wherever the tensors are.
     why_not = prepared.refusal(x, backend) if target is None else prepared.unsupported(x)

@@ -43,9 +43,18 @@ def pair(value) -> tuple[int, int] | None:
     return None if both is None else (both, both)
 
 
+def sides(value) -> tuple[int, ...] | None:
+    """Padding: an integer or a pair, or each of the four sides; None for anything else."""
+    if isinstance(value, (tuple, list)) and len(value) == 4:
+        sizes = tuple(integer(v) for v in value)
+        return None if None in sizes else sizes  # type: ignore[return-value]
+    return pair(value)
+
+
 def plain(stride, padding, dilation, groups) -> tuple[Any, Any, Any, Any] | None:
-    """The arguments as pairs and integers, padding perhaps a str; None if one of them is neither."""
-    arguments = pair(stride), padding if isinstance(padding, str) else pair(padding), pair(dilation), integer(groups)
+    """The arguments as pairs and integers, padding perhaps four or a str; None if one of them is neither."""
+    padding = padding if isinstance(padding, str) else sides(padding)
+    arguments = pair(stride), padding, pair(dilation), integer(groups)
     return None if None in arguments else arguments
 
 
@@ -65,9 +74,51 @@ def normalise(x_shape, w_shape, stride, padding, dilation, groups) -> ConvArgs |
         both = (0, 0) if padding == "valid" else padding
         if isinstance(both, str):
             return None
-        pad = (both[0], both[0], both[1], both[1])
+        pad = tuple(both) if len(both) == 4 else (both[0], both[0], both[1], both[1])
     args = ConvArgs(stride, pad, dilation, groups)
     return args if is_convolution(x_shape, w_shape, args) else None
+
+
+class TransposedArgs(NamedTuple):
+    """F.conv_transpose2d's arguments in one form."""
+
+    stride: tuple[int, int]
+    padding: tuple[int, int]
+    output_padding: tuple[int, int]
+    dilation: tuple[int, int]
+    groups: int
+
+    @property
+    def convolution(self) -> ConvArgs:
+        """The convolution whose gradient by its input this is."""
+        top, left = self.padding
+        return ConvArgs(self.stride, (top, top, left, left), self.dilation, self.groups)
+
+    def y_shape(self, x_shape, w_shape) -> tuple[int, int, int, int]:
+        """That of the result."""
+        h, w = (
+            (size - 1) * stride - 2 * padding + dilation * (kernel - 1) + more + 1
+            for size, kernel, stride, padding, dilation, more in zip(
+                x_shape[2:], w_shape[2:], self.stride, self.padding, self.dilation, self.output_padding, strict=True
+            )
+        )
+        return x_shape[0], w_shape[1] * self.groups, h, w
+
+
+def normalise_transposed(x_shape, w_shape, stride, padding, output_padding, dilation, groups) -> TransposedArgs | None:
+    """The call's arguments in one form, or None if 4-D tensors of these shapes have no convolution that it derives."""
+    arguments: tuple[Any, ...] = (*map(pair, (stride, padding, output_padding, dilation)), integer(groups))
+    if None in arguments or len(x_shape) != 4 or len(w_shape) != 4 or arguments[-1] < 1:
+        return None
+    args = TransposedArgs(*arguments)
+    y_shape = args.y_shape(x_shape, w_shape)
+    if x_shape[1] != w_shape[0] or min(args.output_padding) < 0 or min(y_shape[1:]) < 1:
+        return None
+    if not is_convolution(y_shape, w_shape, args.convolution):
+        return None
+    # Output padding of a stride or more (which a dilation allows) is no part of such a convolution's input.
+    _, padding, dilation, _ = args.convolution
+    return args if out_pixels(y_shape, w_shape, args.stride, padding, dilation) == tuple(x_shape[2:]) else None
 
 
 def is_convolution(x_shape, w_shape, args: ConvArgs) -> bool:

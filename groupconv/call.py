@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 import warnings
 from collections.abc import Callable
 
@@ -34,6 +35,15 @@ def traits(tensor: Tensor | None):
         address = address, tensor.untyped_storage().nbytes() < 2**31
     plain_type = type(tensor) in PLAIN_TYPES
     return plain_type, tensor.shape, tensor.stride(), tensor.dtype, tensor.device, address, tensor.is_neg()
+
+
+def traits_of_new(shape, strides, like: Tensor):
+    """`traits` of a dense tensor that is allocated now, of the dtype and on the device of another."""
+    size = math.prod(shape)
+    address: object = True if size else None
+    if ON_HIP:
+        address = address, size * like.element_size() < 2**31
+    return True, torch.Size(shape), strides, like.dtype, like.device, address, False
 
 
 def is_unreadable(tensor: Tensor | None) -> bool:
@@ -83,7 +93,7 @@ class Call:
         self._finished: dict[tuple, Callable | None] = {}
         self._backward: dict[tuple, Callable] = {}
         self._unproven: dict[str, bool] = {}
-        for concluded in ("torch_fprop", "all_torch"):
+        for concluded in ("torch_fprop", "torch_dgrad", "all_torch"):
             self.__dict__.pop(concluded, None)
 
     def current(self) -> Call:
@@ -101,9 +111,14 @@ class Call:
         return self._by_torch("fprop")
 
     @functools.cached_property
+    def torch_dgrad(self) -> bool:
+        """Whether it makes the gradient by the input."""
+        return self._by_torch("dgrad")
+
+    @functools.cached_property
     def all_torch(self) -> bool:
         """Whether it makes all passes."""
-        apart = self.torch_fprop and self._by_torch("dgrad") and self._by_torch("wgrad")
+        apart = self.torch_fprop and self.torch_dgrad and self._by_torch("wgrad")
         return apart and not self._is_unproven("backward") and self.plan.backward is None
 
     def _by_torch(self, pass_: str) -> bool:

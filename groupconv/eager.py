@@ -7,10 +7,9 @@ traces, transforms, watches or subclasses a call takes the operators, which end 
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from . import operators, torch_private
+from . import native, operators, torch_private
 from .arguments import ConvArgs, are_tensors, autocast, consistent, normalise
 from .call import PLAIN_TYPES, Call, torch_gradients
 from .prepared import lookup, refusal
@@ -38,7 +37,7 @@ def conv2d(x, w, bias, stride, padding, dilation, groups, backend) -> Tensor:
             return _apply_function(x, w, bias, call)
     elif not call.torch_fprop:
         return call.forward(x, w, bias)
-    return F.conv2d(x, w, bias, stride, padding, dilation, groups)
+    return native.conv2d(x, w, bias, stride, padding, dilation, groups)
 
 
 def is_plain(x, w, bias) -> bool:
@@ -113,23 +112,26 @@ def _dispatched(x, w, bias, stride, padding, dilation, groups, backend) -> Tenso
         batched = x.unsqueeze(0) if unbatched else x
         args = normalise(batched.shape, w.shape, stride, padding, dilation, groups)
         if args is not None and consistent(x, w, bias):
-            why_not = refusal(x, backend)
-            if why_not is None and backend == "auto" and not all(map(_knows_operators, (x, w, bias))):
-                why_not = "a tensor subclass may know F.conv2d, but not an operator of ours"
-            if why_not is None and not torch.compiler.is_compiling():
-                why_not = _underivable()
+            why_not = refusal(x, backend) or why_not_by_operator(x, w, bias, backend)
             if why_not is None:
                 y = operators.conv2d(batched, w, bias, *args, backend)
                 return y.squeeze(0) if unbatched else y
             if backend != "auto":
                 raise NotImplementedError(f"triton_conv: backend={backend!r} cannot run this convolution: {why_not}")
-            return F.conv2d(x, w, bias, stride, padding, dilation, groups)
+            return native.conv2d(x, w, bias, stride, padding, dilation, groups)
     return _refused(x, w, bias, stride, padding, dilation, groups, backend)
+
+
+def why_not_by_operator(x, w, bias, backend: str) -> str | None:
+    """Why tensors that are not plain, or that something watches, cannot go by an operator of ours, or None."""
+    if backend == "auto" and not all(map(_knows_operators, (x, w, bias))):
+        return "a tensor subclass may know F.conv2d, but not an operator of ours"
+    return None if torch.compiler.is_compiling() else _underivable()
 
 
 def _refused(x, w, bias, stride, padding, dilation, groups, backend) -> Tensor:
     """A call that our checks refuse: PyTorch's own exception if it is a bad one, or else its result."""
-    y = F.conv2d(x, w, bias, stride, padding, dilation, groups)
+    y = native.conv2d(x, w, bias, stride, padding, dilation, groups)
     if backend in ("auto", "torch"):
         return y
     raise NotImplementedError(f"triton_conv: backend={backend!r} cannot run this convolution: only F.conv2d takes it")

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 
-from . import torch_private
+from . import native, torch_private
 from .activations import finished_by_torch
 
 try:
@@ -20,10 +19,12 @@ def register() -> None:
     if torch_private.register_decomposition is not None:
         torch_private.register_decomposition(operators.conv2d.default)(_decomposed)
         torch_private.register_decomposition(operators.conv2d_finished.default)(_decomposed_finished)
+        torch_private.register_decomposition(operators.conv_transpose2d.default)(_decomposed_transposed)
     if flop_counter is not None:
         flop_counter.register_flop_formula(operators.conv2d)(_forward_flops)
         flop_counter.register_flop_formula(operators.conv2d_finished)(_finished_flops)
         flop_counter.register_flop_formula(operators.conv2d_backward)(_backward_flops)
+        flop_counter.register_flop_formula(operators.conv_transpose2d)(_transposed_flops)
 
 
 def _forward_flops(x_shape, w_shape, *_, out_shape) -> int:
@@ -32,6 +33,10 @@ def _forward_flops(x_shape, w_shape, *_, out_shape) -> int:
 
 def _finished_flops(x_shape, w_shape, *_, out_shape) -> int:
     return flop_counter.conv_flop_count(x_shape, w_shape, out_shape[0])
+
+
+def _transposed_flops(x_shape, w_shape, *_, out_shape) -> int:
+    return flop_counter.conv_flop_count(x_shape, w_shape, out_shape, transposed=True)
 
 
 def _backward_flops(dy_shape, x_shape, w_shape, stride, padding, dilation, groups, mask, backend, *, out_shape) -> int:
@@ -44,13 +49,14 @@ def _backward_flops(dy_shape, x_shape, w_shape, stride, padding, dilation, group
 
 
 def _decomposed(x, w, bias, stride, padding, dilation, groups, backend):
-    top, bottom, left, right = padding
-    if (top, left) != (bottom, right):
-        x, top, left = F.pad(x, (left, right, top, bottom)), 0, 0
-    return F.conv2d(x, w, bias, stride, (top, left), dilation, groups)
+    return native.conv2d(x, w, bias, stride, padding, dilation, groups)
 
 
 def _decomposed_finished(x, w, bias, residual, activation, keeps, stride, padding, dilation, groups, backend):
     v = _decomposed(x, w, bias, stride, padding, dilation, groups, backend)
     found = finished_by_torch(v, residual, activation, keeps)
     return found if keeps else (found, x.new_empty(0))
+
+
+def _decomposed_transposed(x, w, bias, stride, padding, output_padding, dilation, groups, backend):
+    return torch.conv_transpose2d(x, w, bias, stride, padding, output_padding, groups, dilation)

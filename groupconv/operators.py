@@ -1,5 +1,5 @@
-"""The operators groupconv::conv2d, conv2d_backward and conv2d_finished, which a residual and an activation follow, for
-all of PyTorch that reads or transforms programs.
+"""The operators groupconv::conv2d, conv2d_backward, conv_transpose2d, and conv2d_finished, which a residual and an
+activation follow, for all of PyTorch that reads or transforms programs.
 
 torch.compile and export, tensor subclasses, dispatch modes, vmap, autocast, derivatives of derivatives. All end in the
 prepared calls that eager calls take.
@@ -13,9 +13,9 @@ from torch import Tensor
 from . import launcher, torch_private
 from .activations import before_activation, finished_by_torch
 from .algorithms import torch_reference
-from .arguments import ConvArgs, autocast, dw_strides, dx_strides, out_channels_last, out_pixels
+from .arguments import ConvArgs, TransposedArgs, autocast, dw_strides, dx_strides, out_channels_last, out_pixels
 from .call import torch_gradients
-from .prepared import lookup_of_operator
+from .prepared import lookup_of_operator, lookup_transposed
 from .problem import dense_strides
 
 # --- What they are and compute ---------------------------------------------------------------------------------------
@@ -29,6 +29,10 @@ _LIBRARY.define(
 _LIBRARY.define(
     "conv2d_finished(Tensor input, Tensor weight, Tensor? bias, Tensor? residual, str? activation, bool keeps,"
     f" {_ARGS}, str backend) -> (Tensor, Tensor)"
+)
+_LIBRARY.define(
+    "conv_transpose2d(Tensor input, Tensor weight, Tensor? bias, SymInt[2] stride, SymInt[2] padding,"
+    " SymInt[2] output_padding, SymInt[2] dilation, SymInt groups, str backend) -> Tensor"
 )
 
 
@@ -80,11 +84,30 @@ def _conv2d_finished_op(x, w, bias, residual, activation, keeps, stride, padding
     return _like(y, strides), _like(kept, strides) if keeps else kept
 
 
+def _conv_transpose2d_op(x, w, bias, stride, padding, output_padding, dilation, groups, backend):
+    args = _transposed_args(stride, padding, output_padding, dilation, groups)
+    shape = args.y_shape(x.shape, w.shape)
+    call = lookup_transposed(x, w, shape, args.convolution, backend)
+    grads = None if call is None else call.backward(x, None, w, (True, False, False))
+    if grads is None:
+        y = torch.conv_transpose2d(x, w, None, stride, padding, output_padding, groups, dilation)
+    else:
+        y = grads[0]
+    if bias is not None:
+        y += bias[:, None, None]
+    return _like(y, dense_strides(shape, out_channels_last(x, w)))
+
+
+def _transposed_args(stride, padding, output_padding, dilation, groups) -> TransposedArgs:
+    return TransposedArgs(tuple(stride), tuple(padding), tuple(output_padding), tuple(dilation), groups)
+
+
 conv2d, conv2d_backward = torch.ops.groupconv.conv2d, torch.ops.groupconv.conv2d_backward
-conv2d_finished = torch.ops.groupconv.conv2d_finished
+conv2d_finished, conv_transpose2d = torch.ops.groupconv.conv2d_finished, torch.ops.groupconv.conv_transpose2d
 _LIBRARY.impl("conv2d", _conv2d_op, "CompositeExplicitAutograd")
 _LIBRARY.impl("conv2d_backward", _conv2d_backward_op, "CompositeExplicitAutograd")
 _LIBRARY.impl("conv2d_finished", _conv2d_finished_op, "CompositeExplicitAutograd")
+_LIBRARY.impl("conv_transpose2d", _conv_transpose2d_op, "CompositeExplicitAutograd")
 
 
 def _conv2d_backward_batched(dy, x, w, stride, padding, dilation, groups, mask, backend):
@@ -106,6 +129,12 @@ def _conv2d_fake(x, w, bias, stride, padding, dilation, groups, backend):
 def _conv2d_finished_fake(x, w, bias, residual, activation, keeps, stride, padding, dilation, groups, backend):
     y = _conv2d_fake(x, w, bias, stride, padding, dilation, groups, backend)
     return y, torch.empty_like(y) if keeps else y.new_empty(0)
+
+
+@torch.library.register_fake("groupconv::conv_transpose2d", lib=_LIBRARY)
+def _conv_transpose2d_fake(x, w, bias, *args):
+    shape = _transposed_args(*args[:-1]).y_shape(x.shape, w.shape)
+    return x.new_empty_strided(shape, dense_strides(shape, out_channels_last(x, w)))
 
 
 @torch.library.register_fake("groupconv::conv2d_backward", lib=_LIBRARY)
@@ -156,6 +185,23 @@ def _backward_conv2d_finished(ctx, dy, d_kept):
     return *of_operands, dv if ctx.needs_input_grad[3] else None, *(None,) * 7
 
 
+def _setup_conv_transpose2d(ctx, inputs, output):
+    x, w, bias, *args, ctx.backend = inputs
+    ctx.save_for_backward(x, w)
+    ctx.args, ctx.has_bias = _transposed_args(*args).convolution, bias is not None
+
+
+def _backward_conv_transpose2d(ctx, dy):
+    """By x the convolution itself, by w that one's gradient, of which x is the result's."""
+    x, w = ctx.saved_tensors
+    need_x, need_w, need_b = ctx.needs_input_grad[:3]
+    if out_channels_last(x, w) and not out_channels_last(dy, w):
+        dy = dy.contiguous(memory_format=torch.channels_last)  # dx lies as y does
+    dx = conv2d(dy, w, None, *ctx.args, ctx.backend) if need_x else None
+    (dw,) = conv2d_backward(x, dy, w, *ctx.args, [False, True, False], ctx.backend) if need_w else (None,)
+    return dx, dw, dy.sum((0, 2, 3)) if ctx.has_bias and need_b else None, *(None,) * 6
+
+
 def _setup_conv2d_backward(ctx, inputs, output):
     dy, x, w, *args, mask, backend = inputs
     ctx.save_for_backward(dy, x, w)
@@ -191,6 +237,9 @@ torch.library.register_autograd(
     "groupconv::conv2d_finished", _backward_conv2d_finished, setup_context=_setup_conv2d_finished, lib=_LIBRARY
 )
 torch.library.register_autograd(
+    "groupconv::conv_transpose2d", _backward_conv_transpose2d, setup_context=_setup_conv_transpose2d, lib=_LIBRARY
+)
+torch.library.register_autograd(
     "groupconv::conv2d_backward", _backward_conv2d_backward, setup_context=_setup_conv2d_backward, lib=_LIBRARY
 )
 
@@ -212,6 +261,14 @@ def _conv2d_vmap(info, in_dims, x, w, bias, stride, padding, dilation, groups, b
     x, w = _into_channels(x, in_dims[0], size, 1), _into_channels(w, in_dims[1], size, 0)
     bias = _into_channels(bias, in_dims[2], size, 0)
     y = conv2d(x, w, bias, stride, padding, dilation, groups * size, backend)
+    return y.unflatten(1, (size, -1)), 1
+
+
+def _conv_transpose2d_vmap(info, in_dims, x, w, bias, *args):
+    size = info.batch_size
+    x, w = _into_channels(x, in_dims[0], size, 1), _into_channels(w, in_dims[1], size, 0)
+    *args, groups, backend = args
+    y = conv_transpose2d(x, w, _into_channels(bias, in_dims[2], size, 0), *args, groups * size, backend)
     return y.unflatten(1, (size, -1)), 1
 
 
@@ -238,6 +295,7 @@ def _conv2d_backward_vmap(info, in_dims, dy, x, w, stride, padding, dilation, gr
 
 torch.library.register_vmap("groupconv::conv2d", _conv2d_vmap, lib=_LIBRARY)
 torch.library.register_vmap("groupconv::conv2d_finished", _conv2d_finished_vmap, lib=_LIBRARY)
+torch.library.register_vmap("groupconv::conv_transpose2d", _conv_transpose2d_vmap, lib=_LIBRARY)
 torch.library.register_vmap("groupconv::conv2d_backward", _conv2d_backward_vmap, lib=_LIBRARY)
 
 
@@ -249,6 +307,11 @@ def _register_autocast(key: str) -> None:
         with without_autocast():
             return conv2d(x, w, bias, *args)
 
+    def conv_transpose2d_autocast(x, w, bias, *args):
+        x, w, bias = autocast(x, w, bias)
+        with without_autocast():
+            return conv_transpose2d(x, w, bias, *args)
+
     def conv2d_finished_autocast(x, w, bias, residual, *args):
         x, w, bias = autocast(x, w, bias)
         residual = None if residual is None else residual.to(x.dtype)
@@ -257,6 +320,7 @@ def _register_autocast(key: str) -> None:
 
     _LIBRARY.impl("conv2d", conv2d_autocast, key)
     _LIBRARY.impl("conv2d_finished", conv2d_finished_autocast, key)
+    _LIBRARY.impl("conv_transpose2d", conv_transpose2d_autocast, key)
 
 
 _register_autocast("AutocastCUDA")

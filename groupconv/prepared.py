@@ -10,8 +10,8 @@ from torch import Tensor
 
 from . import algorithms, devices, dispatch, launcher, torch_private, trial
 from .arguments import ConvArgs, consistent, is_convolution, normalise, out_channels_last, plain
-from .call import Call, is_unreadable, traits
-from .problem import ConvProblem, channels_innermost
+from .call import Call, is_unreadable, traits, traits_of_new
+from .problem import ConvProblem, channels_innermost, dense_strides
 
 DTYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
 MOST_CALLS = 4096  # prepared calls kept; a program with more shapes than this starts over
@@ -153,6 +153,22 @@ def lookup_of_operator(x: Tensor, w: Tensor, bias: Tensor | None, args: ConvArgs
     if call is None and is_convolution(x.shape, w.shape, args) and not any(map(is_unreadable, (x, w, bias))):
         call = _plan_call(key, x, w, bias, args, backend)
     return None if call is None else call.current()
+
+
+def lookup_transposed(dy: Tensor, w: Tensor, shape, args: ConvArgs, backend: str) -> Call | None:
+    """The prepared call of the convolution of a tensor of this shape whose gradient is asked for, of its result's dy.
+
+    The tensor is one that is allocated, in the memory format of dy or w.
+    """
+    if any(map(is_unreadable, (dy, w))) or not consistent(dy, w, None):
+        return None
+    strides = dense_strides(shape, out_channels_last(dy, w))
+    precision = _fp32_precision() if dy.dtype is torch.float32 else None
+    key = traits_of_new(shape, strides, dy), traits(w), None, *args, backend, precision
+    call = _CALLS.get(key)
+    if call is None:
+        return _plan_call(key, launcher.allocate(shape, strides, dy), w, None, args, backend)
+    return call.current()
 
 
 def _plan_call(key: tuple, x, w, bias, args: ConvArgs, backend: str) -> Call:

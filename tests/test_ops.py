@@ -458,6 +458,47 @@ def test_forms_of_arguments_that_conv2d_takes(kwargs, device):
     assert explain(x, w, bias, **kwargs, target="nvidia_h200").problem.groups == 2
 
 
+@pytest.mark.parametrize("padding", [(0, 1, 3, 0), [2, 0, 1, 1], (1, 1, 2, 2)], ids=str)
+@pytest.mark.parametrize("backend", ["triton", "torch", "compiled"])
+def test_padding_of_each_side(backend, padding, device):
+    """Values and gradients, by our kernels, F.conv2d, and a graph."""
+    leaves = operands(device)
+    top, bottom, left, right = padding
+
+    def call(x, w, bias):
+        kwargs = {"stride": (2, 1), "padding": padding, "groups": 2}
+        return triton_conv(x, w, bias, **kwargs, backend="triton" if backend == "compiled" else backend)
+
+    if backend == "compiled":
+        call = torch.compile(call, backend="aot_eager", fullgraph=True)
+    y = call(*leaves)
+    exact = [t.detach().double().requires_grad_() for t in leaves]
+    expected = F.conv2d(F.pad(exact[0], (left, right, top, bottom)), *exact[1:], (2, 1), 0, 1, 2)
+    assert close(y, expected)
+    dy = random(*y.shape, device=device, seed=3)
+    for out, ref in zip(
+        torch.autograd.grad(y, leaves, dy), torch.autograd.grad(expected, exact, dy.double()), strict=True
+    ):
+        assert close(out, ref)
+
+
+@pytest.mark.parametrize(
+    ("padding", "error", "message"),
+    [
+        ((-1, 0, 0, 0), RuntimeError, "negative padding is not supported"),
+        ((1, 2, 3), RuntimeError, "expected padding to be a single integer value or a list of 2 values"),
+        ((1, 2, 3, 4, 5), RuntimeError, "expected padding to be a single integer value or a list of 2 values"),
+        ((1, 0.5, 0, 0), TypeError, "must be tuple of ints"),
+    ],
+    ids=str,
+)
+def test_padding_that_is_none(padding, error, message, device):
+    x, w, bias = operands(device)
+    for backend in ("auto", "triton", "torch"):
+        with pytest.raises(error, match=message):
+            triton_conv(x, w, bias, padding=padding, groups=2, backend=backend)
+
+
 def test_bias_of_any_stride(device):
     x, w, _ = operands(device)
     for bias in (random(8, device=device)[::2], random(1, device=device).expand(4), random(5, device=device)[1:]):
