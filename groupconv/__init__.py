@@ -6,9 +6,9 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 __all__ = [
-    "Conv2d", "ConvProblem", "ConversionSummary", "PassPlan", "Plan", "conv1d", "conv_bn_act", "conv_transpose1d",
-    "conv_transpose2d", "convert", "explain", "fold_batchnorm", "revert", "set_fp32_precision", "set_trials",
-    "summarize", "trials", "triton_conv",
+    "Conv1d", "Conv2d", "ConvProblem", "ConvTranspose1d", "ConvTranspose2d", "ConversionSummary", "PassPlan", "Plan",
+    "conv1d", "conv_bn_act", "conv_transpose1d", "conv_transpose2d", "convert", "explain", "fold_batchnorm", "revert",
+    "set_fp32_precision", "set_trials", "summarize", "trials", "triton_conv",
 ]  # fmt: skip
 __version__ = "0.1.0"
 
@@ -27,7 +27,7 @@ if TYPE_CHECKING or not _is_command_line():
     from .dispatch import PassPlan, Plan
     from .folding import fold_batchnorm
     from .kinds import conv1d, conv_transpose1d, conv_transpose2d
-    from .layers import Conv2d
+    from .layers import Conv1d, Conv2d, ConvTranspose1d, ConvTranspose2d
     from .modules import ConversionSummary, convert, revert, summarize
     from .prepared import set_fp32_precision, set_trials
     from .problem import ConvProblem

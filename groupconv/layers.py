@@ -1,4 +1,4 @@
-"""nn.Conv2d by triton_conv."""
+"""The convolutions of torch.nn by ours."""
 
 from __future__ import annotations
 
@@ -13,26 +13,47 @@ from torch import Tensor, fx, nn
 
 from . import torch_private
 from .api import triton_conv
+from .kinds import conv1d, conv_transpose1d, conv_transpose2d
 
 LOG = logging.getLogger("groupconv")
 
 
-class Conv2d(nn.Conv2d):
-    """nn.Conv2d whose convolution is triton_conv.
+_Mixin: Any = object  # of which mypy asks no attributes
 
-    Constructor, parameters, state_dict, shapes, dtypes and errors are nn.Conv2d's. A `padding_mode` other than "zeros"
-    pads first, as there, and convolves what is padded. What torch.jit, torch.fx and torch.ao.quantization make of it is
-    what they make of nn.Conv2d. Accuracy: triton_conv's. Source: own derivation.
-    """
 
+class _Layer(_Mixin):
+    """What our layers share: what they are without us, and that quantization gets that."""
+
+    _native: type[nn.Module]
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        # torch.ao.quantization gives a qconfig to what it will replace, and looks replacements up by exact type.
+        if name == "qconfig" and value is not None:
+            plain(self)
+
+
+class _Convolution(_Layer):
     def forward(self, input: Tensor) -> Tensor:
         # torch.jit.script leaves out the block, but would read a longer condition.
         if not torch.jit.is_scripting():  # noqa: SIM102
             if isinstance(input, fx.Proxy):
-                call = call_module(self, input, Conv2d, nn.Conv2d)
+                call = call_module(self, input, _Convolution, self._native)
                 if call is not None:
                     return call
         return self._conv_forward(input, self.weight, self.bias)
+
+
+class Conv2d(_Convolution, nn.Conv2d):
+    """nn.Conv2d whose convolution is triton_conv.
+
+    Constructor, parameters, state_dict, shapes, dtypes and errors are nn.Conv2d's. A `padding_mode` other than "zeros"
+    pads first, as there, and convolves what is padded; of zeros `padding` may also be (top, bottom, left, right). What
+    torch.jit, torch.fx and torch.ao.quantization make of it is what they make of nn.Conv2d. Accuracy: triton_conv's.
+    Source: own derivation.
+    """
+
+    _native = nn.Conv2d
 
     def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         zeros = self.padding_mode == "zeros"
@@ -46,11 +67,74 @@ class Conv2d(nn.Conv2d):
             return F.conv2d(input, weight, bias, self.stride, self.padding, self.dilation, self.groups)
         return F.conv2d(input, weight, bias, self.stride, (0, 0), self.dilation, self.groups)
 
-    def __setattr__(self, name: str, value: Any) -> None:
-        super().__setattr__(name, value)
-        # torch.ao.quantization gives a qconfig to what it will replace, and looks replacements up by exact type.
-        if name == "qconfig" and value is not None:
-            plain(self)
+
+class Conv1d(_Convolution, nn.Conv1d):
+    """nn.Conv1d whose convolution is groupconv.conv1d, as Conv2d is nn.Conv2d: the result lies in memory as the input
+    does, [N, L, C] transposed if that is so. Of zeros `padding` may also be (left, right): (K - 1, 0) is causal.
+    """
+
+    _native = nn.Conv1d
+
+    def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        zeros = self.padding_mode == "zeros"
+        if not zeros:
+            input = F.pad(input, self._reversed_padding_repeated_twice, mode=self.padding_mode)
+        if not torch.jit.is_scripting():
+            padding = self.padding if zeros else (0,)
+            return conv1d(input, weight, bias, self.stride, padding, self.dilation, self.groups)
+        if zeros:
+            return F.conv1d(input, weight, bias, self.stride, self.padding, self.dilation, self.groups)
+        return F.conv1d(input, weight, bias, self.stride, (0,), self.dilation, self.groups)
+
+
+class _Transposed(_Layer):
+    def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
+        if not torch.jit.is_scripting():  # noqa: SIM102
+            if isinstance(input, fx.Proxy) and output_size is None:
+                call = call_module(self, input, _Transposed, self._native)
+                if call is not None:
+                    return call
+        if self.padding_mode != "zeros":
+            raise ValueError("Only `zeros` padding mode is supported for transposed convolutions")
+        output_padding = self._output_padding(
+            input, output_size, self.stride, self.padding, self.kernel_size, len(self.kernel_size), self.dilation
+        )
+        return self._transposed(input, output_padding)
+
+
+class ConvTranspose2d(_Transposed, nn.ConvTranspose2d):
+    """nn.ConvTranspose2d whose convolution is groupconv.conv_transpose2d, as Conv2d is nn.Conv2d."""
+
+    _native = nn.ConvTranspose2d
+
+    def _transposed(self, input: Tensor, output_padding: list[int]) -> Tensor:
+        if not torch.jit.is_scripting():
+            padding: Any = self.padding
+            return conv_transpose2d(
+                input, self.weight, self.bias, self.stride, padding, output_padding, self.groups, self.dilation
+            )
+        return F.conv_transpose2d(
+            input, self.weight, self.bias, self.stride, self.padding, output_padding, self.groups, self.dilation
+        )
+
+
+class ConvTranspose1d(_Transposed, nn.ConvTranspose1d):
+    """nn.ConvTranspose1d whose convolution is groupconv.conv_transpose1d, as Conv2d is nn.Conv2d."""
+
+    _native = nn.ConvTranspose1d
+
+    def _transposed(self, input: Tensor, output_padding: list[int]) -> Tensor:
+        if not torch.jit.is_scripting():
+            padding: Any = self.padding
+            return conv_transpose1d(
+                input, self.weight, self.bias, self.stride, padding, output_padding, self.groups, self.dilation
+            )
+        return F.conv_transpose1d(
+            input, self.weight, self.bias, self.stride, self.padding, output_padding, self.groups, self.dilation
+        )
+
+
+OURS: dict[Any, Any] = {kind._native: kind for kind in (Conv1d, Conv2d, ConvTranspose1d, ConvTranspose2d)}
 
 
 def call_module(layer: nn.Module, input: Any, own: type[nn.Module], native: type[nn.Module]) -> Any:
@@ -72,9 +156,9 @@ def call_module(layer: nn.Module, input: Any, own: type[nn.Module], native: type
 
 
 def plain(layer: Any) -> Any:
-    """A layer as nn.Conv2d, if it is a Conv2d of ours and no subclass."""
-    if type(layer) is Conv2d:
-        layer.__class__ = nn.Conv2d  # type: ignore[assignment]
+    """A layer as torch.nn's, if it is one of ours and no subclass."""
+    if type(layer) in OURS.values():
+        layer.__class__ = layer._native
     return layer
 
 
@@ -84,14 +168,14 @@ def require_module(model: object, function: str) -> None:
 
 
 def _register_fusers() -> None:
-    """Have torch.ao.quantization.fuse_modules fuse our layers as it fuses nn.Conv2d, which it looks up by type."""
+    """Have torch.ao.quantization.fuse_modules fuse our layers as it fuses torch.nn's, which it looks up by type."""
     fusers = torch_private.fusers_of_quantization or {}
     for types, fuser in list(fusers.items()):
-        if types[0] is nn.Conv2d:
-            fusers[(Conv2d,) + types[1:]] = functools.partial(_fuse, fuser)
+        if types[0] in OURS:
+            fusers[(OURS[types[0]],) + types[1:]] = functools.partial(_fuse, fuser)
 
 
-def _fuse(fuser, is_qat: bool, conv: Conv2d, *others: nn.Module) -> nn.Module:
+def _fuse(fuser, is_qat: bool, conv: nn.Module, *others: nn.Module) -> nn.Module:
     return fuser(is_qat, plain(conv), *others)
 
 

@@ -8,22 +8,25 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.utils import parametrize
 
 from . import fusing
-from .layers import LOG, Conv2d, plain, require_module
+from .layers import LOG, OURS, plain, require_module
 
 
 @dataclasses.dataclass(frozen=True)
 class ConversionSummary:
-    """The 2-D convolutions of a model by name: those that are groupconv's, and why each of the others is not."""
+    """The 1-D and 2-D convolutions of a model by name, transposed ones too: those that are groupconv's, and why each of
+    the others is not.
+    """
 
     converted: tuple[str, ...]
     left: dict[str, str]
 
     def __str__(self) -> str:
         total = len(self.converted) + len(self.left)
-        lines = [f"{len(self.converted)} of {total} 2-D convolutions by groupconv"]
+        lines = [f"{len(self.converted)} of {total} convolutions by groupconv"]
         for reason in ("converted", *dict.fromkeys(self.left.values())):
             names = self.converted if reason == "converted" else [n for n, why in self.left.items() if why == reason]
             if names:
@@ -32,11 +35,12 @@ class ConversionSummary:
 
 
 def convert(model: nn.Module, fuse: str | None = None) -> nn.Module:
-    """Turn every grouped nn.Conv2d of `model`, itself included, into groupconv.Conv2d, in place.
+    """Turn every grouped nn.Conv1d, nn.Conv2d, nn.ConvTranspose1d and nn.ConvTranspose2d of `model`, itself included,
+    into groupconv's layer of that name, in place.
 
     Only a layer's class changes, so that its parameters, buffers, hooks, names and state dict stay, and so does an
-    optimizer made before. Left alone are layers of one group and subclasses of nn.Conv2d: those with a forward of their
-    own, quantised ones, and lazy ones until their first call has made them nn.Conv2d. A parametrization
+    optimizer made before. Left alone are layers of one group and subclasses: those with a forward of their own,
+    quantised ones, and lazy ones until their first call has made them torch.nn's. A parametrization
     (torch.nn.utils.parametrize) makes a layer a subclass too: convert first, then register it.
 
     `summarize` tells what was converted, and what was left and why; so does a record of the logger "groupconv", at
@@ -59,7 +63,7 @@ def convert(model: nn.Module, fuse: str | None = None) -> nn.Module:
         raise ValueError(f'convert: fuse is {fuse!r}, but must be None or "bn_act"')
     for module in model.modules():
         if _why_left(module) == CONVERTIBLE:
-            module.__class__ = Conv2d
+            module.__class__ = OURS[type(module)]
     if fuse is not None:
         fusing.fuse(model)
     if LOG.isEnabledFor(logging.INFO):
@@ -68,9 +72,9 @@ def convert(model: nn.Module, fuse: str | None = None) -> nn.Module:
 
 
 def revert(model: nn.Module) -> nn.Module:
-    """Turn every groupconv.Conv2d of `model`, itself included, into nn.Conv2d, in place: `convert` undone.
+    """Turn every layer of groupconv's in `model`, itself included, into torch.nn's, in place: `convert` undone.
 
-    Subclasses of groupconv.Conv2d stay what they are, parametrized layers among them.
+    Subclasses of groupconv's layers stay what they are, parametrized layers among them.
 
     Returns: `model` itself. Raises: TypeError for what is no module. Source: own derivation.
     """
@@ -82,7 +86,7 @@ def revert(model: nn.Module) -> nn.Module:
 
 
 def summarize(model: nn.Module) -> ConversionSummary:
-    """Which 2-D convolutions of `model`, itself included, are groupconv's, and why the others are not.
+    """Which 1-D and 2-D convolutions of `model`, itself included, are groupconv's, and why the others are not.
 
     Args:
         model: any module, converted or not; a layer that it holds twice has the first of its names.
@@ -96,7 +100,7 @@ def summarize(model: nn.Module) -> ConversionSummary:
         reason = _why_left(module)
         if reason is not None:
             left[name] = reason
-        elif isinstance(module, Conv2d):
+        elif isinstance(module, tuple(OURS.values())):
             converted.append(name)
     return ConversionSummary(tuple(converted), left)
 
@@ -105,23 +109,23 @@ CONVERTIBLE = "not converted yet"
 
 
 def _why_left(module: nn.Module) -> str | None:
-    """Why a 2-D convolution is not ours; None where it is, and for any other module."""
+    """Why a convolution of at most two axes is not ours; None where it is, and for any other module."""
     kind: Any = type(module)
     if isinstance(module, torch.jit.ScriptModule):
-        return "compiled by torch.jit" if module.original_name == "Conv2d" else None
+        return "compiled by torch.jit" if module.original_name in [native.__name__ for native in OURS] else None
     if kind.__module__.startswith("torch.ao.nn."):
-        planar = len(getattr(module, "kernel_size", ())) == 2 and not getattr(module, "transposed", False)
-        return "quantised" if planar else None
-    if isinstance(module, Conv2d) or not isinstance(module, nn.Conv2d):
+        return "quantised" if len(getattr(module, "kernel_size", ())) in (1, 2) else None
+    native = next((native for native in OURS if isinstance(module, native)), None)
+    if native is None or isinstance(module, OURS[native]):
         return None
-    if isinstance(module, nn.LazyConv2d):
+    if isinstance(module, LazyModuleMixin):
         return "lazy until its first call"
     if module.groups == 1:
         return "one group"
     if parametrize.is_parametrized(module):
         return "parametrized: convert first"
-    if kind is not nn.Conv2d:
-        own = kind.forward is not nn.Conv2d.forward or kind._conv_forward is not nn.Conv2d._conv_forward
+    if kind is not native:
+        own = any(getattr(kind, name, None) is not getattr(native, name, None) for name in ("forward", "_conv_forward"))
         return f"{kind.__module__}.{kind.__qualname__}, a subclass{' with its own forward' if own else ''}"
     if getattr(module, "qconfig", None) is not None:
         return "to be quantised: it has a qconfig"

@@ -15,8 +15,9 @@ from torch import Tensor, nn
 
 from groupconv import trial
 from groupconv.common.files import ENVIRONMENT
+from groupconv.layers import Conv2d
 from groupconv.measuring.lab import DeviceLost, failure, settings
-from groupconv.modules import Conv2d, convert
+from groupconv.modules import convert
 
 from . import layers
 from .rows import Fields

@@ -94,6 +94,72 @@ def test_same_numbers_by_our_kernels(options, device, monkeypatch):
         torch.testing.assert_close(out, ref)
 
 
+OTHERS = {
+    "conv1d": (nn.Conv1d, {"stride": 2, "padding": 2}),
+    "conv1d_same": (nn.Conv1d, {"padding": "same", "dilation": 2}),
+    "conv1d_reflect": (nn.Conv1d, {"padding": 1, "padding_mode": "reflect", "bias": False}),
+    "transposed1d": (nn.ConvTranspose1d, {"stride": 2, "padding": 1, "output_padding": 1}),
+    "transposed2d": (nn.ConvTranspose2d, {"stride": 2, "dilation": (1, 2)}),
+}
+
+
+def other(name, device="cpu"):
+    """A layer of torch.nn, ours with the same parameters, and an input."""
+    kind, options = OTHERS[name]
+    torch.manual_seed(0)
+    theirs = kind(6, 4, 3, groups=2, **options).to(device)
+    ours = getattr(groupconv, kind.__name__)(6, 4, 3, groups=2, **options).to(device)
+    ours.load_state_dict(theirs.state_dict())
+    x = pixels(6).to(device)
+    return theirs, ours, x if kind is nn.ConvTranspose2d else x[..., 0]
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_the_other_kinds(name):
+    """On CPU tensors they are torch.nn's to the bit, for tools too; conversion changes the class alone."""
+    theirs, ours, x = other(name)
+    for values in (x, x[0]):
+        for out, ref in zip(cases.step(ours, ours, values), cases.step(theirs, theirs, values), strict=True):
+            assert torch.equal(out, ref)
+    assert repr(ours) == repr(theirs)
+    expected = theirs(x)
+    model = nn.Sequential(theirs)
+    assert type(convert(model)[0]) is type(ours)
+    for made in (model, copy.deepcopy(model), torch.jit.trace(model, x), torch.jit.script(model)):
+        assert torch.equal(made(x), expected)
+    graph = torch.fx.symbolic_trace(model).graph
+    assert [node.op for node in graph.nodes] == ["placeholder", "call_module", "output"]
+    assert type(revert(model)[0]) is OTHERS[name][0]
+    if isinstance(theirs, nn.modules.conv._ConvTransposeNd):
+        size = [size + 1 for size in nn.Sequential(theirs)(x).shape[2:]]
+        if name == "transposed2d":
+            assert torch.equal(ours(x, size), theirs(x, size))
+        with pytest.raises(ValueError, match="requested an output size of"):
+            ours(x, [100] * (x.dim() - 2))
+
+
+@pytest.mark.usefixtures("ieee")
+@pytest.mark.parametrize("name", OTHERS)
+def test_the_other_kinds_by_our_kernels(name, device, monkeypatch):
+    theirs, ours, x = other(name, device)
+    function = {nn.Conv1d: "conv1d", nn.ConvTranspose1d: "conv_transpose1d"}.get(type(theirs), "conv_transpose2d")
+    monkeypatch.setattr(layers, function, functools.partial(getattr(groupconv, function), backend="triton"))
+    for out, ref in zip(cases.step(ours, ours, x), cases.step(theirs, theirs, x), strict=True):
+        torch.testing.assert_close(out, ref)
+
+
+def test_padding_of_each_side():
+    x = pixels(6)
+    ours = groupconv.Conv2d(6, 4, 3, padding=(2, 0, 1, 0), groups=2)
+    assert torch.equal(ours(x), nn.Conv2d._conv_forward(
+        groupconv.Conv2d(6, 4, 3, groups=2), nn.functional.pad(x, (1, 0, 2, 0)), ours.weight, ours.bias
+    ))  # fmt: skip
+    causal = groupconv.Conv1d(6, 6, 4, padding=(3, 0), groups=6)
+    y = causal(x[..., 0])
+    assert y.shape == x[..., 0].shape
+    assert torch.equal(causal(x[..., :4, 0]), y[..., :4])
+
+
 def test_what_is_called(calls):
     """Zeros are the convolution's own padding; any other padding is there before it."""
     pair(padding=1)[1](pixels(6))
@@ -130,7 +196,7 @@ def test_convert_of_a_lone_layer():
     assert type(layer) is groupconv.Conv2d
     ungrouped = nn.Conv2d(4, 4, 3)
     assert type(convert(ungrouped)) is nn.Conv2d
-    assert type(convert(nn.Conv1d(4, 4, 3, groups=2))) is nn.Conv1d
+    assert type(convert(nn.Conv3d(4, 4, 3, groups=2))) is nn.Conv3d
     assert summarize(groupconv.Conv2d(4, 4, 3)) == ConversionSummary(("",), {})
 
 
@@ -216,6 +282,7 @@ def every_kind():
             "scripted": torch.jit.script(grouped()),
             "script": torch.jit.script(nn.Sequential(grouped(), nn.ReLU())),
             "others": nn.Sequential(nn.Conv1d(4, 4, 3, groups=2), nn.ConvTranspose2d(4, 4, 3, groups=2)),
+            "volumes": nn.Sequential(nn.Conv3d(4, 4, 3, groups=2), quantized.Conv3d(4, 4, 3)),
             "others_quantised": nn.Sequential(quantized.Conv1d(4, 4, 3), quantized.ConvTranspose2d(4, 4, 3)),
         }
     )
@@ -232,13 +299,15 @@ LEFT = {
     "waiting": "to be quantised: it has a qconfig",
     "scripted": "compiled by torch.jit",
     "script.0": "compiled by torch.jit",
+    "others_quantised.0": "quantised",
+    "others_quantised.1": "quantised",
 }
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore:Lazy modules")
 def test_summary_of_every_kind():
     model = every_kind()
-    mine = ("block.0", "block.1.0")
+    mine = ("block.0", "block.1.0", "others.0", "others.1")
     kinds = [type(module) for module in model.modules()]
     before = summarize(model)
     assert before == ConversionSummary((), LEFT | dict.fromkeys(mine, "not converted yet"))
@@ -252,15 +321,15 @@ def test_summary_of_every_kind():
 
 def test_summary_in_words():
     assert str(summarize(convert(network()))) == (
-        "2 of 4 2-D convolutions by groupconv\n"
+        "2 of 4 convolutions by groupconv\n"
         "  converted: 1.0, 2\n"
         "  one group: 0\n"
         "  test_modules.Scaled, a subclass with its own forward: 3"
     )
     assert str(summarize(convert(nn.Conv2d(4, 4, 3, groups=2)))) == (
-        "1 of 1 2-D convolutions by groupconv\n  converted: the model itself"
+        "1 of 1 convolutions by groupconv\n  converted: the model itself"
     )
-    assert str(summarize(nn.Linear(2, 2))) == "0 of 0 2-D convolutions by groupconv"
+    assert str(summarize(nn.Linear(2, 2))) == "0 of 0 convolutions by groupconv"
 
 
 def test_convert_says_so_once_to_the_logger(caplog, capfd):
