@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 __all__ = [
     "Conv1d", "Conv2d", "ConvProblem", "ConvTranspose1d", "ConvTranspose2d", "ConversionSummary", "PassPlan", "Plan",
-    "conv1d", "conv_bn_act", "conv_transpose1d", "conv_transpose2d", "convert", "explain", "fold_batchnorm", "revert",
-    "set_fp32_precision", "set_trials", "summarize", "trials", "triton_conv",
+    "conv1d", "conv_bn_act", "conv_transpose1d", "conv_transpose2d", "convert", "disable", "enable", "explain",
+    "fold_batchnorm", "is_enabled", "revert", "set_fp32_precision", "set_trials", "summarize", "trials", "triton_conv",
 ]  # fmt: skip
 __version__ = "0.1.0"
 
@@ -25,6 +25,7 @@ def _is_command_line() -> bool:
 if TYPE_CHECKING or not _is_command_line():
     from .api import conv_bn_act, explain, triton_conv
     from .dispatch import PassPlan, Plan
+    from .enabling import disable, enable, is_enabled
     from .folding import fold_batchnorm
     from .kinds import conv1d, conv_transpose1d, conv_transpose2d
     from .layers import Conv1d, Conv2d, ConvTranspose1d, ConvTranspose2d
@@ -36,7 +37,18 @@ else:
 
     def __getattr__(name: str) -> Any:
         if name in __all__:
-            for module in ("api", "dispatch", "folding", "kinds", "layers", "modules", "prepared", "problem", "trial"):
+            for module in (
+                "api",
+                "dispatch",
+                "enabling",
+                "folding",
+                "kinds",
+                "layers",
+                "modules",
+                "prepared",
+                "problem",
+                "trial",
+            ):
                 loaded = importlib.import_module(f".{module}", __name__)
                 if hasattr(loaded, name):
                     return getattr(loaded, name)

@@ -109,12 +109,18 @@ class ConvTranspose2d(_Transposed, nn.ConvTranspose2d):
 
     def _transposed(self, input: Tensor, output_padding: list[int]) -> Tensor:
         if not torch.jit.is_scripting():
-            padding: Any = self.padding
             return conv_transpose2d(
-                input, self.weight, self.bias, self.stride, padding, output_padding, self.groups, self.dilation
+                input, self.weight, self.bias, self.stride, self.padding, output_padding, self.groups, self.dilation
             )
         return F.conv_transpose2d(
-            input, self.weight, self.bias, self.stride, self.padding, output_padding, self.groups, self.dilation
+            input,
+            self.weight,
+            self.bias,
+            self.stride,
+            self.padding,  # type: ignore[arg-type]
+            output_padding,
+            self.groups,
+            self.dilation,
         )
 
 
@@ -125,12 +131,18 @@ class ConvTranspose1d(_Transposed, nn.ConvTranspose1d):
 
     def _transposed(self, input: Tensor, output_padding: list[int]) -> Tensor:
         if not torch.jit.is_scripting():
-            padding: Any = self.padding
             return conv_transpose1d(
-                input, self.weight, self.bias, self.stride, padding, output_padding, self.groups, self.dilation
+                input, self.weight, self.bias, self.stride, self.padding, output_padding, self.groups, self.dilation
             )
         return F.conv_transpose1d(
-            input, self.weight, self.bias, self.stride, self.padding, output_padding, self.groups, self.dilation
+            input,
+            self.weight,
+            self.bias,
+            self.stride,
+            self.padding,  # type: ignore[arg-type]
+            output_padding,
+            self.groups,
+            self.dilation,
         )
 
 

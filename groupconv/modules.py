@@ -36,7 +36,7 @@ class ConversionSummary:
 
 def convert(model: nn.Module, fuse: str | None = None) -> nn.Module:
     """Turn every grouped nn.Conv1d, nn.Conv2d, nn.ConvTranspose1d and nn.ConvTranspose2d of `model`, itself included,
-    into groupconv's layer of that name, in place.
+    into groupconv's layer of that name, in place. (`enable` is the other way, for whatever calls torch.nn.functional.)
 
     Only a layer's class changes, so that its parameters, buffers, hooks, names and state dict stay, and so does an
     optimizer made before. Left alone are layers of one group and subclasses: those with a forward of their own,
@@ -126,7 +126,8 @@ def _why_left(module: nn.Module) -> str | None:
         return "parametrized: convert first"
     if kind is not native:
         own = any(getattr(kind, name, None) is not getattr(native, name, None) for name in ("forward", "_conv_forward"))
-        return f"{kind.__module__}.{kind.__qualname__}, a subclass{' with its own forward' if own else ''}"
+        how = "with its own forward, whose calls enable() takes" if own else "that enable() takes"
+        return f"{kind.__module__}.{kind.__qualname__}, a subclass {how}"
     if getattr(module, "qconfig", None) is not None:
         return "to be quantised: it has a qconfig"
     return CONVERTIBLE

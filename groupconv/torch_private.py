@@ -42,11 +42,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 __all__ = [
     "FakeTensor", "TorchDispatchMode", "any_autocast", "being_traced", "cudnn_is_deterministic", "cudnn_searches",
-    "current_gpu", "determinism_is_asked_for", "direct_apply", "dispatch_modes",
-    "forward_mode_is_on", "fp32_precision_of_convolutions", "fusers_of_quantization", "has_hooks", "is_batched",
-    "is_being_derived",
-    "is_going_to_run", "is_watched", "overrides_are_on", "register_decomposition", "saved_tensors_are_packed",
-    "without_dispatch_key",
+    "current_gpu", "determinism_is_asked_for", "direct_apply", "dispatch_modes", "forward_mode_is_on",
+    "fp32_precision_of_convolutions", "fusers_of_quantization", "has_hooks", "is_batched", "is_being_derived",
+    "is_going_to_run", "is_watched", "overrides_are_on", "register_decomposition", "register_scripted",
+    "saved_tensors_are_packed", "without_dispatch_key",
 ]  # fmt: skip
 
 any_autocast: Callable[[], bool] = _is_any_autocast_enabled
@@ -71,6 +70,13 @@ try:
     from torch._decomp import register_decomposition
 except ImportError:
     register_decomposition = None
+
+# Have torch.jit.script take a Python function for the operator of a name.
+register_scripted: Callable[[Callable, str], object] | None
+try:
+    from torch.jit._builtins import _register_builtin as register_scripted
+except ImportError:  # then it says that it cannot read the function
+    register_scripted = None
 
 # torch.ao.quantization's table: types of layers in a row to the function that fuses them.
 fusers_of_quantization: dict | None

@@ -290,9 +290,9 @@ def every_kind():
 
 LEFT = {
     "stem": "one group",
-    "scaled": "test_modules.Scaled, a subclass with its own forward",
-    "bare": "test_modules.Bare, a subclass",
-    "unpadded": "test_modules.Unpadded, a subclass with its own forward",
+    "scaled": "test_modules.Scaled, a subclass with its own forward, whose calls enable() takes",
+    "bare": "test_modules.Bare, a subclass that enable() takes",
+    "unpadded": "test_modules.Unpadded, a subclass with its own forward, whose calls enable() takes",
     "normed": "parametrized: convert first",
     "lazy": "lazy until its first call",
     "quantised": "quantised",
@@ -324,7 +324,7 @@ def test_summary_in_words():
         "2 of 4 convolutions by groupconv\n"
         "  converted: 1.0, 2\n"
         "  one group: 0\n"
-        "  test_modules.Scaled, a subclass with its own forward: 3"
+        "  test_modules.Scaled, a subclass with its own forward, whose calls enable() takes: 3"
     )
     assert str(summarize(convert(nn.Conv2d(4, 4, 3, groups=2)))) == (
         "1 of 1 convolutions by groupconv\n  converted: the model itself"

@@ -16,7 +16,9 @@ from groupconv import perf_reports, torch_private
 SOURCE = pathlib.Path(torch_private.__file__)
 TREE = ast.parse(SOURCE.read_text())
 # Of PyTorch's tools, and one that builds for CPUs lack: the others are needed by every call.
-DISPENSABLE = {"_cuda_getDevice", "register_decomposition", "_DEFAULT_OP_LIST_TO_FUSER_METHOD"}
+DISPENSABLE = {
+    "_cuda_getDevice", "_register_builtin", "register_decomposition", "_DEFAULT_OP_LIST_TO_FUSER_METHOD",
+}  # fmt: skip
 
 
 def is_private(module, name=""):
@@ -58,7 +60,8 @@ def test_a_name_that_is_gone_is_named_or_done_without(module, name, monkeypatch)
     if name in DISPENSABLE:
         without = loaded()
         assert without.current_gpu is torch.cuda.current_device or "cuda" not in name
-        assert name == "_cuda_getDevice" or None in (without.register_decomposition, without.fusers_of_quantization)
+        lacking = without.register_decomposition, without.register_scripted, without.fusers_of_quantization
+        assert name == "_cuda_getDevice" or None in lacking
     else:
         with pytest.raises(ImportError, match=name):
             loaded()
@@ -77,6 +80,8 @@ del torch._decomp.register_decomposition, mappings._DEFAULT_OP_LIST_TO_FUSER_MET
 import groupconv
 x, layer = torch.randn(1, 4, 5, 5), torch.nn.Conv2d(4, 4, 3, groups=2)
 y = layer(x)
+with groupconv.enable():
+    assert torch.equal(layer(x), y)
 assert torch.equal(groupconv.convert(layer)(x), y)
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
