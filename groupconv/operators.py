@@ -22,18 +22,16 @@ from .problem import dense_strides
 
 _LIBRARY = torch.library.Library("groupconv", "DEF")
 _ARGS = "SymInt[2] stride, SymInt[4] padding, SymInt[2] dilation, SymInt groups"
-_LIBRARY.define(f"conv2d(Tensor input, Tensor weight, Tensor? bias, {_ARGS}, str backend) -> Tensor")
-_LIBRARY.define(
-    f"conv2d_backward(Tensor grad, Tensor input, Tensor weight, {_ARGS}, bool[3] mask, str backend) -> Tensor[]"
-)
-_LIBRARY.define(
+for _schema in (
+    f"conv2d(Tensor input, Tensor weight, Tensor? bias, {_ARGS}, str backend) -> Tensor",
+    f"conv2d_backward(Tensor grad, Tensor input, Tensor weight, {_ARGS}, bool[3] mask, str backend) -> Tensor[]",
     "conv2d_finished(Tensor input, Tensor weight, Tensor? bias, Tensor? residual, str? activation, bool keeps,"
-    f" {_ARGS}, str backend) -> (Tensor, Tensor)"
-)
-_LIBRARY.define(
+    f" {_ARGS}, str backend) -> (Tensor, Tensor)",
     "conv_transpose2d(Tensor input, Tensor weight, Tensor? bias, SymInt[2] stride, SymInt[2] padding,"
-    " SymInt[2] output_padding, SymInt[2] dilation, SymInt groups, str backend) -> Tensor"
-)
+    " SymInt[2] output_padding, SymInt[2] dilation, SymInt groups, str backend) -> Tensor",
+):
+    # Operands lie as Inductor likes best, which kernels read in any layout: untagged, it would copy them back.
+    _LIBRARY.define(_schema, tags=(torch.Tag.flexible_layout, torch.Tag.pt2_compliant_tag))
 
 
 def _like(tensor: Tensor, strides) -> Tensor:

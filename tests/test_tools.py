@@ -4,6 +4,7 @@ import contextlib
 import copy
 import functools
 import pickle
+import shutil
 import subprocess
 import sys
 
@@ -19,7 +20,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import groupconv
-from groupconv import convert, explain, revert, triton_conv
+from groupconv import call, convert, explain, revert, triton_conv
 
 pytestmark = [pytest.mark.usefixtures("few_programs"), pytest.mark.filterwarnings("ignore:Using padding='same'")]
 by_kernels = functools.partial(triton_conv, backend="triton")
@@ -549,3 +550,70 @@ def test_a_type_that_knows_only_conv2d():
     assert triton_conv(OnlyConv2d(), w, groups=2) == "F.conv2d's"
     with pytest.raises(TypeError, match="no implementation found for"):
         triton_conv(OnlyConv2d(), w, groups=2, backend="triton")
+
+
+# --- Inductor --------------------------------------------------------------------------------------------------------
+
+
+class ByKernels(nn.Conv2d):
+    def forward(self, x):
+        return by_kernels(x, self.weight, self.bias, self.stride, self.padding, self.dilation, self.groups)
+
+
+def block():
+    """Grouped convolutions by our kernels between two that Inductor lays out channels_last."""
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(4, 8, 3, padding=1), nn.ReLU(), ByKernels(8, 8, 3, padding=1, groups=4), nn.ReLU(),
+        ByKernels(8, 8, 3, padding=1, groups=8), nn.SiLU(), nn.Conv2d(8, 4, 1),
+    )  # fmt: skip
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="Inductor compiles for a CPU by g++")
+def test_inductor_lays_out_around_us(monkeypatch):
+    """Operands come as Inductor has them, channels_last: nothing is copied back for us, forward or backward."""
+    came = []
+
+    def recorded(function):
+        def method(self, *arguments):
+            tensors = [t for t in arguments if isinstance(t, torch.Tensor) and t.dim() == 4 and t.shape[2:] == (9, 7)]
+            came.extend(t.is_contiguous(memory_format=torch.channels_last) for t in tensors)
+            return function(self, *arguments)
+
+        return method
+
+    for name in ("forward", "backward"):
+        monkeypatch.setattr(call.Call, name, recorded(getattr(call.Call, name)))
+    model, x = block(), torch.randn(2, 4, 9, 7)
+
+    def step(model):
+        y = model(x)
+        return [y.detach(), *torch.autograd.grad(y.square().sum(), list(model.parameters()))]
+
+    plain = step(model)
+    assert not any(came)
+    came.clear()
+    torch._dynamo.reset()
+    with torch._inductor.config.patch(force_disable_caches=True):
+        compiled = step(torch.compile(model, fullgraph=True))
+    assert came == [True] * 6
+    for out, ref in zip(compiled, plain, strict=True):
+        assert (out - ref).norm() <= 1e-5 * ref.norm()
+
+
+def test_recompilations_of_another_batch():
+    """As many as of F.conv2d: the second batch makes it dynamic."""
+    graphs = {}
+    x, w, bias = operands()
+    for conv in (F.conv2d, by_kernels):
+        made = graphs[conv] = []
+
+        def backend(graph, inputs, made=made):
+            made.append(graph)
+            return graph
+
+        torch._dynamo.reset()
+        compiled = torch.compile(lambda x, conv=conv: conv(x, w, bias, groups=4).relu(), backend=backend)
+        for batch in (2, 3, 4, 5):
+            assert compiled(torch.randn(batch, *x.shape[1:])).shape[0] == batch
+    assert [len(made) for made in graphs.values()] == [2, 2]
