@@ -226,7 +226,7 @@ def _gradients(dz, y, weight, bias, mean, rstd, training: bool, activation, need
     return dy, d_weight, sums[0].to(bias.dtype) if need_b and sums is not None else None
 
 
-class _BatchNormFunction(torch.autograd.Function):
+class BatchNormActivation(torch.autograd.Function):
     @staticmethod
     def forward(ctx, y, weight, bias, mean, rstd, training, eps, activation):
         ctx.save_for_backward(y, weight, bias, mean, rstd)
@@ -261,4 +261,4 @@ def _derived(dz, y, weight, bias, mean, rstd, training: bool, eps: float, activa
     return tuple(next(grads) if need else None for need in needs)
 
 
-_apply_function: Callable[..., Tensor] = torch_private.direct_apply(_BatchNormFunction)
+_apply_function: Callable[..., Tensor] = torch_private.direct_apply(BatchNormActivation)

@@ -144,6 +144,17 @@ class Call:
 
     def forward(self, x: Tensor, w: Tensor, bias: Tensor | None) -> Tensor:
         """y of tensors that this call was looked up for."""
+        if torch_private.profiler_is_on():
+            with torch_private.recorded(self._label("fprop"), [x, w, bias]):
+                return self._forward_of(x, w, bias)
+        return self._forward_of(x, w, bias)
+
+    def _label(self, *passes: str) -> str:
+        """What torch.profiler calls these passes: their algorithms."""
+        named = [f"{pass_}: {getattr(self.plan, pass_).algorithm}" for pass_ in passes]
+        return f"groupconv::{', '.join(named) or 'the gradient of the bias'}"
+
+    def _forward_of(self, x: Tensor, w: Tensor, bias: Tensor | None) -> Tensor:
         if self.problem.batch == 0:
             return launcher.allocate(self.problem.y_shape, self.strides["y"], x)
         if self.copy_bias and bias is not None:
@@ -193,6 +204,12 @@ class Call:
         """y = activation(convolution + residual), or, if it keeps that, (y, what the activation is of), by `finisher`'s
         answer.
         """
+        if torch_private.profiler_is_on():
+            with torch_private.recorded(f"{self._label('fprop')}, {activation}", [x, w, bias, residual]):
+                return self._finish_of(run, x, w, bias, residual, activation, keeps)
+        return self._finish_of(run, x, w, bias, residual, activation, keeps)
+
+    def _finish_of(self, run: Callable, x, w, bias, residual: Tensor | None, activation: str | None, keeps: bool):
         if residual is not None:
             residual = self._lying_as_y(residual)
         if self.copy_bias and bias is not None:
@@ -243,6 +260,13 @@ class Call:
             if not self._fits(dy, x, w):
                 return None
             run = self._backward[key] = self._prepare_backward(dy, x, w, *needs)
+        if torch_private.profiler_is_on():
+            passes = [pass_ for pass_, needed in zip(("dgrad", "wgrad"), needs[:2], strict=True) if needed]
+            with torch_private.recorded(self._label(*passes), [dy, x, w]):
+                return self._backward_of(run, key, dy, x, w)
+        return self._backward_of(run, key, dy, x, w)
+
+    def _backward_of(self, run: Callable, key: tuple, dy: Tensor, x: Tensor | None, w: Tensor | None):
         try:
             if self._elsewhere():
                 with torch.cuda.device(self.device):
@@ -250,7 +274,7 @@ class Call:
             return run(dy, x, w)
         except assembler.Miscompiled as error:
             self._give_up(error)
-            self._backward[key] = self._backward_by_torch(needs)
+            self._backward[key] = self._backward_by_torch(key[0])
             return self._backward[key](dy, x, w)
 
     def _backward_by_torch(self, needs: tuple[bool, bool, bool]) -> Callable:

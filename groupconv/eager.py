@@ -54,7 +54,7 @@ def is_plain(x, w, bias) -> bool:
 # --- Plain tensors: autograd -----------------------------------------------------------------------------------------
 
 
-class _ConvFunction(torch.autograd.Function):
+class GroupedConv2d(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, w, bias, call):
         need_x, need_w = ctx.needs_input_grad[:2]
@@ -69,7 +69,7 @@ class _ConvFunction(torch.autograd.Function):
         return *gradients(ctx.call, dy, x, w, wanted(ctx)), None
 
 
-_apply_function = torch_private.direct_apply(_ConvFunction)
+_apply_function = torch_private.direct_apply(GroupedConv2d)
 
 
 def wanted(ctx) -> tuple[bool, bool, bool]:

@@ -150,7 +150,7 @@ def _keeps(operands: tuple[Tensor | None, ...], activation: str | None) -> bool:
     return activation is not None and not ACTIVATIONS[activation].by_result and _derived(operands)
 
 
-class _FinishedFunction(torch.autograd.Function):
+class GroupedConv2dFinished(torch.autograd.Function):
     """y, and what its activation is of where the derivative wants that: a result too, so that it is derivable."""
 
     @staticmethod
@@ -174,4 +174,4 @@ class _FinishedFunction(torch.autograd.Function):
         return *grads, dv if ctx.needs_input_grad[3] else None, None, None, None, None
 
 
-_apply_function = torch_private.direct_apply(_FinishedFunction)
+_apply_function = torch_private.direct_apply(GroupedConv2dFinished)

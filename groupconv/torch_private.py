@@ -27,7 +27,7 @@ from torch._C import (
     _len_torch_dispatch_stack,
     _will_engine_execute_node,
 )
-from torch._C._autograd import _top_saved_tensors_default_hooks
+from torch._C._autograd import _profiler_enabled, _top_saved_tensors_default_hooks
 from torch._C._functorch import (
     TransformType,
     get_interpreter_stack,
@@ -35,6 +35,7 @@ from torch._C._functorch import (
     is_legacy_batchedtensor,
     maybe_current_level,
 )
+from torch._C._profiler import _RecordFunctionFast
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd import forward_ad
 from torch.nn.modules.module import _has_any_global_hook
@@ -44,8 +45,8 @@ __all__ = [
     "FakeTensor", "TorchDispatchMode", "any_autocast", "being_traced", "cudnn_is_deterministic", "cudnn_searches",
     "current_gpu", "determinism_is_asked_for", "direct_apply", "dispatch_modes", "forward_mode_is_on",
     "fp32_precision_of_convolutions", "fusers_of_quantization", "has_hooks", "is_batched", "is_being_derived",
-    "is_going_to_run", "is_watched", "overrides_are_on", "register_decomposition", "register_scripted",
-    "saved_tensors_are_packed", "without_dispatch_key",
+    "is_going_to_run", "is_watched", "overrides_are_on", "profiler_is_on", "recorded", "register_decomposition",
+    "register_scripted", "saved_tensors_are_packed", "without_dispatch_key",
 ]  # fmt: skip
 
 any_autocast: Callable[[], bool] = _is_any_autocast_enabled
@@ -54,6 +55,9 @@ being_traced: Callable[[], object | None] = _get_tracing_state  # by torch.jit, 
 cudnn_searches: Callable[[], bool] = _get_cudnn_benchmark
 cudnn_is_deterministic: Callable[[], bool] = _get_cudnn_deterministic
 determinism_is_asked_for: Callable[[], bool] = _get_deterministic_algorithms
+profiler_is_on: Callable[[], bool] = _profiler_enabled
+# A context that is an event of a name, and of tensors whose shapes are told.
+recorded: Callable[[str, list], contextlib.AbstractContextManager] = _RecordFunctionFast
 dispatch_modes: Callable[[], int] = _len_torch_dispatch_stack  # how many are on
 # "ieee", "tf32" or "none": torch.backends.cudnn.conv.fp32_precision without its class.
 fp32_precision_of_convolutions: Callable[[], str] = functools.partial(_get_fp32_precision_getter, "cuda", "conv")

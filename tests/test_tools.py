@@ -552,6 +552,25 @@ def test_a_type_that_knows_only_conv2d():
         triton_conv(OnlyConv2d(), w, groups=2, backend="triton")
 
 
+# --- Profiler --------------------------------------------------------------------------------------------------------
+
+
+def test_profiler(device):
+    """A call has a name, its algorithm's too, and shapes; nothing of it is left outside."""
+    x, w, bias = (t.requires_grad_() for t in operands(device))
+    with torch.profiler.profile(record_shapes=True) as profile:
+        by_kernels(x, w, bias, groups=4).sum().backward()
+        by_kernels(x, w, bias, groups=4, activation="silu")
+    plan = explain(x, w, bias, groups=4, backend="triton")
+    shapes = {event.name: event.input_shapes for event in profile.events()}
+    operand_shapes = [list(t.shape) for t in (x, w, bias)]
+    assert shapes[f"groupconv::fprop: {plan.fprop.algorithm}"] == operand_shapes
+    assert shapes[f"groupconv::fprop: {plan.fprop.algorithm}, silu"] == [*operand_shapes, []]
+    backward = f"groupconv::dgrad: {plan.dgrad.algorithm}, wgrad: {plan.wgrad.algorithm}"
+    assert shapes[backward] == [[2, 12, 4, 5], *operand_shapes[:2]]
+    assert {"GroupedConv2d", "GroupedConv2dBackward"} <= shapes.keys()
+
+
 # --- Inductor --------------------------------------------------------------------------------------------------------
 
 
