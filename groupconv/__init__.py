@@ -6,9 +6,10 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 __all__ = [
-    "Conv1d", "Conv2d", "ConvProblem", "ConvTranspose1d", "ConvTranspose2d", "ConversionSummary", "PassPlan", "Plan",
-    "conv1d", "conv_bn_act", "conv_transpose1d", "conv_transpose2d", "convert", "disable", "enable", "explain",
-    "fold_batchnorm", "is_enabled", "revert", "set_fp32_precision", "set_trials", "summarize", "trials", "triton_conv",
+    "Conv1d", "Conv2d", "ConvProblem", "ConvTranspose1d", "ConvTranspose2d", "ConversionSummary",
+    "DepthWiseConv2dImplicitGEMM", "PassPlan", "Plan", "conv1d", "conv_bn_act", "conv_transpose1d", "conv_transpose2d",
+    "convert", "disable", "enable", "explain", "fold_batchnorm", "is_enabled", "revert", "set_fp32_precision",
+    "set_trials", "summarize", "trials", "triton_conv",
 ]  # fmt: skip
 __version__ = "0.1.0"
 
@@ -28,7 +29,7 @@ if TYPE_CHECKING or not _is_command_line():
     from .enabling import disable, enable, is_enabled
     from .folding import fold_batchnorm
     from .kinds import conv1d, conv_transpose1d, conv_transpose2d
-    from .layers import Conv1d, Conv2d, ConvTranspose1d, ConvTranspose2d
+    from .layers import Conv1d, Conv2d, ConvTranspose1d, ConvTranspose2d, DepthWiseConv2dImplicitGEMM
     from .modules import ConversionSummary, convert, revert, summarize
     from .prepared import set_fp32_precision, set_trials
     from .problem import ConvProblem

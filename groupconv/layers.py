@@ -68,6 +68,23 @@ class Conv2d(_Convolution, nn.Conv2d):
         return F.conv2d(input, weight, bias, self.stride, (0, 0), self.dilation, self.groups)
 
 
+class DepthWiseConv2dImplicitGEMM(Conv2d):
+    """A depthwise Conv2d of stride 1 whose padding is half the kernel, so that odd kernels keep the map's size.
+
+    By the name, signature, parameters and state dict of the layer that RepLKNet, SLaK and their followers import from
+    depthwise_conv2d_implicit_gemm: `from groupconv import DepthWiseConv2dImplicitGEMM` is all that changes. Every dtype
+    and device of triton_conv's, where that one takes fp32 and fp16 on GPUs.
+
+    Args:
+        channels: in and out. kernel: its side, or (height, width). bias: whether there is one.
+    """
+
+    def __init__(self, channels: int, kernel: int | tuple[int, int], bias: bool = False):
+        height, width = (kernel, kernel) if isinstance(kernel, int) else kernel
+        padding = height // 2, width // 2
+        super().__init__(channels, channels, (height, width), padding=padding, groups=channels, bias=bias)
+
+
 class Conv1d(_Convolution, nn.Conv1d):
     """nn.Conv1d whose convolution is groupconv.conv1d, as Conv2d is nn.Conv2d: the result lies in memory as the input
     does, [N, L, C] transposed if that is so. Of zeros `padding` may also be (left, right): (K - 1, 0) is causal.

@@ -148,6 +148,20 @@ def test_the_other_kinds_by_our_kernels(name, device, monkeypatch):
         torch.testing.assert_close(out, ref)
 
 
+@pytest.mark.parametrize("kernel", [5, (7, 3), 4], ids=str)
+def test_the_drop_in_of_large_kernels(kernel):
+    """Its parameters are those of the layer whose name it has: a depthwise convolution's."""
+    layer = groupconv.DepthWiseConv2dImplicitGEMM(6, kernel, bias=True)
+    weight, bias = layer.weight, layer.bias
+    assert list(layer.state_dict()) == ["weight", "bias"]
+    padding = [size // 2 for size in weight.shape[2:]]
+    expected = nn.functional.conv2d(pixels(6), weight, bias, padding=padding, groups=6)
+    assert torch.equal(layer(pixels(6)), expected)
+    assert groupconv.DepthWiseConv2dImplicitGEMM(6, kernel).bias is None
+    assert summarize(revert(layer)).converted == ("",)
+    assert torch.equal(copy.deepcopy(layer)(pixels(6)), expected)
+
+
 def test_padding_of_each_side():
     x = pixels(6)
     ours = groupconv.Conv2d(6, 4, 3, padding=(2, 0, 1, 0), groups=2)
