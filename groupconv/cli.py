@@ -1,4 +1,4 @@
-"""The command line: groupconv compile, report, tune, trials and bench."""
+"""The command line: groupconv compile, report, tune, trials, advise and bench."""
 
 from __future__ import annotations
 
@@ -37,6 +37,12 @@ def _bench(args: argparse.Namespace) -> int:
     return bench.bench(args)
 
 
+def _advise(args: argparse.Namespace) -> int:
+    from .perf_reports import advise
+
+    return advise.run(args)
+
+
 def _trials(args: argparse.Namespace) -> int:
     from .measuring import trials
 
@@ -49,6 +55,7 @@ COMMANDS = {
     "report": (_report, ("matplotlib", "rich")),
     "tune": (_tune, ("rich",)),
     "trials": (_trials, ("rich",)),
+    "advise": (_advise, ("matplotlib", "rich")),
     "bench": (_bench, ("matplotlib", "rich")),
 }
 

@@ -313,6 +313,20 @@ def best(
     return min(found, key=lambda choice: choice[2].score)
 
 
+def expected(problem: ConvProblem, pass_: str, target: Target) -> tuple[str, float]:
+    """The fastest of ours or "torch", and its time in microseconds, by the model as calibrated on the device alone: of
+    problems that are compared, some of whose classes were measured, on other sizes than theirs.
+    """
+    calibration = _calibration(target)
+    choices = {"torch": cost.torch_prior_us(problem, pass_, target, calibration.torch)}
+    names = _able(problem, pass_, target, "auto")[0]
+    if names:
+        name, _, estimate = best(problem, pass_, target, names, calibration.ours)
+        choices[name] = estimate.time_us
+    fastest = min(choices, key=lambda name: choices[name])
+    return fastest, choices[fastest]
+
+
 def contenders(problem: ConvProblem, pass_: str, target: Target) -> list[tuple[str, dict]]:
     """The plans of ours that are worth a trial: what another device of the architecture has, then the modelled fastest
     first, of different algorithms, and where these are few, of different tiles.

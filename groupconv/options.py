@@ -23,6 +23,7 @@ def parser() -> argparse.ArgumentParser:
         ("report", _report, "compare a layer across group counts; tables and plots in a folder"),
         ("tune", _tune, "measure the fastest configurations on this GPU, and plan by them"),
         ("trials", _trials, "show what plans proved in your own calls, on any GPU"),
+        ("advise", _advise, "compare group counts and widths of a layer, or of a model's layers"),
         ("bench", _bench, "compare with PyTorch's ways, layer by layer and in whole models"),
     ):
         add(commands.add_parser(name, help=help_))
@@ -82,6 +83,22 @@ def _trials(parser: argparse.ArgumentParser) -> None:
         "device: which problems were raced, when, our time and F.conv2d's."
     )
     parser.add_argument("--target", metavar="DEVICE", help="only of this GPU")
+
+
+def _advise(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        "How many groups? Of a layer, or of each grouped layer of a model, across group counts and near widths: "
+        "parameters, FLOPs, bytes and the time of a training step, measured on the GPU here or else modelled; the "
+        "Pareto front of parameters against time; the choices that are traps, slow for what they compute; and where a "
+        "channel shuffle is advisable. A table, advise.csv and a plot."
+    )
+    add_layers(parser, "groups")
+    add = parser.add_argument
+    add("--dtype", choices=DTYPES, default="bf16", help="default: bf16")
+    add("--layout", choices=LAYOUTS, default="nhwc", help="memory order; nhwc is channels_last (default)")
+    add("--target", metavar="DEVICE", help="model this GPU, even where another is present (default: nvidia_h200)")
+    add("--budget-seconds", type=float, metavar="S", help="measure no layer that begins after this time: model it")
+    add("--out", type=pathlib.Path, metavar="DIR", help="default: perf_reports/advise_<device>")
 
 
 def _bench(parser: argparse.ArgumentParser) -> None:

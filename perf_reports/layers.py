@@ -213,6 +213,27 @@ def of_model(spec: str, batch: int, size: int | None, dtype: str, layout: str) -
     Raises:
         ValueError: no such library or model, a model that does not run on meta tensors, or one without such layers.
     """
+    recorder = _recorded(spec, batch, size)
+    layers = [
+        Layer(name, dataclasses.replace(problem, dtype=dtype, layout=layout, out_layout=layout))
+        for problem, name in recorder.names(spec.partition(":")[2]).items()
+    ]
+    if not layers:
+        raise ValueError(f"{spec!r} has no 2-D convolution with groups")
+    return layers
+
+
+def followed_by_groups(spec: str, batch: int, size: int | None) -> dict[str, bool]:
+    """Of `of_model`'s layers, whether the convolution that is called next is grouped too, so that no channel of one
+    group meets those of the others in between. Raises as `of_model`.
+    """
+    recorder = _recorded(spec, batch, size)
+    names = recorder.names(spec.partition(":")[2])
+    return {name: problem in recorder.followed for problem, name in names.items()}
+
+
+def _recorded(spec: str, batch: int, size: int | None) -> _Recorder:
+    """What a model calls."""
     build = builder(spec)
     try:
         # Built with values, of which some models compute their widths; then without, and so is what forward creates.
@@ -221,15 +242,7 @@ def of_model(spec: str, batch: int, size: int | None, dtype: str, layout: str) -
             model(torch.empty(input_shape(model, batch, size)))
     except Exception as error:  # whatever it is, the model is at fault
         raise ValueError(f"{spec!r} does not run on meta tensors: {type(error).__name__}: {error}") from error
-    if not recorder.modules:
-        raise ValueError(f"{spec!r} has no 2-D convolution with groups")
-    layers, times = [], collections.Counter[str]()
-    for problem, module in recorder.modules.items():
-        times[module] += 1
-        name = ".".join(filter(None, (spec.partition(":")[2], module)))
-        number = f"#{times[module]}" if times[module] > 1 else ""
-        layers.append(Layer(name + number, dataclasses.replace(problem, dtype=dtype, layout=layout, out_layout=layout)))
-    return layers
+    return recorder
 
 
 def builder(spec: str) -> Callable[[], nn.Module]:
@@ -277,7 +290,18 @@ class _Recorder(TorchDispatchMode):
     def __init__(self, tracker: ModuleTracker):
         super().__init__()
         self.modules: dict[ConvProblem, str] = {}
+        self.followed: set[ConvProblem] = set()  # by another grouped one
+        self._last: ConvProblem | None = None
         self._tracker = tracker
+
+    def names(self, model: str) -> dict[ConvProblem, str]:
+        """What the problems' layers are called: the model, the module, and of its second problem "#2"."""
+        found, times = {}, collections.Counter[str]()
+        for problem, module in self.modules.items():
+            times[module] += 1
+            number = f"#{times[module]}" if times[module] > 1 else ""
+            found[problem] = ".".join(filter(None, (model, module))) + number
+        return found
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.ops.aten.convolution.default:
@@ -286,6 +310,11 @@ class _Recorder(TorchDispatchMode):
             if call is not None and groups > 1 and not transposed:
                 problem = ConvProblem(*(*x.shape, w.shape[0], *w.shape[2:], *call))
                 self.modules.setdefault(problem, self._module())
+                if self._last is not None:
+                    self.followed.add(self._last)
+                self._last = problem
+            else:
+                self._last = None
         return func(*args, **(kwargs or {}))
 
     def _module(self) -> str:

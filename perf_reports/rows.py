@@ -210,14 +210,14 @@ class _Bench:
     def pinned(self, layer: Layer, pass_: str, name: str) -> tuple[Contender, str]:
         """An algorithm as a plan takes it, and where its configuration comes from."""
         plan = dispatch.plan_pass(layer.problem, pass_, self._lab.target, f"triton:{name}")
-        return _contender(layer.problem, plan), plan.source
+        return contender(layer.problem, plan), plan.source
 
     def rows(self, layer: Layer, pass_: str, subject: Subject, names: list[str], others: list[str]) -> Iterator[Fields]:
         """A pass: what is pinned, its peers, and "auto", which repeats what it takes."""
         listed = [self.pinned(layer, pass_, name) for name in names]
         listed += [(Contender(name), "baseline") for name in others]
         plan = taken(layer.problem, pass_, self._lab.target)
-        auto = None if plan is None else (_contender(layer.problem, plan), plan.source)
+        auto = None if plan is None else (contender(layer.problem, plan), plan.source)
         by_name = self.timed(layer, pass_, subject, listed if auto is None else [*listed, auto])
         yield from (by_name[contender.name] for contender, _ in listed)
         if plan is None or auto is None:
@@ -269,7 +269,7 @@ class _Bench:
         return {"max_rel_err": checked.error, "err_bound": checked.bound, **used, "note": checked.fault}
 
 
-def _contender(problem: ConvProblem, plan: dispatch.PassPlan) -> Contender:
+def contender(problem: ConvProblem, plan: dispatch.PassPlan) -> Contender:
     """What a plan takes, as one that runs."""
     if plan.algorithm == "torch":
         return same_layout(problem)
