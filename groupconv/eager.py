@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import native, operators, torch_private
+from . import native, operators, torch_private, transforms
 from .arguments import ConvArgs, are_tensors, autocast, consistent, normalise
 from .call import PLAIN_TYPES, Call, torch_gradients
 from .prepared import lookup, refusal
@@ -114,7 +114,10 @@ def _dispatched(x, w, bias, stride, padding, dilation, groups, backend) -> Tenso
         if args is not None and consistent(x, w, bias):
             why_not = refusal(x, backend) or why_not_by_operator(x, w, bias, backend)
             if why_not is None:
-                y = operators.conv2d(batched, w, bias, *args, backend)
+                if is_derived():
+                    y = transforms.conv2d(batched, w, bias, args, backend)
+                else:
+                    y = operators.conv2d(batched, w, bias, *args, backend)
                 return y.squeeze(0) if unbatched else y
             if backend != "auto":
                 raise NotImplementedError(f"triton_conv: backend={backend!r} cannot run this convolution: {why_not}")
@@ -126,7 +129,7 @@ def why_not_by_operator(x, w, bias, backend: str) -> str | None:
     """Why tensors that are not plain, or that something watches, cannot go by an operator of ours, or None."""
     if backend == "auto" and not all(map(_knows_operators, (x, w, bias))):
         return "a tensor subclass may know F.conv2d, but not an operator of ours"
-    return None if torch.compiler.is_compiling() else _underivable()
+    return None
 
 
 def _refused(x, w, bias, stride, padding, dilation, groups, backend) -> Tensor:
@@ -142,10 +145,8 @@ def _knows_operators(tensor: Tensor | None) -> bool:
     return tensor is None or type(tensor) in PLAIN_TYPES or isinstance(tensor, torch_private.FakeTensor)
 
 
-def _underivable() -> str | None:
-    """Why the operators cannot be derived as the caller is about to, or None."""
-    if torch_private.forward_mode_is_on():
-        return "forward-mode derivatives are F.conv2d's"
-    if torch_private.is_being_derived():
-        return "derivatives inside torch.func are F.conv2d's"
-    return None
+def is_derived() -> bool:
+    """Whether derivatives are taken as only `transforms` has them; what is compiled is derived before."""
+    if torch.compiler.is_compiling():
+        return False
+    return torch_private.forward_mode_is_on() or torch_private.is_being_derived()

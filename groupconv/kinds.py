@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
-from . import eager, epilogue, native, operators, prepared, torch_private
+from . import eager, epilogue, native, operators, prepared, torch_private, transforms
 from .api import check_backend, triton_conv
 from .arguments import are_tensors, autocast, consistent, integer, normalise, normalise_transposed
 
@@ -212,7 +212,11 @@ def _transposed(x, w, bias, stride, padding, output_padding, groups, dilation, b
                 return None
         elif eager.why_not_by_operator(x, w, bias, backend) is not None:
             return None
-    y = operators.conv_transpose2d(x, w, bias, *args, backend)
+    if eager.is_derived():
+        y_shape = args.y_shape(x.shape, w.shape)
+        y = transforms.conv_transpose2d(x, w, bias, y_shape, args.convolution, backend)
+    else:
+        y = operators.conv_transpose2d(x, w, bias, *args, backend)
     return y.squeeze(0) if unbatched else y
 
 

@@ -245,7 +245,7 @@ torch.library.register_autograd(
 # --- vmap and autocast -----------------------------------------------------------------------------------------------
 
 
-def _into_channels(tensor: Tensor | None, dim: int | None, size: int, channel: int) -> Tensor | None:
+def into_channels(tensor: Tensor | None, dim: int | None, size: int, channel: int) -> Tensor | None:
     """A vmapped tensor with its mapped axis folded into the axis `channel` of the others, as its slower part."""
     if tensor is None:
         return None
@@ -256,17 +256,17 @@ def _into_channels(tensor: Tensor | None, dim: int | None, size: int, channel: i
 def _conv2d_vmap(info, in_dims, x, w, bias, stride, padding, dilation, groups, backend):
     """A batch of convolutions is one with so many times the groups."""
     size = info.batch_size
-    x, w = _into_channels(x, in_dims[0], size, 1), _into_channels(w, in_dims[1], size, 0)
-    bias = _into_channels(bias, in_dims[2], size, 0)
+    x, w = into_channels(x, in_dims[0], size, 1), into_channels(w, in_dims[1], size, 0)
+    bias = into_channels(bias, in_dims[2], size, 0)
     y = conv2d(x, w, bias, stride, padding, dilation, groups * size, backend)
     return y.unflatten(1, (size, -1)), 1
 
 
 def _conv_transpose2d_vmap(info, in_dims, x, w, bias, *args):
     size = info.batch_size
-    x, w = _into_channels(x, in_dims[0], size, 1), _into_channels(w, in_dims[1], size, 0)
+    x, w = into_channels(x, in_dims[0], size, 1), into_channels(w, in_dims[1], size, 0)
     *args, groups, backend = args
-    y = conv_transpose2d(x, w, _into_channels(bias, in_dims[2], size, 0), *args, groups * size, backend)
+    y = conv_transpose2d(x, w, into_channels(bias, in_dims[2], size, 0), *args, groups * size, backend)
     return y.unflatten(1, (size, -1)), 1
 
 
@@ -274,8 +274,8 @@ def _conv2d_finished_vmap(
     info, in_dims, x, w, bias, residual, activation, keeps, stride, padding, dilation, groups, backend
 ):
     size = info.batch_size
-    x, w = _into_channels(x, in_dims[0], size, 1), _into_channels(w, in_dims[1], size, 0)
-    bias, residual = _into_channels(bias, in_dims[2], size, 0), _into_channels(residual, in_dims[3], size, 1)
+    x, w = into_channels(x, in_dims[0], size, 1), into_channels(w, in_dims[1], size, 0)
+    bias, residual = into_channels(bias, in_dims[2], size, 0), into_channels(residual, in_dims[3], size, 1)
     args = (stride, padding, dilation, groups * size, backend)
     y, kept = conv2d_finished(x, w, bias, residual, activation, keeps, *args)
     return (y.unflatten(1, (size, -1)), kept.unflatten(1, (size, -1)) if keeps else kept), (1, 1 if keeps else None)
@@ -283,8 +283,8 @@ def _conv2d_finished_vmap(
 
 def _conv2d_backward_vmap(info, in_dims, dy, x, w, stride, padding, dilation, groups, mask, backend):
     size = info.batch_size
-    dy, x = _into_channels(dy, in_dims[0], size, 1), _into_channels(x, in_dims[1], size, 1)
-    w = _into_channels(w, in_dims[2], size, 0)
+    dy, x = into_channels(dy, in_dims[0], size, 1), into_channels(x, in_dims[1], size, 1)
+    w = into_channels(w, in_dims[2], size, 0)
     args = (stride, padding, dilation, groups * size, mask, backend)
     grads = conv2d_backward(dy, x, w, *args)
     axes = [axis for axis, needed in zip((1, 0, 0), mask, strict=True) if needed]

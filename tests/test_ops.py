@@ -13,8 +13,20 @@ import torch.nn.functional as F
 from torch._subclasses import FakeTensorMode
 
 import groupconv
-from groupconv import algorithms, arguments, assembler, devices, dispatch, explain, launcher, prepared, triton_conv
+from groupconv import (
+    algorithms,
+    arguments,
+    assembler,
+    conv_transpose2d,
+    devices,
+    dispatch,
+    explain,
+    launcher,
+    prepared,
+    triton_conv,
+)  # fmt: skip
 from groupconv.algorithms import REGISTRY, able
+from groupconv.call import Call
 from groupconv.problem import PASSES
 
 pytestmark = [
@@ -581,19 +593,53 @@ def test_backward_twice(device):
 # --- Transforms ------------------------------------------------------------------------------------------------------
 
 
-def test_func_grad(device):
-    """Derivatives inside torch.func are F.conv2d's; forced kernels say so."""
-    tensors = [t.detach() for t in operands(device)]
+TRANSFORMS = {
+    "grad": lambda f, x, w, b: torch.func.grad(lambda *t: f(*t).sin().sum(), (0, 1, 2))(x, w, b),
+    "grad of grad": lambda f, x, w, b: torch.func.grad(
+        lambda x, w: torch.func.grad(lambda x: f(x, w, b).sin().sum())(x).square().sum(), (0, 1)
+    )(x, w),
+    "vmap of grad": lambda f, x, w, b: torch.vmap(
+        torch.func.grad(lambda w, x: f(x[None], w, b).sin().sum()), (None, 0)
+    )(w, x),
+    "grad of vmap": lambda f, x, w, b: torch.func.grad(lambda w: torch.vmap(lambda x: f(x[None], w, b))(x).sin().sum())(
+        w
+    ),
+    "vjp": lambda f, x, w, b: torch.func.vjp(lambda *t: f(*t).sin().sum((1, 2, 3)), x, w, b)[1](
+        torch.ones_like(x[:, 0, 0, 0])
+    ),
+    "jvp": lambda f, x, w, b: torch.func.jvp(lambda *t: f(*t).sin(), (x, w, b), (x, w, b)),
+    "jacrev": lambda f, x, w, b: torch.func.jacrev(lambda b: f(x, w, b).sin().sum((2, 3)))(b),
+    "jacfwd": lambda f, x, w, b: torch.func.jacfwd(lambda w: f(x, w, b).sin().sum((2, 3)))(w),
+    "hessian": lambda f, x, w, b: torch.func.hessian(lambda w: f(x[:1], w, b).sin().sum())(w),
+}
 
-    def gradients(conv, *tensors):
-        return torch.func.grad(lambda *t: conv(*t).sin().sum(), argnums=(0, 1, 2))(*tensors)
 
-    found = gradients(lambda *t: triton_conv(*t, groups=2), *tensors)
-    expected = gradients(lambda *t: F.conv2d(*t, groups=2), *(t.double() for t in tensors))
-    for out, ref in zip(found, expected, strict=True):
-        assert close(out, ref)
-    with pytest.raises(NotImplementedError, match=r"torch\.func"):
-        gradients(lambda *t: triton_conv(*t, groups=2, backend="triton"), *tensors)
+@pytest.mark.parametrize("backend", ["auto", "triton"])
+@pytest.mark.parametrize("name", TRANSFORMS)
+def test_transforms(name, backend, device, monkeypatch):
+    """Derivatives inside torch.func, of our kernels too, against float64; of the inputs as they lie."""
+    tensors = [t.detach() for t in operands(device, "nhwc" if name == "grad" else "nchw")]
+    runs = []
+    for method in ("forward", "backward"):
+        whole = getattr(Call, method)
+        monkeypatch.setattr(Call, method, lambda *a, whole=whole: runs.append(1) or whole(*a))
+    found = TRANSFORMS[name](lambda *t: triton_conv(*t, stride=(2, 1), padding=1, groups=2, backend=backend), *tensors)
+    double = [t.double() for t in tensors]
+    expected = TRANSFORMS[name](lambda *t: F.conv2d(*t, stride=(2, 1), padding=1, groups=2), *double)
+    for out, ref in zip(*(r if isinstance(r, tuple) else (r,) for r in (found, expected)), strict=True):
+        assert cases.error(out, ref) <= 2e-6
+    assert bool(runs) == (backend == "triton" or device != "cpu")
+
+
+@pytest.mark.parametrize("name", ["grad", "vmap of grad", "jvp"])
+def test_transforms_of_a_transposed_convolution(name, device):
+    x, _, bias = (t.detach() for t in operands(device))
+    w = random(6, 2, 3, 2, device=device, seed=1)
+    found = TRANSFORMS[name](lambda *t: conv_transpose2d(*t, stride=2, groups=2, backend="triton"), x, w, bias)
+    double = [t.double() for t in (x, w, bias)]
+    expected = TRANSFORMS[name](lambda *t: F.conv_transpose2d(*t, stride=2, groups=2), *double)
+    for out, ref in zip(*(r if isinstance(r, tuple) else (r,) for r in (found, expected)), strict=True):
+        assert cases.error(out, ref) <= 2e-6
 
 
 @pytest.mark.parametrize("backend", ["auto", "triton"])
@@ -622,16 +668,17 @@ def test_per_sample_gradients(device):
     assert close(found, expected)
 
 
-def test_forward_mode(device):
+@pytest.mark.parametrize("backend", ["auto", "triton"])
+def test_forward_mode(backend, device):
     tensors = [t.detach() for t in operands(device)]
     tangents = [torch.randn_like(t) for t in tensors]
-    found = torch.func.jvp(lambda *t: triton_conv(*t, groups=2), tuple(tensors), tuple(tangents))
+    found = torch.func.jvp(lambda *t: triton_conv(*t, groups=2, backend=backend), tuple(tensors), tuple(tangents))
     expected = torch.func.jvp(
         lambda *t: F.conv2d(*t, groups=2), tuple(t.double() for t in tensors), tuple(t.double() for t in tangents)
     )
     with torch.autograd.forward_ad.dual_level():
         duals = [torch.autograd.forward_ad.make_dual(t, s) for t, s in zip(tensors, tangents, strict=True)]
-        dual = torch.autograd.forward_ad.unpack_dual(triton_conv(*duals, groups=2))
+        dual = torch.autograd.forward_ad.unpack_dual(triton_conv(*duals, groups=2, backend=backend))
     for out, ref in zip((*found, *dual), expected * 2, strict=True):
         assert close(out, ref)
 
