@@ -6,10 +6,12 @@ traces, transforms, watches or subclasses a call takes the operators, which end 
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
-from . import native, operators, torch_private, transforms
+from . import native, operators, sharded, torch_private, transforms
 from .arguments import ConvArgs, are_tensors, autocast, consistent, normalise
 from .call import PLAIN_TYPES, Call, torch_gradients
 from .prepared import lookup, refusal
@@ -112,7 +114,13 @@ def _dispatched(x, w, bias, stride, padding, dilation, groups, backend) -> Tenso
         batched = x.unsqueeze(0) if unbatched else x
         args = normalise(batched.shape, w.shape, stride, padding, dilation, groups)
         if args is not None and consistent(x, w, bias):
-            why_not = refusal(x, backend) or why_not_by_operator(x, w, bias, backend)
+            why_not = refusal(x, backend)
+            if why_not is None and sharded.are_sharded(x, w, bias):
+                y = sharded.conv2d(batched, w, bias, args, functools.partial(_local, backend=backend))
+                if y is not None:
+                    return y.squeeze(0) if unbatched else y
+                why_not = "DTensors that are sharded so are F.conv2d's"
+            why_not = why_not or why_not_by_operator(x, w, bias, backend)
             if why_not is None:
                 if is_derived():
                     y = transforms.conv2d(batched, w, bias, args, backend)
@@ -123,6 +131,10 @@ def _dispatched(x, w, bias, stride, padding, dilation, groups, backend) -> Tenso
                 raise NotImplementedError(f"triton_conv: backend={backend!r} cannot run this convolution: {why_not}")
             return native.conv2d(x, w, bias, stride, padding, dilation, groups)
     return _refused(x, w, bias, stride, padding, dilation, groups, backend)
+
+
+def _local(x, w, bias, args: ConvArgs, backend: str) -> Tensor:
+    return conv2d(x, w, bias, *args, backend)
 
 
 def why_not_by_operator(x, w, bias, backend: str) -> str | None:
