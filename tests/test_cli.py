@@ -96,8 +96,8 @@ import groupconv
 eager = "torch" in sys.modules
 names = [getattr(groupconv, name) for name in groupconv.__all__]
 import torch
-from groupconv import Conv2d, api, modules
-assert groupconv.triton_conv is api.triton_conv and groupconv.convert is modules.convert and Conv2d is modules.Conv2d
+from groupconv import Conv2d, api, layers, modules
+assert groupconv.triton_conv is api.triton_conv and groupconv.convert is modules.convert and Conv2d is layers.Conv2d
 assert hasattr(torch.ops, "groupconv") and not hasattr(groupconv, "nothing")
 print(eager, len(names))
 """

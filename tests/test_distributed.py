@@ -11,7 +11,7 @@ WORKER = pathlib.Path(__file__).with_name("distributed_worker.py")
 
 
 @pytest.mark.skipif(not distributed.is_available(), reason="a PyTorch without torch.distributed")
-@pytest.mark.parametrize("world", [2, 4])
+@pytest.mark.parametrize("world", [2, pytest.param(4, marks=pytest.mark.full)])
 def test_processes(world, tmp_path):
     """Each checks what it has; see distributed_worker.py."""
     command = [sys.executable, "-W", "ignore", str(WORKER), str(tmp_path / "store")]

@@ -94,7 +94,7 @@ BAD_CALLS = {
     "padding 'foo'": {"padding": "foo"},
     "padding 'SAME'": {"padding": "SAME"},
     "padding -1": {"padding": -1},
-    "padding of four": {"padding": (1, 1, 1, 1)},
+    "padding of three": {"padding": (1, 1, 1)},
     "padding None": {"padding": None},
     "padding 'same', stride 2": {"padding": "same", "stride": 2},
     "dilation 1.0": {"dilation": 1.0},
