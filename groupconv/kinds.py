@@ -208,7 +208,7 @@ def _transposed(x, w, bias, stride, padding, output_padding, groups, dilation, b
     if not torch.compiler.is_compiling():
         if eager.is_plain(x, w, bias):
             call = prepared.lookup_transposed(x, w, args.y_shape(x.shape, w.shape), args.convolution, backend)
-            if call is None or (backend == "auto" and call.torch_dgrad):
+            if backend == "auto" and (call is None or call.torch_dgrad):
                 return None
         elif eager.why_not_by_operator(x, w, bias, backend) is not None:
             return None

@@ -58,6 +58,8 @@ class Conv2d(_Convolution, nn.Conv2d):
     def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         zeros = self.padding_mode == "zeros"
         if not zeros:
+            if not torch.jit.is_scripting():
+                _require_pairs(self)
             input = F.pad(input, self._reversed_padding_repeated_twice, mode=self.padding_mode)
         if not torch.jit.is_scripting():
             padding = self.padding if zeros else (0, 0)
@@ -66,6 +68,15 @@ class Conv2d(_Convolution, nn.Conv2d):
         if zeros:
             return F.conv2d(input, weight, bias, self.stride, self.padding, self.dilation, self.groups)
         return F.conv2d(input, weight, bias, self.stride, (0, 0), self.dilation, self.groups)
+
+
+def _require_pairs(layer: Any) -> None:
+    """ValueError for padding of each side, which torch.nn's other modes have not."""
+    if len(layer.padding) > len(layer.kernel_size) and not isinstance(layer.padding, str):
+        raise ValueError(
+            f"{type(layer).__name__}: padding is {layer.padding}, but of each side it must be of padding_mode='zeros'"
+            f", not {layer.padding_mode!r}"
+        )
 
 
 class DepthWiseConv2dImplicitGEMM(Conv2d):
@@ -95,6 +106,8 @@ class Conv1d(_Convolution, nn.Conv1d):
     def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         zeros = self.padding_mode == "zeros"
         if not zeros:
+            if not torch.jit.is_scripting():
+                _require_pairs(self)
             input = F.pad(input, self._reversed_padding_repeated_twice, mode=self.padding_mode)
         if not torch.jit.is_scripting():
             padding = self.padding if zeros else (0,)

@@ -168,6 +168,14 @@ def test_padding_of_each_side():
     assert torch.equal(ours(x), nn.Conv2d._conv_forward(
         groupconv.Conv2d(6, 4, 3, groups=2), nn.functional.pad(x, (1, 0, 2, 0)), ours.weight, ours.bias
     ))  # fmt: skip
+    for layer, x_ in (
+        (groupconv.Conv2d(6, 6, 3, padding=(1, 0, 0, 0), groups=6, padding_mode="reflect"), x),
+        (groupconv.Conv1d(6, 6, 3, padding=(1, 0), groups=6, padding_mode="circular"), x[..., 0]),
+    ):
+        with pytest.raises(
+            ValueError, match=r"padding is \(1, 0.*\), but of each side it must be of padding_mode='zeros'"
+        ):
+            layer(x_)
     causal = groupconv.Conv1d(6, 6, 4, padding=(3, 0), groups=6)
     y = causal(x[..., 0])
     assert y.shape == x[..., 0].shape
