@@ -74,6 +74,8 @@ def found(model: nn.Module, modes: tuple[bool, ...]) -> dict[nn.Module, Chain | 
 class _Shallow(fx.Tracer):
     """Traces one module's own code."""
 
+    proxy_buffer_attributes = True
+
     def is_leaf_module(self, module: nn.Module, path: str) -> bool:
         return True
 
@@ -96,6 +98,7 @@ class _Reading:
         self.calls: dict[nn.Module, int] = collections.Counter()
         self.paths = collections.Counter(module for _, module in model.named_modules(remove_duplicate=False))
         self.nodes: dict[nn.Module, tuple[nn.Module, fx.Node]] = {}
+        self.reached_into: set[nn.Module] = set()  # for a part of it, by other code than its own
         self.readers = collections.defaultdict(set)  # of parameters and buffers by identity, whose code takes them
         for name, module in model.named_modules():
             for inner in module.modules():
@@ -108,6 +111,10 @@ class _Reading:
                 self.opaque[module] = name or "the model"
                 continue
             for node in graph.nodes:
+                if node.op in ("call_module", "get_attr"):
+                    holder = str(node.target).rpartition(".")[0]
+                    if holder:
+                        self.reached_into.add(module.get_submodule(holder))
                 if node.op == "call_module":
                     called = module.get_submodule(str(node.target))
                     self.calls[called] += 1
@@ -152,6 +159,8 @@ class _Reading:
             yield "it or its batch norm has a forward of its own"
         if torch_private.has_hooks(module):
             yield "it or its batch norm has hooks"
+        if module in self.reached_into:
+            yield "its batch norm's parts are called or read elsewhere too"
         if any(self.readers[id(tensor)] - {module} for tensor in (*module.parameters(), *module.buffers())):
             yield "its parameters or its batch norm's are read elsewhere too"
         if getattr(module, "qconfig", None) is not None:

@@ -130,6 +130,27 @@ def test_what_is_left(norm, reason, caplog):
     assert same(fused, model)
 
 
+class Outside(ConvNormAct):
+    """Takes a part of its norm, or reads one."""
+
+    def __init__(self, part):
+        super().__init__(8, 8, groups=4, norm=BatchNormAct2d(8, nn.SiLU))
+        self.part = part
+
+    def forward(self, x):
+        y = super().forward(x)
+        return self.bn.act(y) if self.part == "act" else y + getattr(self.bn, self.part)[:, None, None]
+
+
+@pytest.mark.parametrize("part", ["act", "weight", "running_mean"])
+def test_a_part_that_is_used_from_outside(part, caplog):
+    model = trained(nn.Sequential(Outside(part)))
+    with caplog.at_level(logging.INFO, logger="groupconv"):
+        folded = groupconv.fold_batchnorm(model)
+    assert "0.conv: left, its batch norm's parts are called or read elsewhere too" in caplog.text
+    assert same(folded, model)
+
+
 def hooked(norm):
     norm.act.register_forward_hook(lambda module, x, y: 2 * y)
     return norm
