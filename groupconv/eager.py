@@ -97,7 +97,7 @@ def gradients(call: Call, dy, x, w, needs: tuple[bool, bool, bool]):
 
 def _dispatched_gradients(dy, x, w, args: ConvArgs, needs, backend: str):
     """(dx, dw, db), each None unless needed, through PyTorch's dispatcher."""
-    if not all(map(_knows_operators, (dy, x, w))):
+    if not all(map(knows_operators, (dy, x, w))):
         return torch_gradients(dy, x, w, args, needs)
     grads = iter(operators.conv2d_backward(dy, x, w, *args, list(needs), backend))
     return tuple(next(grads) if needed else None for needed in needs)
@@ -139,7 +139,7 @@ def _local(x, w, bias, args: ConvArgs, backend: str) -> Tensor:
 
 def why_not_by_operator(x, w, bias, backend: str) -> str | None:
     """Why tensors that are not plain, or that something watches, cannot go by an operator of ours, or None."""
-    if backend == "auto" and not all(map(_knows_operators, (x, w, bias))):
+    if backend == "auto" and not all(map(knows_operators, (x, w, bias))):
         return "a tensor subclass may know F.conv2d, but not an operator of ours"
     return None
 
@@ -152,7 +152,7 @@ def _refused(x, w, bias, stride, padding, dilation, groups, backend) -> Tensor:
     raise NotImplementedError(f"triton_conv: backend={backend!r} cannot run this convolution: only F.conv2d takes it")
 
 
-def _knows_operators(tensor: Tensor | None) -> bool:
+def knows_operators(tensor: Tensor | None) -> bool:
     """Whether a tensor is of a type that takes any operator, as PyTorch's own do."""
     return tensor is None or type(tensor) in PLAIN_TYPES or isinstance(tensor, torch_private.FakeTensor)
 

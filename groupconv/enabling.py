@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 
-from . import torch_private
+from . import eager, torch_private
 from .api import triton_conv
 from .kinds import conv1d, conv_transpose1d, conv_transpose2d
 
@@ -22,8 +22,13 @@ _replaced: dict[str, Any] = {}  # by name, of those that ours stand in for, or a
 
 
 def _line(ours: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """A 1-D convolution whose result lies as PyTorch's does."""
-    return lambda *arguments: ours(*arguments).contiguous()
+    """A 1-D convolution whose result lies as PyTorch's does, which on GPUs is contiguous."""
+
+    def call(*arguments):
+        y = ours(*arguments)
+        return y.contiguous() if y.is_cuda else y
+
+    return call
 
 
 _OURS: dict[str, Callable[..., Tensor]] = {
@@ -36,23 +41,34 @@ _OURS: dict[str, Callable[..., Tensor]] = {
 
 def _function(name: str) -> Callable[..., Tensor]:
     """What stands in for a function of torch.nn.functional: grouped calls are ours, the others go on to it."""
-    of_torch = getattr(torch, name)
+    of_torch, axes = getattr(torch, name), int(name[-2])
 
     def conv(input, weight, bias=None, stride=1, padding=0, dilation=1, groups=1):
-        if groups == 1 or not _on or isinstance(input, fx.Proxy):
+        if not _on or (type(groups) is int and groups == 1) or _is_torchs(input, weight, bias, padding, groups, axes):
             return _replaced.get(name, of_torch)(input, weight, bias, stride, padding, dilation, groups)
         return _OURS[name](input, weight, bias, stride, padding, dilation, groups)
 
     def transposed(input, weight, bias=None, stride=1, padding=0, output_padding=0, groups=1, dilation=1):
         arguments = input, weight, bias, stride, padding, output_padding, groups, dilation
-        if groups == 1 or not _on or isinstance(input, fx.Proxy):
+        if not _on or (type(groups) is int and groups == 1) or _is_torchs(input, weight, bias, padding, groups, axes):
             return _replaced.get(name, of_torch)(*arguments)
         return _OURS[name](*arguments)
 
     function = functools.wraps(of_torch)(transposed if "transpose" in name else conv)
+    function.__module__, function.__qualname__ = "torch.nn.functional", name  # by which it is pickled
     if torch_private.register_scripted is not None:
         torch_private.register_scripted(function, f"aten::{name}")
     return function
+
+
+def _is_torchs(input, weight, bias, padding, groups, axes: int) -> bool:
+    """Whether a grouped call is PyTorch's to take: to trace, to hand to an override of its function, or to refuse."""
+    for tensor in (input, weight, bias):
+        if not eager.knows_operators(tensor) or (tensor is not None and tensor.is_nested):
+            return True
+    if isinstance(groups, (torch.SymInt, fx.Proxy)) or torch_private.functions_are_overridden():
+        return True
+    return isinstance(padding, (tuple, list)) and len(padding) > axes  # that of each side has no such function
 
 
 _FUNCTIONS = {name: _function(name) for name in _OURS}
@@ -66,7 +82,8 @@ def enable() -> contextlib.AbstractContextManager[None]:
     tensors say, are PyTorch's to the bit; results lie in memory as PyTorch's do. Ungrouped calls go by.
 
     What escapes: torch.conv2d and its like by that name, `from torch.nn.functional import conv2d` before, and what is
-    compiled already: TorchScript, and graphs of torch.compile made before.
+    compiled already: TorchScript, and graphs of torch.compile made before. Tensor subclasses, and modes other than
+    torch.set_default_device's, which may override PyTorch's function, see that one.
 
     The switch is the process's: all threads go by it. As a context manager it is put back as it was at the end:
 

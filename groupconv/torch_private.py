@@ -39,14 +39,16 @@ from torch._C._profiler import _RecordFunctionFast
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd import forward_ad
 from torch.nn.modules.module import _has_any_global_hook
+from torch.overrides import _get_current_function_mode_stack
+from torch.utils._device import DeviceContext
 from torch.utils._python_dispatch import TorchDispatchMode
 
 __all__ = [
     "FakeTensor", "TorchDispatchMode", "any_autocast", "being_traced", "cudnn_is_deterministic", "cudnn_searches",
     "current_gpu", "determinism_is_asked_for", "direct_apply", "dispatch_modes", "forward_mode_is_on",
-    "fp32_precision_of_convolutions", "fusers_of_quantization", "has_hooks", "is_batched", "is_being_derived",
-    "is_going_to_run", "is_watched", "overrides_are_on", "profiler_is_on", "recorded", "register_decomposition",
-    "register_scripted", "saved_tensors_are_packed", "without_dispatch_key",
+    "fp32_precision_of_convolutions", "functions_are_overridden", "fusers_of_quantization", "has_hooks", "is_batched",
+    "is_being_derived", "is_going_to_run", "is_watched", "overrides_are_on", "profiler_is_on", "recorded",
+    "register_decomposition", "register_scripted", "saved_tensors_are_packed", "without_dispatch_key",
 ]  # fmt: skip
 
 any_autocast: Callable[[], bool] = _is_any_autocast_enabled
@@ -95,6 +97,13 @@ def overrides_are_on() -> bool:
     implementation calls the function again with overrides off.
     """
     return _is_torch_function_enabled() or _is_torch_function_mode_enabled()
+
+
+def functions_are_overridden() -> bool:
+    """Whether a mode is on that may take PyTorch's functions: any but torch.device's, which only makes tensors."""
+    if torch.compiler.is_compiling() or not _is_torch_function_mode_enabled():
+        return False
+    return any(not isinstance(mode, DeviceContext) for mode in _get_current_function_mode_stack())
 
 
 def is_watched() -> bool:

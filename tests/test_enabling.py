@@ -2,6 +2,7 @@
 
 import concurrent.futures
 import copy
+import pickle
 
 import cases
 import pytest
@@ -226,6 +227,49 @@ def test_tools():
     assert targets == [torch.conv2d, torch.conv_transpose2d]
     for y in (*within, *(each(x) for each in made)):
         assert torch.equal(y, expected)
+
+
+def test_what_is_pytorchs_own_to_take():
+    """Proxies in any place, overrides by types and modes, padding that is none; and it is pickled by its name."""
+
+    class Own(torch.Tensor):
+        @classmethod
+        def __torch_function__(cls, function, types, arguments=(), keywords=None):
+            return function if function is torch.conv2d else super().__torch_function__(function, types, arguments)
+
+    class Mode(torch.overrides.TorchFunctionMode):
+        def __torch_function__(self, function, types, arguments=(), keywords=None):
+            return function
+
+    class Depthwise(nn.Module):
+        def forward(self, x):
+            return F.conv2d(x, torch.ones(4, 1, 3, 3), groups=x.shape[1])
+
+    class Weighted(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("image", random(1, 4, 5, 5))
+
+        def forward(self, w):
+            return F.conv2d(self.image, w, groups=2)
+
+    x, w = random(1, 4, 5, 5), random(4, 2, 3, 3)
+    with groupconv.enable():
+        for module in (Depthwise(), Weighted()):
+            nodes = torch.fx.symbolic_trace(module).graph.nodes
+            assert torch.conv2d in [node.target for node in nodes]
+        assert F.conv2d(x.as_subclass(Own), w, groups=2) is torch.conv2d
+        with Mode():
+            assert F.conv2d(x, w, groups=2) is torch.conv2d
+        with pytest.raises(RuntimeError, match="expected padding to be a single integer value or a list of 2 values"):
+            F.conv2d(x, w, padding=(1, 1, 1, 1), groups=2)
+        assert pickle.loads(pickle.dumps(F.conv2d)) is F.conv2d
+
+
+def test_a_default_device_is_no_override(forced):
+    with groupconv.enable(), torch.device("cpu"):
+        F.conv2d(random(1, 4, 5, 5), random(4, 2, 3, 3), groups=2)
+    assert forced == ["conv2d"]
 
 
 def test_operators_are_in_compiled_graphs(forced):
