@@ -36,7 +36,7 @@ class BatchNormAct2d(nn.BatchNorm2d):
         if isinstance(input, fx.Proxy):
             call = call_module(self, input, BatchNormAct2d, native)
             return native.forward(self, input) if call is None else call
-        activation = self._activation()
+        activation = None if "forward" in vars(self) else self._activation()
         own = self.training or (self.running_mean is None and self.running_var is None)
         tensors = (input, self.running_mean, self.running_var, self.weight, self.bias)
         if activation is None or not batch_norm.serves(*tensors, own, self.momentum or 0.0, self.eps):
