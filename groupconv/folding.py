@@ -67,8 +67,8 @@ def fold_batchnorm(model: nn.Module) -> nn.Module:
     activation that is called more than once (torchvision's ResNet has one nn.ReLU for three places), or that is none of
     triton_conv's, stays as it is.
 
-    The code is read once, for calls of the model: nothing is certain of its other methods, where they call a batch norm,
-    and of attributes that are changed later, by which it takes another course.
+    The code is read once, for calls of the model: nothing is certain of its other methods, where these call a batch
+    norm, nor of attributes that are changed later, by which it takes another course.
 
     `model` itself stays as it is, its state dict too; the copy refuses that state dict. A record of the logger
     "groupconv", at level INFO, tells what was folded, and what was left and why; print() of the copy, what is folded.
