@@ -262,6 +262,8 @@ class Call:
             run = self._backward[key] = self._prepare_backward(dy, x, w, *needs)
         if torch_private.profiler_is_on():
             passes = [pass_ for pass_, needed in zip(("dgrad", "wgrad"), needs[:2], strict=True) if needed]
+            if len(passes) == 2 and self.plan.backward is not None:
+                passes = ["backward"]
             with torch_private.recorded(self._label(*passes), [dy, x, w]):
                 return self._backward_of(run, key, dy, x, w)
         return self._backward_of(run, key, dy, x, w)
