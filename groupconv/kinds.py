@@ -205,7 +205,10 @@ def _transposed(x, w, bias, stride, padding, output_padding, groups, dilation, b
     args = normalise_transposed(x.shape, w.shape, stride, padding, output_padding, dilation, groups)
     if args is None or not _agree(x, w, bias, args.groups):
         return None
-    if not torch.compiler.is_compiling():
+    if torch.compiler.is_compiling():
+        if eager.why_not_by_operator(x, w, bias, backend) is not None:
+            return None
+    else:
         if eager.is_plain(x, w, bias):
             call = prepared.lookup_transposed(x, w, args.y_shape(x.shape, w.shape), args.convolution, backend)
             if backend == "auto" and (call is None or call.torch_dgrad):

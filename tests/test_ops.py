@@ -20,6 +20,8 @@ from groupconv import (
     conv_transpose2d,
     devices,
     dispatch,
+    eager,
+    epilogue,
     explain,
     launcher,
     prepared,
@@ -681,6 +683,27 @@ def test_forward_mode(backend, device):
         dual = torch.autograd.forward_ad.unpack_dual(triton_conv(*duals, groups=2, backend=backend))
     for out, ref in zip((*found, *dual), expected * 2, strict=True):
         assert close(out, ref)
+
+
+@pytest.mark.parametrize("activation", [None, "relu"])
+def test_forward_mode_inside_what_is_compiled(activation, device, monkeypatch):
+    """By F.conv2d; kernels that are forced say so, and never give zeros."""
+    x, w, _ = (t.detach() for t in operands(device))
+    refusal = prepared.refusal
+    for module in (eager, prepared, epilogue):  # as on a GPU
+        monkeypatch.setattr(module, "refusal", lambda x, backend: None if backend == "auto" else refusal(x, backend))
+
+    def tangent(backend):
+        def call(w):
+            return triton_conv(x, w, groups=2, activation=activation, backend=backend)
+
+        return lambda w: torch.func.jvp(call, (w,), (torch.ones_like(w),))[1]
+
+    torch._dynamo.reset()
+    found = torch.compile(tangent("auto"), backend="aot_eager")(w)
+    assert close(found, tangent("torch")(w).double())
+    with pytest.raises(Exception, match="inside a compiled function"):
+        torch.compile(tangent("triton"), backend="aot_eager", fullgraph=True)(w)
 
 
 def test_meta_tensors():
