@@ -38,18 +38,8 @@ else:
 
     def __getattr__(name: str) -> Any:
         if name in __all__:
-            for module in (
-                "api",
-                "dispatch",
-                "enabling",
-                "folding",
-                "kinds",
-                "layers",
-                "modules",
-                "prepared",
-                "problem",
-                "trial",
-            ):
+            modules = "api dispatch enabling folding kinds layers modules prepared problem trial"
+            for module in modules.split():
                 loaded = importlib.import_module(f".{module}", __name__)
                 if hasattr(loaded, name):
                     return getattr(loaded, name)

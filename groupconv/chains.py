@@ -26,19 +26,23 @@ MODES = "groupconv_modes"  # of PyTorch, while a node's module was called
 WRAPPERS = (nn.DataParallel, nn.parallel.DistributedDataParallel)  # call what they hold, and only as a whole
 
 
+Place = tuple[nn.Module, str, nn.Module]
+
+
 @dataclasses.dataclass(frozen=True)
 class Chain:
     """A convolution and what takes its result alone, but for nn.Identity in between.
 
     exclusive: nothing else calls the activation, by any name. places: where the activation, and what is between it and
-    the norm, are held: by whom, under which name, and they themselves.
+    the norm, are held: by whom, under which name, and they themselves. held: the norm's place, so too.
     """
 
     conv: nn.Conv2d
     norm: nn.Module
     activate: nn.Module | None
     exclusive: bool
-    places: tuple[tuple[nn.Module, str, nn.Module], ...]
+    places: tuple[Place, ...]
+    held: Place
 
 
 def found(model: nn.Module, modes: tuple[bool, ...]) -> dict[nn.Module, Chain | str]:
@@ -66,8 +70,8 @@ def found(model: nn.Module, modes: tuple[bool, ...]) -> dict[nn.Module, Chain | 
             chains[conv] = first if isinstance(first, str) else "its followers are others in training"
         else:
             activate = None if first.activate is None else ours[first.activate]
-            places = tuple((ours[holder], name, ours[module]) for holder, name, module in first.places)
-            chains[conv] = Chain(conv, ours[first.norm], activate, first.exclusive, places)
+            held, *places = ((ours[holder], name, ours[module]) for holder, name, module in (first.held, *first.places))
+            chains[conv] = Chain(conv, ours[first.norm], activate, first.exclusive, tuple(places), held)
     return chains
 
 
@@ -133,12 +137,13 @@ class _Reading:
         for module in (conv, norm):
             for doubt in self._doubts(module):
                 return doubt
+        held = _place(owner, node, norm)
         *between, last = self._following(owner, node)
         if last is None or any(self._doubts(last[1], by_one=False)):
-            return Chain(conv, norm, None, False, ())
+            return Chain(conv, norm, None, False, (), held)
         activate = last[1]
         places = tuple(_place(owner, node, module) for node, module in (*between, last))
-        return Chain(conv, norm, activate, self.calls[activate] == self.paths[activate] == 1, places)
+        return Chain(conv, norm, activate, self.calls[activate] == self.paths[activate] == 1, places, held)
 
     def _following(self, owner: nn.Module, node: fx.Node) -> Iterator[Any]:
         """The nodes and modules of nn.Identity that take a node's result alone, and of what comes next, or None."""
@@ -199,7 +204,7 @@ def _next(owner: nn.Module, node: fx.Node) -> tuple[fx.Node, nn.Module] | None:
     return following, owner.get_submodule(str(following.target))
 
 
-def _place(owner: nn.Module, node: fx.Node, module: nn.Module) -> tuple[nn.Module, str, nn.Module]:
+def _place(owner: nn.Module, node: fx.Node, module: nn.Module) -> Place:
     holder, _, name = str(node.target).rpartition(".")
     return owner.get_submodule(holder), name, module
 

@@ -160,7 +160,7 @@ def knows_operators(tensor: Tensor | None) -> bool:
 
 
 def is_derived() -> bool:
-    """Whether derivatives are taken as only `transforms` has them; what is compiled is derived before."""
+    """Whether derivatives are taken as only `transforms` has them, which no compiled function can hold."""
     if torch.compiler.is_compiling():
         return False
     return torch_private.forward_mode_is_on() or torch_private.is_being_derived()

@@ -113,8 +113,12 @@ def is_enabled() -> bool:
 
 
 class _Turned(contextlib.AbstractContextManager):
-    def __init__(self, before: bool):
-        self._before = before
+    def __init__(self, on: bool):
+        self._on, self._before = on, _turn(on)
+
+    def __enter__(self) -> None:
+        if _on != self._on:  # it was turned in between
+            self._before = _turn(self._on)
 
     def __exit__(self, *_: object) -> None:
         _turn(self._before)
@@ -123,7 +127,7 @@ class _Turned(contextlib.AbstractContextManager):
 def _turned(function: str, on: bool) -> _Turned:
     if torch.compiler.is_compiling():
         raise RuntimeError(f"{function}: call it outside of what torch.compile compiles")
-    return _Turned(_turn(on))
+    return _Turned(on)
 
 
 def _turn(on: bool) -> bool:

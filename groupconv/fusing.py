@@ -55,8 +55,13 @@ class BatchNormAct2d(nn.BatchNorm2d):
     def _activation(self) -> str | None:
         """triton_conv's name of the activation to compute; None to leave it to its module."""
         places = vars(self)["_following"]
+        holder, name = vars(self)["_held"]
+        if holder._modules.get(name) is not self:  # but something that wraps it
+            return None
         for holder, name, module in places:  # which the holder may have replaced
             if holder._modules.get(name) is not module or "forward" in vars(module) or torch_private.has_hooks(module):
+                return None
+            if module._compiled_call_impl is not None:  # in compiled code it does not let through
                 return None
         activate = places[-1][-1]
         if not isinstance(activate, Passing) or torch_private.has_hooks(self):
@@ -161,7 +166,7 @@ def fuse(model: nn.Module) -> None:
             continue
         if not isinstance(activate, Passing):  # which another convolution has too
             activate.__class__ = PASSING[type(activate)]
-        vars(norm)["_following"] = chain.places  # no children of its own
+        vars(norm)["_following"], vars(norm)["_held"] = chain.places, chain.held[:2]  # no children of its own
         norm.__class__ = BatchNormAct2d
         taken[names[conv]] = f"batch norm and {chains.activation_of(activate, activate.native())}"
     chains.tell("convert", taken, left)
@@ -185,7 +190,8 @@ def unfuse(model: nn.Module) -> None:
     module: Any
     for module in model.modules():
         if isinstance(module, BatchNormAct2d) and "_native" in vars(type(module)):
-            vars(module).pop("_following", None)
+            for name in ("_following", "_held"):
+                vars(module).pop(name, None)
             module.__class__ = module._native  # type: ignore[assignment]
         elif type(module) in PASSING.values():
             module.__class__ = module.native()

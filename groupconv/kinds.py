@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -90,17 +91,7 @@ def conv_transpose2d(
     Accuracy: as triton_conv's gradients have it; a bias is added to what was rounded. Source: own derivation.
     """
     arguments = stride, padding, output_padding, groups, dilation
-    tensors = input, weight, bias
-    if has_torch_function_variadic(*tensors) and torch_private.overrides_are_on():
-        return _overridden(conv_transpose2d, torch.conv_transpose2d, tensors, arguments, None, None, backend)
-    check_backend(backend, "conv_transpose2d")
-    if _may_serve("conv_transpose2d", backend, input, weight, bias):
-        y = _transposed(input, weight, bias, *arguments, backend)
-        if y is not None:
-            return y
-    y = torch.conv_transpose2d(input, weight, bias, *arguments)
-    _refuse_rest("conv_transpose2d", backend)
-    return y
+    return _conv_transpose(conv_transpose2d, torch.conv_transpose2d, (input, weight, bias), arguments, backend)
 
 
 def conv_transpose1d(
@@ -125,21 +116,33 @@ def conv_transpose1d(
         conv_transpose2d do. Accuracy: conv_transpose2d's. Source: own derivation.
     """
     arguments = stride, padding, output_padding, groups, dilation
-    tensors = input, weight, bias
+    return _conv_transpose(conv_transpose1d, torch.conv_transpose1d, (input, weight, bias), arguments, backend)
+
+
+def _conv_transpose(function, of_torch, tensors, arguments, backend: str) -> Tensor:
+    """A transposed convolution by ours, or by PyTorch's function of its name."""
     if has_torch_function_variadic(*tensors) and torch_private.overrides_are_on():
-        return _overridden(conv_transpose1d, torch.conv_transpose1d, tensors, arguments, None, None, backend)
-    check_backend(backend, "conv_transpose1d")
-    if _may_serve("conv_transpose1d", backend, input, weight, bias) and input.dim() in (2, 3) and weight.dim() == 3:
-        lines = [_line(value) for value in (stride, padding, output_padding, dilation)]
-        if None not in lines:
-            s, p, more, d = lines
-            planar = (1, s), (0, p), (0, more), groups, (1, d)
-            y = _transposed(input.unsqueeze(-2), weight.unsqueeze(-2), bias, *planar, backend)
-            if y is not None:
-                return y.squeeze(-2)
-    y = torch.conv_transpose1d(input, weight, bias, *arguments)
-    _refuse_rest("conv_transpose1d", backend)
+        return _overridden(function, of_torch, tensors, arguments, None, None, backend)
+    name = function.__name__
+    check_backend(backend, name)
+    if _may_serve(name, backend, *tensors):
+        by_ours: Callable[..., Tensor | None] = _transposed if function is conv_transpose2d else _transposed_line
+        y = by_ours(*tensors, *arguments, backend)
+        if y is not None:
+            return y
+    y = of_torch(*tensors, *arguments)
+    _refuse_rest(name, backend)
     return y
+
+
+def _transposed_line(x, w, bias, stride, padding, output_padding, groups, dilation, backend: str) -> Tensor | None:
+    """`_transposed` of maps one pixel high."""
+    lines = [_line(value) for value in (stride, padding, output_padding, dilation)]
+    if x.dim() not in (2, 3) or w.dim() != 3 or None in lines:
+        return None
+    s, p, more, d = lines
+    y = _transposed(x.unsqueeze(-2), w.unsqueeze(-2), bias, (1, s), (0, p), (0, more), groups, (1, d), backend)
+    return None if y is None else y.squeeze(-2)
 
 
 def _overridden(function, of_torch, tensors, arguments, activation, residual, backend: str) -> Tensor:

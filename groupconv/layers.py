@@ -70,9 +70,13 @@ class Conv2d(_Convolution, nn.Conv2d):
         return F.conv2d(input, weight, bias, self.stride, (0, 0), self.dilation, self.groups)
 
 
+def _pads_each_side(layer: Any) -> bool:
+    return not isinstance(layer.padding, str) and len(layer.padding) > len(layer.kernel_size)
+
+
 def _require_pairs(layer: Any) -> None:
     """ValueError for padding of each side, which torch.nn's other modes have not."""
-    if len(layer.padding) > len(layer.kernel_size) and not isinstance(layer.padding, str):
+    if _pads_each_side(layer):
         raise ValueError(
             f"{type(layer).__name__}: padding is {layer.padding}, but of each side it must be of padding_mode='zeros'"
             f", not {layer.padding_mode!r}"
@@ -143,15 +147,9 @@ class ConvTranspose2d(_Transposed, nn.ConvTranspose2d):
                 input, self.weight, self.bias, self.stride, self.padding, output_padding, self.groups, self.dilation
             )
         return F.conv_transpose2d(
-            input,
-            self.weight,
-            self.bias,
-            self.stride,
-            self.padding,  # type: ignore[arg-type]
-            output_padding,
-            self.groups,
-            self.dilation,
-        )
+            input, self.weight, self.bias, self.stride, self.padding,  # type: ignore[arg-type]
+            output_padding, self.groups, self.dilation,
+        )  # fmt: skip
 
 
 class ConvTranspose1d(_Transposed, nn.ConvTranspose1d):
@@ -165,15 +163,9 @@ class ConvTranspose1d(_Transposed, nn.ConvTranspose1d):
                 input, self.weight, self.bias, self.stride, self.padding, output_padding, self.groups, self.dilation
             )
         return F.conv_transpose1d(
-            input,
-            self.weight,
-            self.bias,
-            self.stride,
-            self.padding,  # type: ignore[arg-type]
-            output_padding,
-            self.groups,
-            self.dilation,
-        )
+            input, self.weight, self.bias, self.stride, self.padding,  # type: ignore[arg-type]
+            output_padding, self.groups, self.dilation,
+        )  # fmt: skip
 
 
 OURS: dict[Any, Any] = {kind._native: kind for kind in (Conv1d, Conv2d, ConvTranspose1d, ConvTranspose2d)}
@@ -198,8 +190,8 @@ def call_module(layer: nn.Module, input: Any, own: type[nn.Module], native: type
 
 
 def plain(layer: Any) -> Any:
-    """A layer as torch.nn's, if it is one of ours and no subclass."""
-    if type(layer) in OURS.values():
+    """A layer as torch.nn's, if it is one of ours, no subclass, and pads in a way that torch.nn's can."""
+    if type(layer) in OURS.values() and not _pads_each_side(layer):
         layer.__class__ = layer._native
     return layer
 

@@ -75,7 +75,8 @@ def convert(model: nn.Module, fuse: str | None = None) -> nn.Module:
 def revert(model: nn.Module) -> nn.Module:
     """Turn every layer of groupconv's in `model`, itself included, into torch.nn's, in place: `convert` undone.
 
-    Subclasses of groupconv's layers stay what they are, parametrized layers among them.
+    Subclasses of groupconv's layers stay what they are, parametrized layers among them, and so do layers with padding
+    for each side, which torch.nn's have not.
 
     Returns: `model` itself. Raises: TypeError for what is no module. Source: own derivation.
     """

@@ -43,14 +43,14 @@ class _Bilinear(torch.autograd.Function):
         ctx.save_for_forward(first, second)
 
     @classmethod
-    def batched(cls, info, in_dims, first, second, call: _Call):
+    def vmap(cls, info, in_dims, first, second, call: _Call):
         size, (one, two, of_result) = info.batch_size, cls.axes
         first = operators.into_channels(first, in_dims[0], size, one)
         second = operators.into_channels(second, in_dims[1], size, two)
         return cls.apply(first, second, call.folded(size)).unflatten(of_result, (size, -1)), of_result
 
     @classmethod
-    def along(cls, ctx, first_tangent, second_tangent):
+    def jvp(cls, ctx, first_tangent, second_tangent, _):
         """The derivative along tangents, of which one may be None."""
         first, second = ctx.saved_tensors
         parts = []
@@ -77,14 +77,6 @@ class Convolution(_Bilinear):
         dx = GradientByInput.apply(dy, w, ctx.call) if need_x else None
         return dx, GradientByWeight.apply(dy, x, ctx.call) if need_w else None, None
 
-    @staticmethod
-    def vmap(info, in_dims, *inputs):
-        return Convolution.batched(info, in_dims, *inputs)
-
-    @staticmethod
-    def jvp(ctx, x, w, _):
-        return Convolution.along(ctx, x, w)
-
 
 class GradientByInput(_Bilinear):
     """dx of dy and w."""
@@ -105,14 +97,6 @@ class GradientByInput(_Bilinear):
         ddy = Convolution.apply(ddx, w, ctx.call) if need_dy else None
         return ddy, GradientByWeight.apply(dy, ddx, ctx.call) if need_w else None, None
 
-    @staticmethod
-    def vmap(info, in_dims, *inputs):
-        return GradientByInput.batched(info, in_dims, *inputs)
-
-    @staticmethod
-    def jvp(ctx, dy, w, _):
-        return GradientByInput.along(ctx, dy, w)
-
 
 class GradientByWeight(_Bilinear):
     """dw of dy and x."""
@@ -131,14 +115,6 @@ class GradientByWeight(_Bilinear):
         need_dy, need_x, _ = ctx.needs_input_grad
         ddy = Convolution.apply(x, ddw, ctx.call) if need_dy else None
         return ddy, GradientByInput.apply(dy, ddw, ctx.call) if need_x else None, None
-
-    @staticmethod
-    def vmap(info, in_dims, *inputs):
-        return GradientByWeight.batched(info, in_dims, *inputs)
-
-    @staticmethod
-    def jvp(ctx, dy, x, _):
-        return GradientByWeight.along(ctx, dy, x)
 
 
 def conv2d(x: Tensor, w: Tensor, bias: Tensor | None, args: ConvArgs, backend: str) -> Tensor:

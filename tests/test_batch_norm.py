@@ -291,6 +291,15 @@ def test_sync_batch_norm_is_left(caplog):
     assert "0: left, a SyncBatchNorm follows" in caplog.text
 
 
+class Doubled(nn.Module):
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x):
+        return 2 * self.inner(x)
+
+
 def wrapped(model, forward):
     model[1].forward = lambda x: 2 * forward(x)
     return model
@@ -311,13 +320,15 @@ def hooked(model, name, hook):
         lambda model: setattr(model, "1", nn.Identity()) or model,
         lambda model: setattr(model, "2", nn.Tanh()) or model,
         lambda model: wrapped(model, model[1].forward),
+        lambda model: setattr(model, "1", Doubled(model[1])) or model,
+        lambda model: model[2].compile(backend="eager") or model,
         lambda model: model[0].register_forward_hook(lambda module, x, y: 2 * y) and model,
         lambda model: nn.Sequential(*copy.deepcopy(list(model))),
         lambda model: copy.deepcopy(model),
         lambda model: model.half().float(),
         lambda model: torch.nn.utils.parametrizations.weight_norm(model[0]) and model,
     ],
-    ids=range(12),
+    ids=range(14),
 )
 def test_what_is_changed_afterwards(change):
     """Values and gradients as if the model had never been converted."""

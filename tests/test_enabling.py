@@ -156,6 +156,11 @@ def test_the_switch():
     groupconv.disable()
     assert F.conv2d is torch.conv2d
     assert not groupconv.is_enabled()
+    later = groupconv.enable()
+    groupconv.disable()
+    with later:
+        assert groupconv.is_enabled()
+    assert not groupconv.is_enabled()
 
 
 def test_others_who_replace_the_function(forced, monkeypatch):

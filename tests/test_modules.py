@@ -176,6 +176,8 @@ def test_padding_of_each_side():
             ValueError, match=r"padding is \(1, 0.*\), but of each side it must be of padding_mode='zeros'"
         ):
             layer(x_)
+    assert torch.equal(revert(nn.Sequential(ours))(x), ours(x))
+    assert type(ours) is groupconv.Conv2d  # torch.nn's has no such padding
     causal = groupconv.Conv1d(6, 6, 4, padding=(3, 0), groups=6)
     y = causal(x[..., 0])
     assert y.shape == x[..., 0].shape
