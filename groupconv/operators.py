@@ -119,18 +119,21 @@ _LIBRARY.impl("conv2d_backward", _conv2d_backward_batched, "Batched")
 
 @torch.library.register_fake("groupconv::conv2d", lib=_LIBRARY)
 def _conv2d_fake(x, w, bias, stride, padding, dilation, groups, backend):
+    torch_private.call_from_inductor("groupconv::conv2d")
     shape = (x.shape[0], w.shape[0], *out_pixels(x.shape, w.shape, stride, padding, dilation))
     return x.new_empty_strided(shape, dense_strides(shape, out_channels_last(x, w)))
 
 
 @torch.library.register_fake("groupconv::conv2d_finished", lib=_LIBRARY)
 def _conv2d_finished_fake(x, w, bias, residual, activation, keeps, stride, padding, dilation, groups, backend):
+    torch_private.call_from_inductor("groupconv::conv2d_finished")
     y = _conv2d_fake(x, w, bias, stride, padding, dilation, groups, backend)
     return y, torch.empty_like(y) if keeps else y.new_empty(0)
 
 
 @torch.library.register_fake("groupconv::conv_transpose2d", lib=_LIBRARY)
 def _conv_transpose2d_fake(x, w, bias, *args):
+    torch_private.call_from_inductor("groupconv::conv_transpose2d")
     shape = _transposed_args(*args[:-1]).y_shape(x.shape, w.shape)
     return x.new_empty_strided(shape, dense_strides(shape, out_channels_last(x, w)))
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -44,8 +45,8 @@ from torch.utils._device import DeviceContext
 from torch.utils._python_dispatch import TorchDispatchMode
 
 __all__ = [
-    "FakeTensor", "TorchDispatchMode", "any_autocast", "being_traced", "cudnn_is_deterministic", "cudnn_searches",
-    "current_gpu", "determinism_is_asked_for", "direct_apply", "dispatch_modes", "forward_mode_is_on",
+    "FakeTensor", "TorchDispatchMode", "any_autocast", "being_traced", "call_from_inductor", "cudnn_is_deterministic",
+    "cudnn_searches", "current_gpu", "determinism_is_asked_for", "direct_apply", "dispatch_modes", "forward_mode_is_on",
     "fp32_precision_of_convolutions", "functions_are_overridden", "fusers_of_quantization", "has_hooks", "is_batched",
     "is_being_derived", "is_going_to_run", "is_watched", "overrides_are_on", "profiler_is_on", "recorded",
     "register_decomposition", "register_scripted", "saved_tensors_are_packed", "without_dispatch_key",
@@ -90,6 +91,15 @@ try:
     from torch.ao.quantization.fuser_method_mappings import _DEFAULT_OP_LIST_TO_FUSER_METHOD as fusers_of_quantization
 except ImportError:  # PyTorch is about to move quantization to another package
     fusers_of_quantization = None
+
+
+def call_from_inductor(operator: str) -> None:
+    """Have Inductor, where it is loaded, call an operator as it is, which it refuses for one with a decomposition
+    where the environment has a variable CI, as on most services that run tests.
+    """
+    allowed = getattr(sys.modules.get("torch._inductor.lowering"), "FALLBACK_ALLOW_LIST", None)
+    if allowed is not None:
+        allowed.add(operator)
 
 
 def overrides_are_on() -> bool:

@@ -590,9 +590,14 @@ def block():
     )  # fmt: skip
 
 
+@pytest.mark.parametrize("ci", ["", "1"])
 @pytest.mark.skipif(shutil.which("g++") is None, reason="Inductor compiles for a CPU by g++")
-def test_inductor_lays_out_around_us(monkeypatch):
-    """Operands come as Inductor has them, channels_last: nothing is copied back for us, forward or backward."""
+def test_inductor_lays_out_around_us(ci, monkeypatch):
+    """Operands come as Inductor has them, channels_last: nothing is copied back for us, forward or backward.
+
+    Also where the variable CI has Inductor ask whether an operator could be decomposed.
+    """
+    monkeypatch.setenv("CI", ci)
     came = []
 
     def recorded(function):
