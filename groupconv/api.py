@@ -65,9 +65,9 @@ def triton_conv(
         bitwise repeatable on a device. ||error|| / ||result|| against float64: fp16 5e-4, bf16 4e-3, tf32 1e-3, fp32
         2^-23 * sqrt(terms), bf16x3 1e-5 more.
 
-    Autocast and torch.compile are followed. Tensor subclasses, modes and torch.fx meet triton_conv by
-    __torch_function__; torch.jit traces, and what torch.onnx exports, hold F.conv2d. Source: own derivation, no code
-    adapted.
+    Autocast, torch.compile and torch.func are followed; what torch.func transforms inside a compiled function is
+    F.conv2d's. Tensor subclasses, modes and torch.fx meet triton_conv by __torch_function__; torch.jit traces, and what
+    torch.onnx exports, hold F.conv2d. Source: own derivation, no code adapted.
     """
     followed = activation is not None or residual is not None or shuffle_groups != 1
     if has_torch_function_variadic(input, weight, bias, residual) and torch_private.overrides_are_on():

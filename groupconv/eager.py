@@ -141,8 +141,8 @@ def why_not_by_operator(x, w, bias, backend: str) -> str | None:
     """Why tensors that are not plain, or that something watches, cannot go by an operator of ours, or None."""
     if backend == "auto" and not all(map(knows_operators, (x, w, bias))):
         return "a tensor subclass may know F.conv2d, but not an operator of ours"
-    if torch.compiler.is_compiling() and torch_private.forward_mode_is_on():
-        return "forward-mode derivatives inside a compiled function are F.conv2d's"  # whose graphs know no others
+    if torch.compiler.is_compiling() and torch_private.is_transformed():
+        return "transforms and forward-mode derivatives inside a compiled function are F.conv2d's"  # graphs know it
     return None
 
 

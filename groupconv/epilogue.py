@@ -127,7 +127,7 @@ def _in_a_graph(
 ) -> Tensor | None:  # fmt: skip
     """`fused` as one operator of a graph that is compiled for a GPU; None where functions have to follow."""
     check_activation(activation)
-    if torch_private.forward_mode_is_on():
+    if torch_private.is_transformed():
         return None
     forced = backend.startswith("triton")
     if not are_tensors(x, w, bias) or not x.dim() == w.dim() == 4 or not (forced or (x.is_cuda and backend == "auto")):

@@ -16,6 +16,7 @@ import torch
 from torch._C import (
     DispatchKey,
     DispatchKeySet,
+    _are_functorch_transforms_active,
     _ExcludeDispatchKeyGuard,
     _get_cudnn_benchmark,
     _get_cudnn_deterministic,
@@ -45,11 +46,34 @@ from torch.utils._device import DeviceContext
 from torch.utils._python_dispatch import TorchDispatchMode
 
 __all__ = [
-    "FakeTensor", "TorchDispatchMode", "any_autocast", "being_traced", "call_from_inductor", "cudnn_is_deterministic",
-    "cudnn_searches", "current_gpu", "determinism_is_asked_for", "direct_apply", "dispatch_modes", "forward_mode_is_on",
-    "fp32_precision_of_convolutions", "functions_are_overridden", "fusers_of_quantization", "has_hooks", "is_batched",
-    "is_being_derived", "is_going_to_run", "is_watched", "overrides_are_on", "profiler_is_on", "recorded",
-    "register_decomposition", "register_scripted", "saved_tensors_are_packed", "without_dispatch_key",
+    "FakeTensor",
+    "TorchDispatchMode",
+    "any_autocast",
+    "being_traced",
+    "call_from_inductor",
+    "cudnn_is_deterministic",
+    "cudnn_searches",
+    "current_gpu",
+    "determinism_is_asked_for",
+    "direct_apply",
+    "dispatch_modes",
+    "forward_mode_is_on",
+    "fp32_precision_of_convolutions",
+    "functions_are_overridden",
+    "fusers_of_quantization",
+    "has_hooks",
+    "is_batched",
+    "is_being_derived",
+    "is_going_to_run",
+    "is_transformed",
+    "is_watched",
+    "overrides_are_on",
+    "profiler_is_on",
+    "recorded",
+    "register_decomposition",
+    "register_scripted",
+    "saved_tensors_are_packed",
+    "without_dispatch_key",
 ]  # fmt: skip
 
 any_autocast: Callable[[], bool] = _is_any_autocast_enabled
@@ -129,6 +153,11 @@ def is_batched(tensor: torch.Tensor) -> bool:
 def forward_mode_is_on() -> bool:
     """Whether forward-mode derivatives are taken."""
     return forward_ad._current_level >= 0
+
+
+def is_transformed() -> bool:
+    """Whether torch.func applies any transform, or forward-mode derivatives are taken; torch.compile can ask it."""
+    return _are_functorch_transforms_active() or forward_mode_is_on()
 
 
 def is_being_derived() -> bool:

@@ -686,24 +686,29 @@ def test_forward_mode(backend, device):
 
 
 @pytest.mark.parametrize("activation", [None, "relu"])
-def test_forward_mode_inside_what_is_compiled(activation, device, monkeypatch):
-    """By F.conv2d; kernels that are forced say so, and never give zeros."""
-    x, w, _ = (t.detach() for t in operands(device))
+@pytest.mark.parametrize("name", [*TRANSFORMS, "vmap"])
+def test_transforms_inside_what_is_compiled(name, activation, device, monkeypatch):
+    """By F.conv2d; kernels that are forced say so: graphs have no derivatives of theirs inside torch.func."""
+    x, w, bias = (t.detach() for t in operands(device))
+    transform = TRANSFORMS.get(name, lambda f, x, w, b: torch.vmap(lambda x: f(x[None], w, b))(x))
     refusal = prepared.refusal
     for module in (eager, prepared, epilogue):  # as on a GPU
         monkeypatch.setattr(module, "refusal", lambda x, backend: None if backend == "auto" else refusal(x, backend))
 
-    def tangent(backend):
-        def call(w):
-            return triton_conv(x, w, groups=2, activation=activation, backend=backend)
-
-        return lambda w: torch.func.jvp(call, (w,), (torch.ones_like(w),))[1]
+    def transformed(backend):
+        return lambda *t: transform(
+            lambda *t: triton_conv(*t, groups=2, activation=activation, backend=backend), *t
+        )  # fmt: skip
 
     torch._dynamo.reset()
-    found = torch.compile(tangent("auto"), backend="aot_eager")(w)
-    assert close(found, tangent("torch")(w).double())
+    found, expected = (
+        torch.compile(transformed("auto"), backend="aot_eager")(x, w, bias),
+        transformed("torch")(x, w, bias),
+    )
+    for out, ref in zip(*(r if isinstance(r, tuple) else (r,) for r in (found, expected)), strict=True):
+        assert cases.error(out, ref.double()) <= 2e-6
     with pytest.raises(Exception, match="inside a compiled function"):
-        torch.compile(tangent("triton"), backend="aot_eager", fullgraph=True)(w)
+        torch.compile(transformed("triton"), backend="aot_eager", fullgraph=True)(x, w, bias)
 
 
 def test_meta_tensors():
