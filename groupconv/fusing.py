@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import inspect
+import sys
 from typing import Any
 
 import torch
@@ -18,9 +20,9 @@ class BatchNormAct2d(nn.BatchNorm2d):
     """An nn.BatchNorm2d that also computes the activation that follows it, which lets its result through.
 
     Made by `convert(model, fuse="bn_act")`, by its class alone: parameters, buffers, mode and name stay. Where hooks
-    watch either of the two, where another module has taken the activation's place, in compiled code and for what
-    conv_bn_act's kernels do not take, both are what they were. Outside its model it activates all the same: `revert`
-    before it is taken out.
+    watch either of the two, where another module has taken the activation's place, where other code calls it than the
+    forward of the module that did, in compiled code and for what conv_bn_act's kernels do not take, both are what they
+    were.
     """
 
     _native: type[nn.BatchNorm2d] = nn.BatchNorm2d
@@ -36,7 +38,9 @@ class BatchNormAct2d(nn.BatchNorm2d):
         if isinstance(input, fx.Proxy):
             call = call_module(self, input, BatchNormAct2d, native)
             return native.forward(self, input) if call is None else call
-        activation = None if "forward" in vars(self) else self._activation()
+        if torch.compiler.is_compiling() or "forward" in vars(self):
+            return native.forward(self, input)
+        activation = self._activation()
         own = self.training or (self.running_mean is None and self.running_var is None)
         tensors = (input, self.running_mean, self.running_var, self.weight, self.bias)
         if activation is None or not batch_norm.serves(*tensors, own, self.momentum or 0.0, self.eps):
@@ -64,13 +68,27 @@ class BatchNormAct2d(nn.BatchNorm2d):
             if module._compiled_call_impl is not None:  # in compiled code it does not let through
                 return None
         activate = places[-1][-1]
-        if not isinstance(activate, Passing) or torch_private.has_hooks(self):
+        if not isinstance(activate, Passing) or torch_private.has_hooks(self) or not _is_running(vars(self)["_caller"]):
             return None
         return chains.activation_of(activate, activate.native())
 
     def _activated(self, result: Any) -> Any:
         setattr(result, MARK, True)
         return result
+
+
+def _is_running(module: nn.Module) -> bool:
+    """Whether what calls the caller is, at any depth, a module's own forward.
+
+    Of all code that can call a norm, that alone is known to call the activation next: another nn.Sequential of the
+    same modules may not.
+    """
+    code = inspect.unwrap(type(module).forward).__code__
+    frame = sys._getframe(1)
+    while frame := frame.f_back:  # type: ignore[assignment]
+        if frame.f_code is code and frame.f_locals.get(code.co_varnames[0]) is module:
+            return True
+    return False
 
 
 class _OfTimm(BatchNormAct2d):
@@ -166,7 +184,8 @@ def fuse(model: nn.Module) -> None:
             continue
         if not isinstance(activate, Passing):  # which another convolution has too
             activate.__class__ = PASSING[type(activate)]
-        vars(norm)["_following"], vars(norm)["_held"] = chain.places, chain.held[:2]  # no children of its own
+        state = vars(norm)  # what is here is no child of its own
+        state["_following"], state["_held"], state["_caller"] = chain.places, chain.held[:2], chain.caller
         norm.__class__ = BatchNormAct2d
         taken[names[conv]] = f"batch norm and {chains.activation_of(activate, activate.native())}"
     chains.tell("convert", taken, left)
@@ -178,6 +197,8 @@ def _why_left(chain: chains.Chain) -> str | None:
     if chains.is_timm_norm(chain.norm):
         none = "its batch norm has no activation" if chains.activation_of(chain.norm.act) is None else None
         return chains.doubt_of_timm_norm(chain.norm) or none
+    if chain.recomputed:
+        return "a part of a module's code is computed again in its backward pass"
     activate = chain.activate
     native = activate.native() if isinstance(activate, Passing) else type(activate)
     if activate is None or native not in PASSING or chains.activation_of(activate, native) is None:
@@ -190,7 +211,7 @@ def unfuse(model: nn.Module) -> None:
     module: Any
     for module in model.modules():
         if isinstance(module, BatchNormAct2d) and "_native" in vars(type(module)):
-            for name in ("_following", "_held"):
+            for name in ("_following", "_held", "_caller"):
                 vars(module).pop(name, None)
             module.__class__ = module._native  # type: ignore[assignment]
         elif type(module) in PASSING.values():

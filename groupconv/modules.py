@@ -51,9 +51,8 @@ def convert(model: nn.Module, fuse: str | None = None) -> nn.Module:
         fuse: "bn_act" also has each BatchNorm2d that follows a grouped convolution compute the activation after it, as
             `conv_bn_act` does, in training and in eval mode, where the model's code is as certain as `fold_batchnorm`
             wants it; timm's BatchNormAct2d computes its own so. Parameters, buffers, modes, names and state dict stay.
-            SyncBatchNorm is left; the logger tells all that was. The code is read once, for calls of the model: convert
-            anew after an attribute is changed by which it takes another course, and `revert` before a batch norm is
-            taken out without its activation, or called by a method other than forward.
+            SyncBatchNorm is left; the logger tells all that was. The code is read once: convert anew after an attribute
+            is changed by which it takes another course. Only the forward that was read has a batch norm activate.
 
     Returns:
         `model` itself. Converting it again changes nothing. Raises: TypeError for what is no module, ValueError for

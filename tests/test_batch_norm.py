@@ -386,6 +386,68 @@ def test_an_identity_before_the_activation(change, expected):
     torch.testing.assert_close(folded(image()), plain(image()), rtol=1e-4, atol=1e-4)
 
 
+class Parts(nn.Module):
+    """A chain of which other code takes parts."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.conv, self.bn, self.act = nn.Conv2d(8, 8, 3, groups=4), nn.BatchNorm2d(8), nn.SiLU()
+
+    def forward(self, x):
+        return self.act(self.inner(x))
+
+    def inner(self, x):
+        return self.bn(self.conv(x))
+
+
+class Recomputed(Parts):
+    """Of which a part is computed again."""
+
+    def forward(self, x):
+        from torch.utils.checkpoint import checkpoint
+
+        return checkpoint(lambda x: self.act(self.inner(x)), x, use_reentrant=False)
+
+
+@pytest.mark.parametrize(
+    "part",
+    [
+        Parts.inner,
+        lambda model, x: nn.Sequential(model.conv, model.bn)(x),
+        lambda model, x: nn.Sequential(model.conv, model.bn, nn.Tanh(), model.act)(x),
+        lambda model, x: model.bn(x),
+        lambda model, x: torch.fx.GraphModule(model, ends_at_the_norm(model))(x),
+        lambda model, x: torch.fx.GraphModule(model, torch.fx.Tracer().trace(model))(x),
+    ],
+    ids=["method", "sequence", "other", "norm", "graph", "whole graph"],
+)
+@pytest.mark.parametrize("kind", [Parts, Recomputed])
+def test_parts_of_a_chain(kind, part, monkeypatch):
+    """Only the code that was read has the norm activate; whatever else calls it has what the norm says."""
+    activated = []
+    whole = batch_norm.computed
+    monkeypatch.setattr(
+        batch_norm, "computed", lambda *args, **named: activated.append(args[8]) or whole(*args, **named)
+    )
+    results = []
+    for model in (kind(), groupconv.convert(kind(), fuse="bn_act")):
+        whole_x, x = image().requires_grad_(), image().requires_grad_()
+        y, taken = model(whole_x), part(model, x)
+        results.append((y, taken, *torch.autograd.grad(y.square().sum() + taken.sin().sum(), (whole_x, x))))
+    for out, ref in zip(results[1], results[0], strict=True):
+        torch.testing.assert_close(out, ref, rtol=1e-4, atol=1e-4)
+    assert activated == (["silu"] if kind is Parts else [])
+
+
+def ends_at_the_norm(model):
+    graph = torch.fx.Tracer().trace(model)
+    *_, activation, output = graph.nodes
+    output.args = activation.args
+    graph.erase_node(activation)
+    return graph
+
+
 def test_a_leaky_relu_of_another_slope():
     plain, fused = block(activate=nn.LeakyReLU), groupconv.convert(block(activate=nn.LeakyReLU), fuse="bn_act")
     assert isinstance(fused[1], BatchNormAct2d)

@@ -1,7 +1,10 @@
 """fold_batchnorm: what it folds, what it leaves, and that a folded model computes the same."""
 
+import collections
 import copy
 import logging
+import random
+import types
 
 import cases
 import pytest
@@ -220,6 +223,22 @@ def test_gradients_reach_the_folded_weight():
     assert folded[0].bias.grad is not None
 
 
+RESULTS = []  # that code keeps outside its modules
+KEEPERS = {"kept": list, "kept last": lambda: collections.deque(maxlen=1), "kept by name": types.SimpleNamespace}
+
+
+class Reader(nn.Module):
+    """Reads what another module has, which no tracer sees: it takes two arguments."""
+
+    def __init__(self, *read):
+        super().__init__()
+        self.read = read
+
+    def forward(self, x, times=1):
+        tensor = self.read[0]
+        return x + times * (tensor(torch.ones(2, 8, 1, 1)) if isinstance(tensor, nn.Module) else tensor).sum()
+
+
 class Hostile(nn.Module):
     """A chain in a module whose code has more to it."""
 
@@ -233,8 +252,12 @@ class Hostile(nn.Module):
             self.seq = nn.Sequential(self.conv, self.bn, self.act)
         if way == "head":
             self.head = nn.Sequential(nn.Flatten(), nn.Linear(8 * 7 * 5, 8), self.act)
-        if way == "kept":
-            self.seen = []
+        if way in KEEPERS:
+            self.seen = KEEPERS[way]()
+        if way == "tied":
+            self.reader = Reader(self.conv.weight)
+        if way == "shared":
+            self.reader = Reader(self.bn)
 
     def forward(self, x):
         if self.way == "alias":
@@ -250,13 +273,33 @@ class Hostile(nn.Module):
                 x = self.conv(x)
             return self.act(self.bn(x))
         y = self.conv(x)
-        if self.way == "kept":
+        if self.way in ("kept", "kept last"):
             self.seen.append(y)
+        if self.way == "kept by name":
+            self.seen.last = y
+        if self.way == "outside":
+            RESULTS.append(y)
         y = self.act(self.bn(y))
+        if self.way == "gradients" and not torch.is_grad_enabled():
+            return self.bn(y)
+        if self.way == "random" and random.random() < 0.5:
+            return self.act(self.bn(self.conv(x)))
+        if self.way == "drawn" and torch.rand(()) < 0.5:
+            return self.act(self.bn(self.conv(x)))
+        if self.way == "bias" and self.conv.bias is None:
+            return 2 * y
+        if self.way == "features":
+            return y * self.bn.num_features
+        if self.way in ("tied", "shared"):
+            return self.reader(y)
         return self.head(y) if self.way == "head" else y
 
 
-HOSTILE = ("alias", "part", "whole", "head", "patched", "patched norm", "weight", "mode", "frozen", "kept")
+HOSTILE = (
+    "alias", "part", "whole", "head", "patched", "patched norm", "weight", "mode", "frozen", "kept", "kept last",
+    "kept by name", "outside", "gradients", "random", "drawn", "bias", "features", "tied", "shared",
+)  # fmt: skip
+LEFT = ("part", "patched", "weight", "kept", "kept last", "kept by name", "outside", "random", "drawn", "bias", "tied")
 
 
 def made(way):
@@ -282,11 +325,16 @@ def test_code_that_has_more_to_it(way):
             elif change == "fold" and not training and way != "patched norm":  # whose function is of the first model
                 model = groupconv.fold_batchnorm(model)
             x = image().requires_grad_()
+            random.seed(0)
             y = model.train(training)(x)
+            with torch.no_grad():
+                other = model(x)
             y.square().sum().backward()
             norm = model.bn if isinstance(model.bn, nn.BatchNorm2d) else None
-            results.append((y.detach(), x.grad, None if norm is None else norm.bias.grad))
-            assert not any(isinstance(kept, torch.fx.Proxy) for kept in getattr(model, "seen", []))
+            results.append((y.detach(), other, x.grad, None if norm is None else norm.bias.grad))
+            seen = getattr(model, "seen", [])
+            assert not any(isinstance(kept, torch.fx.Proxy) for kept in getattr(seen, "__dict__", seen))
+            assert (way in LEFT) <= (type(model.bn) is nn.BatchNorm2d)
         for others in results[1:]:
             for out, ref in zip(others, results[0], strict=True):
                 if out is not None:
