@@ -43,6 +43,18 @@ class _Convolution(_Layer):
                     return call
         return self._conv_forward(input, self.weight, self.bias)
 
+    # None or not, torch.jit.script knows when it compiles, and only compiles what follows.
+    __jit_unused_properties__ = ("_sides",)
+
+    @property
+    def _sides(self) -> tuple[int, ...] | None:
+        """Padding of each side as F.pad has it, or None of other padding."""
+        axes = len(self.kernel_size)
+        if isinstance(self.padding, str) or len(self.padding) <= axes:
+            return None
+        pairs = [self.padding[2 * axis : 2 * axis + 2] for axis in range(axes)]
+        return tuple(side for pair in reversed(pairs) for side in pair)
+
 
 class Conv2d(_Convolution, nn.Conv2d):
     """nn.Conv2d whose convolution is triton_conv.
@@ -54,6 +66,7 @@ class Conv2d(_Convolution, nn.Conv2d):
     """
 
     _native = nn.Conv2d
+    __constants__ = [*nn.Conv2d.__constants__, "_sides"]  # noqa: RUF012
 
     def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         zeros = self.padding_mode == "zeros"
@@ -66,17 +79,15 @@ class Conv2d(_Convolution, nn.Conv2d):
             return triton_conv(input, weight, bias, self.stride, padding, self.dilation, self.groups)
         # A script has one type for each name, so padding cannot be a string or a pair.
         if zeros:
-            return F.conv2d(input, weight, bias, self.stride, self.padding, self.dilation, self.groups)
+            if self._sides is None:
+                return F.conv2d(input, weight, bias, self.stride, self.padding, self.dilation, self.groups)
+            input = F.pad(input, self._sides)
         return F.conv2d(input, weight, bias, self.stride, (0, 0), self.dilation, self.groups)
-
-
-def _pads_each_side(layer: Any) -> bool:
-    return not isinstance(layer.padding, str) and len(layer.padding) > len(layer.kernel_size)
 
 
 def _require_pairs(layer: Any) -> None:
     """ValueError for padding of each side, which torch.nn's other modes have not."""
-    if _pads_each_side(layer):
+    if layer._sides is not None:
         raise ValueError(
             f"{type(layer).__name__}: padding is {layer.padding}, but of each side it must be of padding_mode='zeros'"
             f", not {layer.padding_mode!r}"
@@ -106,6 +117,7 @@ class Conv1d(_Convolution, nn.Conv1d):
     """
 
     _native = nn.Conv1d
+    __constants__ = [*nn.Conv1d.__constants__, "_sides"]  # noqa: RUF012
 
     def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         zeros = self.padding_mode == "zeros"
@@ -117,7 +129,9 @@ class Conv1d(_Convolution, nn.Conv1d):
             padding = self.padding if zeros else (0,)
             return conv1d(input, weight, bias, self.stride, padding, self.dilation, self.groups)
         if zeros:
-            return F.conv1d(input, weight, bias, self.stride, self.padding, self.dilation, self.groups)
+            if self._sides is None:
+                return F.conv1d(input, weight, bias, self.stride, self.padding, self.dilation, self.groups)
+            input = F.pad(input, self._sides)
         return F.conv1d(input, weight, bias, self.stride, (0,), self.dilation, self.groups)
 
 
@@ -191,7 +205,7 @@ def call_module(layer: nn.Module, input: Any, own: type[nn.Module], native: type
 
 def plain(layer: Any) -> Any:
     """A layer as torch.nn's, if it is one of ours, no subclass, and pads in a way that torch.nn's can."""
-    if type(layer) in OURS.values() and not _pads_each_side(layer):
+    if type(layer) in OURS.values() and getattr(layer, "_sides", None) is None:
         layer.__class__ = layer._native
     return layer
 

@@ -182,6 +182,9 @@ def test_padding_of_each_side():
     y = causal(x[..., 0])
     assert y.shape == x[..., 0].shape
     assert torch.equal(causal(x[..., :4, 0]), y[..., :4])
+    for layer, x_ in ((ours, x), (causal, x[..., 0])):
+        for made in (torch.jit.script(layer), torch.jit.script(nn.Sequential(layer)), torch.jit.trace(layer, x_)):
+            torch.testing.assert_close(made(x_), layer(x_))
 
 
 def test_what_is_called(calls):
