@@ -69,14 +69,16 @@ class Choice:
 
 
 def problems(own: ConvProblem, groups: Sequence[int] | None) -> list[ConvProblem]:
-    """A layer at its own and near widths, with each group count that divides them; of `groups`, where there are any."""
+    """A layer at its own and near widths, with group counts that divide them: `groups`, or where there are none the
+    powers of two, 3, 5 and 7 times those, and depthwise.
+    """
     found = [own]
     for scale in WIDTHS:
         c_in, c_out = (
             size if scale == 1 else max(MULTIPLE, round(size * scale / MULTIPLE) * MULTIPLE)
             for size in (own.c_in, own.c_out)
         )
-        counts = groups or [*(1 << power for power in range(c_in.bit_length())), c_in]
+        counts = groups or [*(odd << power for odd in (1, 3, 5, 7) for power in range(c_in.bit_length())), c_in]
         for count in counts:
             if c_in % count == 0 and c_out % count == 0:
                 found.append(dataclasses.replace(own, c_in=c_in, c_out=c_out, groups=count))

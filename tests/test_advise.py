@@ -29,7 +29,7 @@ def test_problems():
     assert {problem.c_in for problem in found} == {48, 64, 80}
     for problem in found:
         assert problem.c_in % problem.groups == 0
-    assert {p.groups for p in found if p.c_in == 48} == {1, 2, 4, 8, 16, 48}
+    assert {p.groups for p in found if p.c_in == 48} == {1, 2, 3, 4, 6, 8, 12, 16, 24, 48}
     assert {p.groups for p in advise.problems(LAYER, [8, 16])} == {4, 8, 16}
 
 
