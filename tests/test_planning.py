@@ -1,13 +1,17 @@
 """A configuration says all of a launch: how its work is divided, and how much memory that takes. Planning is short."""
 
 import dataclasses
+import math
+import sys
 
 import cases
+import hypothesis
 import pytest
 import torch
+from hypothesis import strategies as st
 
 from groupconv import cost, devices, dispatch, occupancy
-from groupconv.algorithms import REGISTRY, able, candidates, divided, tiling
+from groupconv.algorithms import REGISTRY, able, candidates, divided, row_march, tiling
 from groupconv.perf_reports import layers
 from groupconv.problem import PLANNED, ConvProblem, dense_strides
 
@@ -190,3 +194,42 @@ def test_tables_hold_what_was_compiled():
             assert 0 <= registers <= 512
             assert shared >= 0
     assert all(0.0 < kind.most <= 2.0 for kind in kinds.values() if kind.most)
+
+
+@hypothesis.given(
+    st.integers(1, 20),
+    st.integers(1, 20),
+    st.integers(1, 90),
+    st.sampled_from([16, 32, 128]),
+    st.sampled_from([1, 4, 8]),
+)
+def test_channels_that_a_tile_of_row_march_reads(result, source, groups, block_c, align):
+    """As many as the one that reads most wants, rounded to 16 bytes."""
+    made = row_march._channels(result, source, groups, block_c, align)
+    spans = []
+    for c in range(0, groups * result, made.step):
+        first = c // result * source // align * align
+        last = (min(c + made.step, groups * result) - 1) // result
+        spans.append((last + 1) * source - first)
+    rounded = math.ceil(groups * source / align) * align
+    assert made.read == min(math.ceil(max(spans) / align) * align, rounded)
+
+
+@pytest.mark.parametrize("width", [2, 8, 64])
+def test_planning_many_groups_takes_as_long_as_few(width):
+    """In calls of Python functions, of which 100,000 groups want no more than 1,000."""
+    target = devices.named("h100")
+
+    def calls(groups):
+        problem = ConvProblem(1, width * groups, 20, 20, width * groups, 3, 3, pad=(1, 1, 1, 1), groups=groups)
+        made = []
+        sys.setprofile(lambda frame, event, argument: made.append(None))
+        try:
+            for pass_ in PLANNED:
+                dispatch.expected(problem, pass_, target)
+        finally:
+            sys.setprofile(None)
+        return len(made)
+
+    calls(999)  # what any first call does
+    assert calls(100_000) <= 1.2 * calls(1_000)

@@ -88,8 +88,11 @@ def _channels(result: int, source: int, groups: int, block_c: int, align: int) -
     steps |= {block_c // width * width for width in (result, math.lcm(result, wide)) if width <= block_c}
     found = []
     for step in steps:
-        first = [c // result * source // align * align for c in range(0, total, step)]
-        past = [((min(c + step, total) - 1) // result + 1) * source for c in range(0, total, step)]
+        period = math.lcm(step, result)  # after which tiles begin inside a group, and inside 16 bytes, as they did
+        period *= align // math.gcd(align, period // result * source)
+        begins = range(0, min(total, period), step)
+        first = [c // result * source // align * align for c in begins]
+        past = [((min(c + step, total) - 1) // result + 1) * source for c in begins]
         read = max(b - a for a, b in zip(first, past, strict=True))
         read = min(math.ceil(read / align) * align, math.ceil(groups * source / align) * align)
         block_k = max(16, triton.next_power_of_2(read))
