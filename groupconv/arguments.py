@@ -140,8 +140,9 @@ def out_pixels(x_shape, w_shape, stride, padding, dilation):
 
 
 def are_tensors(x, w, bias) -> bool:
-    """Whether the operands are tensors; the bias may be None."""
-    return isinstance(x, Tensor) and isinstance(w, Tensor) and (bias is None or isinstance(bias, Tensor))
+    """Whether the operands are tensors, and none of them a nested one, which has no shape; the bias may be None."""
+    operands = (x, w) if bias is None else (x, w, bias)
+    return all(isinstance(tensor, Tensor) and not tensor.is_nested for tensor in operands)
 
 
 def consistent(x: Tensor, w: Tensor, bias: Tensor | None) -> bool:

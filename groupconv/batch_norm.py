@@ -179,7 +179,9 @@ def _vector(y: Tensor, *sizes: int) -> Tensor:
 def _statistics(
     y: Tensor, running_mean, running_var, momentum: float, eps: float, once: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """Mean and 1 / sqrt(variance + eps) of each channel, in fp32; the running ones are moved."""
+    """Mean and 1 / sqrt(variance + eps) of each channel, in fp32; the running ones are moved, and as by F.batch_norm
+    keep their version: autograd holds nothing against calls of F.batch_norm that saved them.
+    """
     shape = _shape(y)
     assert shape is not None
     splits, c = _splits(y, shape), shape.channels
@@ -190,9 +192,6 @@ def _statistics(
         "merge_kernel", merge, splits, partial, mean, rstd, running_mean, running_var,
         splits=splits, eps=float(eps), factor=float(momentum), SPLITS=_power_of_2(splits), once=once,
     )  # fmt: skip
-    for tensor in (running_mean, running_var):
-        if tensor is not None:
-            torch.autograd.graph.increment_version(tensor)
     return mean, rstd
 
 

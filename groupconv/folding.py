@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from . import chains, fusing
 from .api import triton_conv
@@ -24,6 +24,8 @@ class FoldedConv2d(Conv2d):
 
     def forward(self, input: Tensor) -> Tensor:
         if not torch.jit.is_scripting():
+            if not isinstance(input, fx.Proxy) and input.dim() != 4:  # as the batch norm has it
+                raise ValueError(f"expected 4D input (got {input.dim()}D input)")
             padding = self.padding
             if self.padding_mode != "zeros":
                 input = F.pad(input, self._reversed_padding_repeated_twice, mode=self.padding_mode)
@@ -61,14 +63,15 @@ def fold_batchnorm(model: nn.Module) -> nn.Module:
     and the activations that follow those in their kernels: three passes over a layer's output become one.
 
     Folded is a grouped nn.Conv2d or groupconv.Conv2d whose result only a BatchNorm2d or SyncBatchNorm takes, or timm's
-    BatchNormAct2d or SyncBatchNormAct, if that is certain: every module that holds one of them has code of one argument
-    that torch.fx can trace with its children as they are, and calls both once in all. nn.Identity may lie between (timm
-    has one where others drop out). In place of a batch norm and an activation that were folded stands nn.Identity. An
-    activation that is called more than once (torchvision's ResNet has one nn.ReLU for three places), or that is none of
-    triton_conv's, stays as it is.
+    BatchNormAct2d or SyncBatchNormAct, if the code says so: an nn.Sequential, or a method that forward can reach and
+    whose source is at hand, calls the convolution, then the norm, and names them nowhere else, and no other code that
+    the model's forward can reach does. That code is read, and never run. nn.Identity may lie between norm and
+    activation (timm has one where others drop out). In place of a batch norm and an activation that were folded stands
+    nn.Identity. An activation that is called more than once (torchvision's ResNet has one nn.ReLU for three places), or
+    that is none of triton_conv's, stays as it is.
 
-    The code is read once, for calls of the model: nothing is certain of its other methods, where these call a batch
-    norm, nor of attributes that are changed later, by which it takes another course.
+    Nothing is certain of methods that only other code calls, and of hooks and functions outside of the model's classes,
+    where these call or read a batch norm or its convolution.
 
     `model` itself stays as it is, its state dict too; the copy refuses that state dict. A record of the logger
     "groupconv", at level INFO, tells what was folded, and what was left and why; print() of the copy, what is folded.
@@ -89,7 +92,7 @@ def fold_batchnorm(model: nn.Module) -> nn.Module:
     folded: dict[str, str] = {}
     left: dict[str, str] = {}
     names = {module: name for name, module in model.named_modules()}
-    for conv, chain in chains.found(model, (False,)).items():
+    for conv, chain in chains.found(model).items():
         reason = chain if isinstance(chain, str) else _why_left(chain)
         if isinstance(chain, str) or reason is not None:
             left[names[conv]] = str(reason)

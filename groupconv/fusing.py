@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import functools
-import inspect
-import sys
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
-from . import batch_norm, chains, torch_private
+from . import batch_norm, chains, reading, torch_private
 from .layers import call_module
 
 MARK = "_groupconv_activated"  # of a tensor to which the activation that comes next was applied already
@@ -19,10 +17,9 @@ MARK = "_groupconv_activated"  # of a tensor to which the activation that comes 
 class BatchNormAct2d(nn.BatchNorm2d):
     """An nn.BatchNorm2d that also computes the activation that follows it, which lets its result through.
 
-    Made by `convert(model, fuse="bn_act")`, by its class alone: parameters, buffers, mode and name stay. Where hooks
-    watch either of the two, where another module has taken the activation's place, where other code calls it than the
-    forward of the module that did, in compiled code and for what conv_bn_act's kernels do not take, both are what they
-    were.
+    Made by `convert(model, fuse="bn_act")`, by its class alone: parameters, buffers, mode and name stay. It activates
+    where the very code that calls it says that an activation alone takes the result; everywhere else, where hooks watch
+    either of the two, in compiled code and for what conv_bn_act's kernels do not take, both are what they were.
     """
 
     _native: type[nn.BatchNorm2d] = nn.BatchNorm2d
@@ -38,7 +35,7 @@ class BatchNormAct2d(nn.BatchNorm2d):
         if isinstance(input, fx.Proxy):
             call = call_module(self, input, BatchNormAct2d, native)
             return native.forward(self, input) if call is None else call
-        if torch.compiler.is_compiling() or "forward" in vars(self):
+        if torch.compiler.is_compiling() or "forward" in vars(self) or torch_private.has_hooks(self):
             return native.forward(self, input)
         activation = self._activation()
         own = self.training or (self.running_mean is None and self.running_var is None)
@@ -58,37 +55,20 @@ class BatchNormAct2d(nn.BatchNorm2d):
 
     def _activation(self) -> str | None:
         """triton_conv's name of the activation to compute; None to leave it to its module."""
-        places = vars(self)["_following"]
-        holder, name = vars(self)["_held"]
-        if holder._modules.get(name) is not self:  # but something that wraps it
+        if torch_private.is_among_compiled():  # code that would not let through what is activated
             return None
-        for holder, name, module in places:  # which the holder may have replaced
-            if holder._modules.get(name) is not module or "forward" in vars(module) or torch_private.has_hooks(module):
+        for module in reading.followers(self, depth=3):  # up are: this one, _computed and forward
+            if "forward" in vars(module) or torch_private.has_hooks(module) or module._compiled_call_impl is not None:
                 return None
-            if module._compiled_call_impl is not None:  # in compiled code it does not let through
+            if isinstance(module, Passing):
+                return chains.activation_of(module, module._native) if type(module) in PASSING.values() else None
+            if type(module) is not nn.Identity:
                 return None
-        activate = places[-1][-1]
-        if not isinstance(activate, Passing) or torch_private.has_hooks(self) or not _is_running(vars(self)["_caller"]):
-            return None
-        return chains.activation_of(activate, activate.native())
+        return None
 
     def _activated(self, result: Any) -> Any:
         setattr(result, MARK, True)
         return result
-
-
-def _is_running(module: nn.Module) -> bool:
-    """Whether what calls the caller is, at any depth, a module's own forward.
-
-    Of all code that can call a norm, that alone is known to call the activation next: another nn.Sequential of the
-    same modules may not.
-    """
-    code = inspect.unwrap(type(module).forward).__code__
-    frame = sys._getframe(1)
-    while frame := frame.f_back:  # type: ignore[assignment]
-        if frame.f_code is code and frame.f_locals.get(code.co_varnames[0]) is module:
-            return True
-    return False
 
 
 class _OfTimm(BatchNormAct2d):
@@ -96,10 +76,11 @@ class _OfTimm(BatchNormAct2d):
     copies and unpickles it.
     """
 
+    def forward(self, x: Any) -> Any:  # as timm names it
+        return super().forward(x)
+
     def _activation(self) -> str | None:
-        if torch_private.has_hooks(self) or chains.doubt_of_timm_norm(self) is not None:
-            return None
-        return chains.activation_of(self.act)
+        return chains.activation_of(self.act) if chains.doubt_of_timm_norm(self) is None else None
 
     def _activated(self, result: Any) -> Any:
         return result
@@ -120,6 +101,8 @@ def _made_of_timm(native: type) -> Any:
 class Passing(nn.Module):
     """An activation that lets through what the batch norm before it has activated."""
 
+    _native: type[nn.Module]
+
     def forward(self, input: Tensor) -> Tensor:
         if not torch.jit.is_scripting():
             return self._passed(input)
@@ -128,82 +111,86 @@ class Passing(nn.Module):
     @torch.jit.unused
     def _passed(self, input: Any) -> Any:
         if isinstance(input, fx.Proxy):
-            call = call_module(self, input, Passing, self.native())
-            return self.native().forward(self, input) if call is None else call
+            call = call_module(self, input, Passing, self._native)
+            return self._native.forward(self, input) if call is None else call
         if not torch.compiler.is_compiling() and vars(input).pop(MARK, False):
             return input
-        return self.native().forward(self, input)
-
-    @classmethod
-    def native(cls) -> type[nn.Module]:
-        """The activation's own class."""
-        return cls.__mro__[2]
+        return self._native.forward(self, input)
 
 
-class PassingReLU(Passing, nn.ReLU): ...
+class PassingReLU(Passing, nn.ReLU):
+    _native = nn.ReLU
 
 
-class PassingReLU6(Passing, nn.ReLU6): ...
+class PassingReLU6(Passing, nn.ReLU6):
+    _native = nn.ReLU6
 
 
-class PassingLeakyReLU(Passing, nn.LeakyReLU): ...
+class PassingLeakyReLU(Passing, nn.LeakyReLU):
+    _native = nn.LeakyReLU
 
 
-class PassingSiLU(Passing, nn.SiLU): ...
+class PassingSiLU(Passing, nn.SiLU):
+    _native = nn.SiLU
 
 
-class PassingGELU(Passing, nn.GELU): ...
+class PassingGELU(Passing, nn.GELU):
+    _native = nn.GELU
 
 
-class PassingHardswish(Passing, nn.Hardswish): ...
+class PassingHardswish(Passing, nn.Hardswish):
+    _native = nn.Hardswish
 
 
-class PassingSigmoid(Passing, nn.Sigmoid): ...
+class PassingSigmoid(Passing, nn.Sigmoid):
+    _native = nn.Sigmoid
 
 
-PASSING = {kind.native(): kind for kind in Passing.__subclasses__()}
+PASSING = {kind._native: kind for kind in Passing.__subclasses__()}
 
 
 def fuse(model: nn.Module) -> None:
     """Have the batch norms that follow a model's grouped convolutions compute the activations that follow them."""
-    unfuse(model)  # what has become another module since, or is called in other places, is seen anew
+    names = {module: name for name, module in model.named_modules()}
+    places: dict[nn.Module, list[tuple[chains.Row, int]]] = {}
+    for owner in model.modules():
+        for row in chains.rows(owner):
+            for at, step in enumerate(row[:-1]):
+                places.setdefault(step.module, []).append((row, at))
     taken: dict[str, str] = {}
     left: dict[str, str] = {}
-    names = {module: name for name, module in model.named_modules()}
-    for conv, chain in chains.found(model, (True, False)).items():
-        reason = chain if isinstance(chain, str) else _why_left(chain)
-        if isinstance(chain, str) or reason is not None:
-            left[names[conv]] = str(reason)
-            continue
-        norm: Any
-        activate: Any
-        norm, activate = chain.norm, chain.activate
-        if chains.is_timm_norm(norm):
-            norm.__class__ = _of_timm(type(norm))  # type: ignore[arg-type]
-            taken[names[conv]] = f"batch norm and {chains.activation_of(norm.act)}"
-            continue
-        if not isinstance(activate, Passing):  # which another convolution has too
-            activate.__class__ = PASSING[type(activate)]
-        state = vars(norm)  # what is here is no child of its own
-        state["_following"], state["_held"], state["_caller"] = chain.places, chain.held[:2], chain.caller
-        norm.__class__ = BatchNormAct2d
-        taken[names[conv]] = f"batch norm and {chains.activation_of(activate, activate.native())}"
+    for conv in chains.grouped(model):
+        outcomes = [_fused(row, at) for row, at in places.get(conv, ())] or [(chains.NO_NORM, False)]
+        what, is_taken = max(outcomes, key=lambda outcome: (outcome[1], outcome[0] != chains.NO_NORM))
+        (taken if is_taken else left)[names[conv]] = what
     chains.tell("convert", taken, left)
 
 
-def _why_left(chain: chains.Chain) -> str | None:
-    if isinstance(chain.norm, nn.SyncBatchNorm):
-        return "a SyncBatchNorm follows, whose statistics are of all processes"
-    if chains.is_timm_norm(chain.norm):
-        none = "its batch norm has no activation" if chains.activation_of(chain.norm.act) is None else None
-        return chains.doubt_of_timm_norm(chain.norm) or none
-    if chain.recomputed:
-        return "a part of a module's code is computed again in its backward pass"
-    activate = chain.activate
-    native = activate.native() if isinstance(activate, Passing) else type(activate)
-    if activate is None or native not in PASSING or chains.activation_of(activate, native) is None:
-        return "no activation of triton_conv's takes its batch norm's result alone"
-    return None
+def _fused(row: chains.Row, at: int) -> tuple[str, bool]:
+    """Fuse the norm after a convolution in a row: (what was taken, True), or (why nothing was, False)."""
+    norm: Any = row[at + 1].module
+    if isinstance(norm, BatchNormAct2d) and "_native" in vars(type(norm)):
+        native = norm._native
+    else:
+        native = type(norm)
+    if isinstance(norm, nn.SyncBatchNorm) and chains.is_norm(norm):
+        return "a SyncBatchNorm follows, whose statistics are of all processes", False
+    if isinstance(norm, _OfTimm) or chains.is_timm_norm(norm):
+        doubt = chains.doubt_of_timm_norm(norm)
+        if doubt is not None or chains.activation_of(norm.act) is None:
+            return doubt or "its batch norm has no activation", False
+        if not isinstance(norm, _OfTimm):
+            norm.__class__ = _of_timm(type(norm))  # type: ignore[arg-type]
+        return f"batch norm and {chains.activation_of(norm.act)}", True
+    if native is not nn.BatchNorm2d:
+        return chains.NO_NORM, False
+    following = chains.after(row, at + 1)
+    activate: Any = None if following is None else following.module
+    native = activate._native if type(activate) in PASSING.values() else type(activate)
+    if native not in PASSING or chains.activation_of(activate, native) is None:
+        return "no activation of triton_conv's takes its batch norm's result alone", False
+    activate.__class__, norm.__class__ = PASSING[native], BatchNormAct2d
+    return f"batch norm and {chains.activation_of(activate, native)}", True
 
 
 def unfuse(model: nn.Module) -> None:
@@ -211,8 +198,6 @@ def unfuse(model: nn.Module) -> None:
     module: Any
     for module in model.modules():
         if isinstance(module, BatchNormAct2d) and "_native" in vars(type(module)):
-            for name in ("_following", "_held", "_caller"):
-                vars(module).pop(name, None)
             module.__class__ = module._native  # type: ignore[assignment]
         elif type(module) in PASSING.values():
-            module.__class__ = module.native()
+            module.__class__ = module._native

@@ -49,10 +49,10 @@ def convert(model: nn.Module, fuse: str | None = None) -> nn.Module:
     Args:
         model: any module; shapes, dtypes and devices of its layers do not matter, as triton_conv takes all of them.
         fuse: "bn_act" also has each BatchNorm2d that follows a grouped convolution compute the activation after it, as
-            `conv_bn_act` does, in training and in eval mode, where the model's code is as certain as `fold_batchnorm`
-            wants it; timm's BatchNormAct2d computes its own so. Parameters, buffers, modes, names and state dict stay.
-            SyncBatchNorm is left; the logger tells all that was. The code is read once: convert anew after an attribute
-            is changed by which it takes another course. Only the forward that was read has a batch norm activate.
+            `conv_bn_act` does, in training and in eval mode, wherever an nn.Sequential or code whose source is at hand
+            calls the one right after the other, with nothing but its result; timm's BatchNormAct2d computes its own so.
+            Everywhere else both stay what they were. Parameters, buffers, modes, names and state dict stay, classes do
+            not (they are subclasses). SyncBatchNorm is left; the logger tells all that was.
 
     Returns:
         `model` itself. Converting it again changes nothing. Raises: TypeError for what is no module, ValueError for

@@ -134,7 +134,10 @@ def lookup(x: Tensor, w: Tensor, bias: Tensor | None, stride, padding, dilation,
     arguments = plain(stride, padding, dilation, groups)
     if arguments is None:
         return None
-    key = _key(x, w, bias, *arguments, backend)
+    try:
+        key = _key(x, w, bias, *arguments, backend)
+    except RuntimeError:  # a nested tensor has no shape
+        return None
     call = _CALLS.get(key)
     if call is None:
         args = normalise(x.shape, w.shape, *arguments)

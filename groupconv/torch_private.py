@@ -30,6 +30,7 @@ from torch._C import (
     _will_engine_execute_node,
 )
 from torch._C._autograd import _profiler_enabled, _top_saved_tensors_default_hooks
+from torch._C._dynamo.eval_frame import get_eval_frame_callback
 from torch._C._functorch import (
     TransformType,
     get_interpreter_stack,
@@ -46,7 +47,7 @@ from torch.utils._device import DeviceContext
 from torch.utils._python_dispatch import TorchDispatchMode
 
 __all__ = [
-    "FakeTensor",
+    "CODES_OF_MODULE_CALLS", "FakeTensor",
     "TorchDispatchMode",
     "any_autocast",
     "being_traced",
@@ -115,6 +116,19 @@ try:
     from torch.ao.quantization.fuser_method_mappings import _DEFAULT_OP_LIST_TO_FUSER_METHOD as fusers_of_quantization
 except ImportError:  # PyTorch is about to move quantization to another package
     fusers_of_quantization = None
+
+
+# The code through which nn.Module calls forward, as far as it goes by these names.
+CODES_OF_MODULE_CALLS = tuple(
+    function.__code__
+    for name, function in vars(torch.nn.Module).items()
+    if name in ("_wrapped_call_impl", "_call_impl")
+)
+
+
+def is_among_compiled() -> bool:
+    """Whether torch.compile is taking the functions that are called now, or was told to go by those it has taken."""
+    return get_eval_frame_callback() is not None
 
 
 def call_from_inductor(operator: str) -> None:

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.autograd import gradcheck
+from torch.utils.checkpoint import checkpoint
 
 import groupconv
 from groupconv import batch_norm
@@ -395,7 +396,9 @@ class Parts(nn.Module):
         self.conv, self.bn, self.act = nn.Conv2d(8, 8, 3, groups=4), nn.BatchNorm2d(8), nn.SiLU()
 
     def forward(self, x):
-        return self.act(self.inner(x))
+        x = self.conv(x)
+        x = self.bn(x)
+        return self.act(x)
 
     def inner(self, x):
         return self.bn(self.conv(x))
@@ -405,9 +408,10 @@ class Recomputed(Parts):
     """Of which a part is computed again."""
 
     def forward(self, x):
-        from torch.utils.checkpoint import checkpoint
+        def part(x):
+            return self.act(self.bn(self.conv(x)))
 
-        return checkpoint(lambda x: self.act(self.inner(x)), x, use_reentrant=False)
+        return checkpoint(part, x, use_reentrant=False)
 
 
 @pytest.mark.parametrize(
@@ -437,7 +441,7 @@ def test_parts_of_a_chain(kind, part, monkeypatch):
         results.append((y, taken, *torch.autograd.grad(y.square().sum() + taken.sin().sum(), (whole_x, x))))
     for out, ref in zip(results[1], results[0], strict=True):
         torch.testing.assert_close(out, ref, rtol=1e-4, atol=1e-4)
-    assert activated == (["silu"] if kind is Parts else [])
+    assert activated == ["silu"] * (1 if kind is Parts else 2)
 
 
 def ends_at_the_norm(model):
@@ -458,8 +462,6 @@ def test_a_leaky_relu_of_another_slope():
 
 @pytest.mark.parametrize("reentrant", [True, False])
 def test_checkpoints(reentrant):
-    from torch.utils.checkpoint import checkpoint
-
     plain, fused = block(), groupconv.convert(block(), fuse="bn_act")
     grads = []
     for model in (plain, fused):
@@ -493,7 +495,8 @@ def test_copies_states_and_tracers(tmp_path):
     model, plain = groupconv.convert(block(), fuse="bn_act"), block()
     torch.save(model, tmp_path / "model.pt")
     loaded = torch.load(tmp_path / "model.pt", weights_only=False)
-    assert vars(loaded[1])["_following"] == ((loaded, "2", loaded[2]),)
+    torch.save(model[1], tmp_path / "norm.pt")
+    assert (tmp_path / "norm.pt").stat().st_size < 5000  # without what is around it
     loaded.load_state_dict(plain.state_dict())
     x = image()
     with pytest.raises(torch.jit.Error, match=r"groupconv\.revert\(model\) first"):
