@@ -23,7 +23,7 @@ def conv2d(x, w, bias, stride, padding, dilation, groups, backend) -> Tensor:
         return _dispatched(x, w, bias, stride, padding, dilation, groups, backend)
     if torch_private.any_autocast():
         x, w, bias = autocast(x, w, bias)
-    if x.dim() == 3 and w.dim() == 4:
+    if x.dim() == 3 and w.dim() == 4 and not x.is_nested:
         call = lookup(x.unsqueeze(0), w, bias, stride, padding, dilation, groups, backend)
         if call is not None:
             return conv2d(x.unsqueeze(0), w, bias, stride, padding, dilation, groups, backend).squeeze(0)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import warnings
 from typing import Any
 
 import torch
@@ -56,14 +57,19 @@ def convert(model: nn.Module, fuse: str | None = None) -> nn.Module:
 
     Returns:
         `model` itself. Converting it again changes nothing. Raises: TypeError for what is no module, ValueError for
-        another `fuse`. Source: own derivation.
+        another `fuse`, RuntimeError in a function that torch.compile takes as one graph. Warns: of a model without
+        grouped convolutions, and of those that it leaves because they are quantised or sharded already. Source: own
+        derivation.
     """
     require_module(model, "convert")
     if fuse not in (None, "bn_act"):
         raise ValueError(f'convert: fuse is {fuse!r}, but must be None or "bn_act"')
+    if torch.compiler.is_compiling():
+        raise RuntimeError("convert: call it outside of what torch.compile compiles")
     for module in model.modules():
         if _why_left(module) == CONVERTIBLE:
             module.__class__ = OURS[type(module)]
+    _warn(model)
     if fuse is not None:
         fusing.fuse(model)
     if LOG.isEnabledFor(logging.INFO):
@@ -107,6 +113,22 @@ def summarize(model: nn.Module) -> ConversionSummary:
 
 
 CONVERTIBLE = "not converted yet"
+SHARDED = "sharded by itself (fully_shard): convert first, or have enable() take its calls"
+QUANTISED = "quantised"
+
+
+def _warn(model: nn.Module) -> None:
+    """Of what a user of `convert` hardly wants: that it has nothing to do, or comes too late."""
+    summary, modules = summarize(model), dict(model.named_modules())
+    late = {
+        name: why for name, why in summary.left.items()
+        if why in (SHARDED, QUANTISED) and getattr(modules[name], "groups", 1) != 1
+    }  # fmt: skip
+    if late:
+        told = "; ".join(f"{name or 'the model itself'} is {why}" for name, why in late.items())
+        warnings.warn(f"convert: {len(late)} grouped convolutions stay as they are: {told}", stacklevel=3)
+    elif not summary.converted and all(why == "one group" for why in summary.left.values()):
+        warnings.warn("convert: the model has no grouped convolution, and stays as it is", stacklevel=3)
 
 
 def _why_left(module: nn.Module) -> str | None:
@@ -115,7 +137,7 @@ def _why_left(module: nn.Module) -> str | None:
     if isinstance(module, torch.jit.ScriptModule):
         return "compiled by torch.jit" if module.original_name in [native.__name__ for native in OURS] else None
     if kind.__module__.startswith("torch.ao.nn."):
-        return "quantised" if len(getattr(module, "kernel_size", ())) in (1, 2) else None
+        return QUANTISED if len(getattr(module, "kernel_size", ())) in (1, 2) else None
     native = next((native for native in OURS if isinstance(module, native)), None)
     if native is None or isinstance(module, OURS[native]):
         return None
@@ -125,6 +147,8 @@ def _why_left(module: nn.Module) -> str | None:
         return "one group"
     if parametrize.is_parametrized(module):
         return "parametrized: convert first"
+    if kind.__name__ == f"FSDP{native.__name__}" and hasattr(module, "unshard"):
+        return SHARDED
     if kind is not native:
         own = any(getattr(kind, name, None) is not getattr(native, name, None) for name in ("forward", "_conv_forward"))
         how = "with its own forward, whose calls enable() takes" if own else "that enable() takes"

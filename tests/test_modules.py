@@ -4,6 +4,7 @@ import copy
 import functools
 import logging
 import pickle
+import warnings
 
 import cases
 import pytest
@@ -395,3 +396,32 @@ def test_layer_converted_and_then_parametrized_counts_as_ours():
     assert isinstance(revert(layer), groupconv.Conv2d)
     parametrize.remove_parametrizations(layer, "weight")
     assert type(revert(layer)) is nn.Conv2d
+
+
+def test_warnings_of_what_is_not_converted():
+    with pytest.warns(UserWarning, match=r"^convert: the model has no grouped convolution, and stays as it is$"):
+        convert(nn.Sequential(nn.Conv2d(4, 4, 1), nn.ReLU()))
+    with pytest.warns(UserWarning, match="no grouped convolution"):
+        convert(nn.Linear(2, 2))
+    quantised = torch.ao.nn.quantized.Conv2d(4, 4, 1, groups=2)
+    with pytest.warns(UserWarning, match=r"^convert: 1 grouped convolutions stay as they are: 0 is quantised$"):
+        convert(nn.Sequential(quantised, nn.Conv2d(4, 4, 1, groups=2)))
+    sharded = type("FSDPConv2d", (nn.Conv2d,), {"unshard": lambda self: None})(4, 4, 1, groups=2)  # as PyTorch makes it
+    with pytest.warns(UserWarning, match=r"0 is sharded by itself \(fully_shard\): convert first"):
+        convert(nn.Sequential(sharded))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        convert(convert(nn.Sequential(nn.Conv2d(4, 4, 1, groups=2), torch.ao.nn.quantized.Conv2d(4, 4, 1))))
+
+
+def test_conversion_in_what_is_compiled():
+    """Outside of one graph it breaks the graph."""
+
+    def call(x):
+        return convert(nn.Sequential(nn.Conv2d(4, 4, 1, groups=2)))(x)
+
+    x = torch.ones(1, 4, 2, 2)
+    with pytest.raises(Exception, match=r"convert: call it outside of what torch\.compile compiles|Dynamo|Unsupported"):
+        torch.compile(call, backend="eager", fullgraph=True)(x)
+    torch._dynamo.reset()
+    assert torch.compile(call, backend="eager")(x).shape == x.shape
