@@ -10,12 +10,12 @@ NEWEST_TRITON := $(VENV)/triton-3.9.0
 NEWEST_SLICE := test_pass and (k3x3 or k9x9)
 
 # What compiles kernels in its own process, and so cannot be where they are interpreted.
-COMPILED := tests/softgpu tests/test_compiled_code.py
+COMPILED := tests/softgpu tests/test_compiled_code.py tests/test_compiled_fuzz.py
 # What a change is tried with first: how calls are planned, differentiated, converted, packed.
 SHORT := $(foreach name,problem devices planning configs package torch_private ops autograd modules,tests/test_$(name).py)
 WHEELS := dist
 
-.PHONY: report test test-full test-short test-compiled test-newest planted softgpu registers waits lint wheel gpu-test gpu ship clean
+.PHONY: report test test-full test-short test-compiled test-newest planted softgpu fuzz registers waits lint wheel gpu-test gpu ship clean
 report: $(INSTALLED)
 	$(BIN)/groupconv report $(ARGS)
 
@@ -54,6 +54,10 @@ registers: $(INSTALLED)
 # Every configuration that is planned for the suite, on the software GPU; run again, it goes on.
 softgpu: $(INSTALLED)
 	$(BIN)/python tests/compiled_code.py run $(ARGS)
+
+# Random calls, passes, layers and compiled kernels for MINUTES, against float64; run again, it goes on with new ones.
+fuzz: $(INSTALLED)
+	$(BIN)/python tests/fuzz.py --minutes $(or $(MINUTES),10) $(ARGS)
 
 # Whether machine code waits for products of warp groups more often than its PTX.
 waits: $(INSTALLED)

@@ -34,8 +34,9 @@ def refusal(x: Tensor, backend: str) -> str | None:
     why_not = unsupported(x)
     if why_not is not None or x.device.type == "cuda":
         return why_not
-    forced = x.device.type in ("cpu", "meta") and backend != "auto"
-    if forced and (algorithms.INTERPRETED or launcher.stub_target() is not None):
+    interpreted = x.device.type == "cpu" and algorithms.INTERPRETED
+    stubbed = x.device.type in ("cpu", "meta") and launcher.stub_target() is not None  # which reads no values
+    if backend != "auto" and (interpreted or stubbed):
         return None
     return f"tensors are on {x.device}, and the kernels run on GPUs (forced with TRITON_INTERPRET=1, on CPU tensors)"
 

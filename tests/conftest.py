@@ -18,7 +18,8 @@ if ON_GPU:
 else:
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when groupconv.kernels is imported
 # What compiles kernels in its own process runs in another one than what interprets them: `make test-compiled`.
-collect_ignore = ["softgpu", "test_compiled_code.py"] if os.environ.get("TRITON_INTERPRET") == "1" else []
+COMPILED = ["softgpu", "test_compiled_code.py", "test_compiled_fuzz.py"]
+collect_ignore = COMPILED if os.environ.get("TRITON_INTERPRET") == "1" else []
 
 
 def pytest_collection_modifyitems(items):

@@ -74,6 +74,10 @@ def zeros(*shape, dtype=torch.float32):
     return lambda device: torch.zeros(shape, dtype=dtype, device=device)
 
 
+def nested(*shape):
+    return lambda device: torch.nested.nested_tensor(list(torch.zeros(shape, device=device)))
+
+
 # What differs from a good call; tensors as functions of the device.
 BAD_CALLS = {
     "stride 1.0": {"stride": 1.0},
@@ -135,6 +139,10 @@ BAD_CALLS = {
     "input int64, weight fp32": {"input": zeros(2, 4, 6, 6, dtype=torch.int64)},
     "input bf16, weight fp32": {"input": zeros(2, 4, 6, 6, dtype=torch.bfloat16)},
     "input sparse": {"input": lambda device: torch.zeros(2, 4, 6, 6, device=device).to_sparse()},
+    "input nested": {"input": nested(2, 4, 6, 6)},
+    "input nested, without a batch": {"input": nested(4, 6, 6)},
+    "weight nested": {"weight": nested(6, 4, 3, 3)},
+    "bias nested": {"bias": nested(6, 1)},
     "bool tensors": {"input": zeros(2, 4, 6, 6, dtype=torch.bool), "weight": zeros(6, 4, 3, 3, dtype=torch.bool)},
 }
 

@@ -712,8 +712,11 @@ def test_transforms_inside_what_is_compiled(name, activation, device, monkeypatc
 
 
 def test_meta_tensors():
-    y = triton_conv(torch.empty(2, 8, 6, 6, device="meta"), torch.empty(8, 2, 3, 3, device="meta"), groups=4)
+    operands = torch.empty(2, 8, 6, 6, device="meta"), torch.empty(8, 2, 3, 3, device="meta")
+    y = triton_conv(*operands, groups=4)
     assert (y.shape, y.device.type) == ((2, 8, 4, 4), "meta")
+    with pytest.raises(NotImplementedError, match=r"backend='triton' cannot run .* tensors are on meta"):
+        triton_conv(*operands, groups=4, backend="triton")
 
 
 ABSURD = {

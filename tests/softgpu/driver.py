@@ -17,7 +17,8 @@ from triton.compiler.compiler import CompiledKernel
 from . import machine, machine_code
 from .machine import TensorMap, View
 
-# What PTX leaves undefined, but ptxas, which knows the registers of a wgmma in flight, puts right where it serialises.
+# What PTX leaves undefined, but ptxas, which knows the registers of a wgmma in flight, puts right where it serialises;
+# the first of them also by a fence of its own.
 TOLERATED = ("wgmma", "register in flight")
 # The kinds of faults after which a launch can go on.
 SOFT = (
@@ -45,7 +46,7 @@ class Session:
     checks: accesses of shared memory are checked in "all" programs, "some" (first, second, middle, last) or "none";
     global memory always is.
     soft: kinds of faults that are only noted, in a result's `findings`. Those TOLERATED are only noted where ptxas
-    serialised the products; elsewhere they are faults like others.
+    serialised the products, "wgmma" also where it fenced them; elsewhere they are faults like others.
     late: a wgmma reads shared memory at its wait, and not when it is issued. PTX allows both.
     edit: (kernel's name, PTX) -> PTX, to plant faults; what ptxas would make of that is not known, so nothing is
     tolerated.
@@ -72,7 +73,9 @@ class Session:
     def judge(self, result: machine.Result, code: machine_code.WarpGroupCode | None) -> None:
         """Keep a result, and raise the first of its findings that is neither tolerated nor soft."""
         self.results.append(result)
-        tolerated = TOLERATED if code is not None and code.serialised else ()
+        tolerated: Sequence[str] = ()
+        if code is not None:
+            tolerated = TOLERATED if code.serialised else TOLERATED[:1] if code.fenced else ()
         result.faults = [finding for finding in result.findings if finding.kind not in tolerated]
         for fault in result.faults:
             if fault.kind not in self.soft:

@@ -20,11 +20,15 @@ DISASSEMBLER = pathlib.Path(triton.__file__).parent / "backends" / "nvidia" / "b
 
 @dataclasses.dataclass(frozen=True)
 class WarpGroupCode:
-    """Counts of the code, not as executed. awaited: products that a wait for all follows before the next, or a jump."""
+    """Counts of the code, not as executed. awaited: products that a wait for all follows before the next, or a jump.
+
+    fenced: whether a WARPGROUP.ARRIVE stands between each product and what wrote its registers before.
+    """
 
     products: int
     awaited: int
     waits: int
+    fenced: bool = False
 
     @property
     def serialised(self) -> bool:
@@ -44,11 +48,18 @@ def of_cubin(cubin: bytes) -> WarpGroupCode:
 def of_text(code: str) -> WarpGroupCode:
     """The counts of machine code as nvdisasm writes it."""
     products = awaited = waits = 0
-    open_ = False
-    for op, operands in re.findall(r"^\s+/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+ )?([A-Z][\w.]*)([^;]*);", code, re.M):
-        if op.startswith("HGMMA"):
+    open_, fenced = False, True
+    written: set[int] | None = None  # since the last arrival; None: after a label, nobody knows
+    instruction = r"^\s+/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+ )?([A-Z][\w.]*)([^;]*);"
+    for label, op, operands in re.findall(rf"^(\.L\w+):|{instruction}", code, re.M):
+        if label:
+            written = None
+        elif op.startswith("HGMMA"):
             products += 1
             open_ = True
+            fenced &= written is not None and written.isdisjoint(_read(op, operands))
+        elif op.startswith("WARPGROUP.ARRIVE"):
+            written = set()
         elif op.startswith("WARPGROUP.DEPBAR"):
             waits += 1
             if open_ and operands.rstrip().endswith("0x0"):
@@ -56,4 +67,15 @@ def of_text(code: str) -> WarpGroupCode:
                 open_ = False
         elif op.split(".")[0] in ("BRA", "EXIT", "RET"):
             open_ = False
-    return WarpGroupCode(products, awaited, waits)
+        elif written is not None:
+            first = re.match(r"\s*(?:P\w+, )*R(\d+)", operands)
+            written |= set(range(int(first[1]), int(first[1]) + 4)) if first else set()  # no instruction writes more
+    return WarpGroupCode(products, awaited, waits, fenced)
+
+
+def _read(op: str, operands: str) -> set[int]:
+    """The registers of a product: its sums, and four of its left operand if that is in registers."""
+    columns, names = re.match(r"HGMMA\.64x(\d+)x", op), re.findall(r"(?<![\w.])R(\d+)", operands)
+    sums = int(columns[1]) // 2 if columns else 128
+    widths = [4 if 0 < i < len(names) - 1 else sums for i in range(len(names))]
+    return {int(name) + i for name, width in zip(names, widths, strict=True) for i in range(width)}

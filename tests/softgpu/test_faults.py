@@ -164,6 +164,32 @@ def test_serialised_products_are_told_by_their_waits(pattern, by, serialised):
     assert found.serialised is serialised
 
 
+FENCED = """
+        /*0100*/                   IMAD.MOV.U32 R27, RZ, RZ, R25 ;
+        /*0110*/                   WARPGROUP.ARRIVE ;
+        /*0120*/                   MOV R4, R40 ;
+        /*0130*/                   HGMMA.64x16x8.F32.TF32 R24, gdesc[UR4], R24 ;
+        /*0140*/                   HGMMA.64x16x8.F32.TF32 R24, R8, gdesc[UR4], R24, gsb0 ;
+"""
+
+
+@pytest.mark.parametrize(
+    ("pattern", "by", "fenced"),
+    [
+        ("", "", True),
+        ("WARPGROUP.ARRIVE", "NOP", False),
+        ("MOV R4,", "MOV R31,", False),
+        ("MOV R4,", "MOV R32,", True),
+        ("MOV R4,", "LDS.128 R22,", False),
+        ("MOV R4,", "MOV R8,", False),
+        (r" +/\*0120", ".L_x_0:\n        /*0120", False),
+    ],
+)
+def test_products_are_fenced_where_nothing_writes_their_registers_after_the_arrival(pattern, by, fenced):
+    code = re.sub(pattern, by, FENCED, count=1) if pattern else FENCED
+    assert machine_code.of_text(code).fenced is fenced
+
+
 def test_registers_in_flight_are_tolerated_only_where_products_are_serialised():
     fine, pipelined = machine_code.WarpGroupCode(2, 2, 2), machine_code.WarpGroupCode(2, 1, 1)
 
@@ -173,6 +199,9 @@ def test_registers_in_flight_are_tolerated_only_where_products_are_serialised():
         return [fault.kind for fault in result.faults]
 
     assert judged(fine) == []
+    fenced = machine_code.WarpGroupCode(2, 1, 1, fenced=True)
+    assert judged(fenced, "wgmma") == []
+    assert judged(fenced, soft=softgpu.SOFT) == ["register in flight"]
     assert judged(pipelined, soft=softgpu.SOFT) == judged(None, soft=softgpu.SOFT) == ["register in flight"]
     for code, kind in ((pipelined, "register in flight"), (None, "wgmma"), (fine, "shared race")):
         with pytest.raises(softgpu.Fault, match=kind):
