@@ -63,7 +63,7 @@ def triton_conv(
         fp32 accumulation, one rounding to the result's dtype. fp32 inputs follow
         torch.backends.cudnn.conv.fp32_precision (TF32 or IEEE), or `set_fp32_precision`. Results and gradients are
         bitwise repeatable on a device. ||error|| / ||result|| against float64: fp16 5e-4, bf16 4e-3, tf32 1e-3, fp32
-        2^-23 * sqrt(terms), bf16x3 1e-5 more.
+        2^-23 * sqrt(terms), bf16x3 1e-5 more; where products cancel all over a result, of its terms' root of squares.
 
     Autocast, torch.compile and torch.func are followed; what torch.func transforms inside a compiled function is
     F.conv2d's. Tensor subclasses, modes and torch.fx meet triton_conv by __torch_function__; torch.jit traces, and what

@@ -40,7 +40,7 @@ def problems(name: str) -> list[ConvProblem]:
 
 
 def spread(name: str, pass_: str, value: float) -> str:
-    """How far one such number in an operand spreads over results that F.conv2d has finite: of all problems, the most."""
+    """How far such a number in an operand spreads over results that F.conv2d has finite: of all problems, the most."""
     on, worst = cases.machine("cpu", "few"), set()
     for problem in problems(name):
         if lack(name, problem, pass_, on) is not None:
