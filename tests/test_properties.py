@@ -44,7 +44,7 @@ def convolutions(draw):
     return x_shape, w_shape, {"stride": stride, "padding": padding, "dilation": dilation, "groups": groups}
 
 
-@settings(fixed, max_examples=20)
+@settings(fixed, max_examples=8)
 @given(
     convolutions(),
     st.sampled_from(list(MODES)),

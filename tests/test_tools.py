@@ -590,14 +590,13 @@ def block():
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("ci", ["", "1"])
 @pytest.mark.skipif(shutil.which("g++") is None, reason="Inductor compiles for a CPU by g++")
-def test_inductor_lays_out_around_us(ci, monkeypatch):
+def test_inductor_lays_out_around_us(monkeypatch):
     """Operands come as Inductor has them, channels_last: nothing is copied back for us, forward or backward.
 
-    Also where the variable CI has Inductor ask whether an operator could be decomposed.
+    With the variable CI, which has Inductor ask whether an operator could be decomposed.
     """
-    monkeypatch.setenv("CI", ci)
+    monkeypatch.setenv("CI", "1")
     came = []
 
     def recorded(function):

@@ -837,8 +837,9 @@ def test_explain_says_how_far_it_is(scripted, monkeypatch):
 
 
 def wait_for_file():
+    """With its first line: it is there before that."""
     path, end = raced.user_file(SLUG), time.monotonic() + 10
-    while not path.exists() and time.monotonic() < end:
+    while not (path.exists() and path.stat().st_size) and time.monotonic() < end:
         time.sleep(0.01)
     return path
 
