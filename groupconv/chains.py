@@ -33,7 +33,7 @@ BY_ITSELF = frozenset((
     "_buffers", "__dict__",
 ))  # fmt: skip
 NO_NORM = "no batch norm takes its result alone"
-MOST_KEPT = 100_000  # objects that a module's state leads to, before nothing is certain
+MOST_KEPT = 100_000  # objects that a module's state leads to, before nothing is certain; a guess
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,15 +49,13 @@ Row = tuple[Step, ...]
 
 @dataclasses.dataclass(frozen=True)
 class Chain:
-    """A convolution, the norm that alone takes its result, and the activation that alone takes that one's, or None.
-
-    exclusive: nothing else calls the activation.
+    """A convolution, the norm that alone takes its result, and the activation that alone takes that one's and is called
+    by nothing else, or None.
     """
 
     conv: nn.Module
     norm: nn.Module
     activate: nn.Module | None
-    exclusive: bool
 
 
 def grouped(model: nn.Module) -> list[Any]:
@@ -93,7 +91,7 @@ def _methods(kind: type) -> Iterator[types.CodeType]:
                 yield from reading.codes_of(value)
 
 
-def _class(module: nn.Module) -> Any:
+def _class(module: nn.Module) -> Any:  # of a type[Module] mypy does not believe that it has a hash
     return type(module)
 
 
@@ -120,7 +118,7 @@ def found(model: nn.Module) -> dict[nn.Module, Chain | str]:
     """The chain of each grouped convolution of a model, or why it has none that is certain.
 
     Certain is what the code says that the model's forward can reach: it calls the convolution, the norm, and the
-    activation if that is exclusive, once each, in a row, and neither it nor any other module's names them otherwise.
+    activation if there is one, once each, in a row, and neither it nor any other module's names them otherwise.
     """
     look = _Look(model)
     return {conv: look.chain(conv) for conv in grouped(model)}
@@ -159,10 +157,10 @@ class _Look:
             doubt = self._doubt(owner, step)
             if doubt is not None:
                 return doubt
-        activate = after(row, row.index(norm))
-        if activate is None:
-            return Chain(conv, norm.module, None, False)
-        return Chain(conv, norm.module, activate.module, self._doubt(owner, activate) is None)
+        activate = after(row, at + 1)
+        if activate is None or self._doubt(owner, activate) is not None:
+            return Chain(conv, norm.module, None)
+        return Chain(conv, norm.module, activate.module)
 
     def _doubt(self, owner: nn.Module, step: Step) -> str | None:
         """Why a module may be called, or read, in another way than its row says."""
@@ -245,7 +243,7 @@ class _Named:
                     c for each in reading.inner(code) for c in each.co_consts if isinstance(c, str)
                 }
                 continue
-            self._walk(node, [], (code.co_varnames or ("",))[0])
+            self._walk(node, [node], (code.co_varnames or ("",))[0])
 
     def _walk(self, node: ast.AST, inside: list[ast.AST], itself: str) -> None:
         if isinstance(node, ast.Attribute):
@@ -255,10 +253,11 @@ class _Named:
             )
         elif isinstance(node, ast.Constant) and isinstance(node.value, str):
             self.strings.add(node.value)
-        elif isinstance(node, ast.Name) and node.id == "vars":
-            self.by_itself = True
+        elif isinstance(node, ast.Name):
+            handed_on = node.id == itself and isinstance(node.ctx, ast.Load) and not _is_of_itself(inside[-1])
+            self.by_itself |= node.id == "vars" or handed_on
         elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in ("getattr", "setattr"):
-            self.by_made_up_names |= not isinstance(node.args[1], ast.Constant)
+            self.by_made_up_names |= not (len(node.args) > 1 and isinstance(node.args[1], ast.Constant))
         for child in ast.iter_child_nodes(node):
             self._walk(child, [*inside, node], itself)
 
@@ -296,6 +295,13 @@ def _is_a_call(node: ast.AST, inside: list[ast.AST], depth: int) -> bool:
     if isinstance(holder, ast.Call) and isinstance(holder.func, ast.Name) and holder.func.id == "enumerate":
         return isinstance(inside[-2], ast.For) and inside[-2].iter is holder and _calls_alone(inside[-2])
     return isinstance(holder, ast.For) and holder.iter is node and _calls_alone(holder)
+
+
+def _is_of_itself(holder: ast.AST) -> bool:
+    """Whether code that has `self` there takes a part of it by name, or asks for its class: it is handed to nobody."""
+    if isinstance(holder, ast.Call) and isinstance(holder.func, ast.Name):
+        return holder.func.id in ("super", "isinstance", "type", "hasattr", "getattr", "setattr")
+    return isinstance(holder, ast.Attribute)
 
 
 def _is_asked_for(holder: ast.AST) -> bool:
@@ -371,15 +377,15 @@ def _kept(model: nn.Module) -> set[int]:
         for inner in module.modules():
             above[inner].add(id(module))
     kept: set[int] = set()
-    seen: set[int] = set()
     for module in model.modules():
+        seen: set[int] = set()
         todo = [value for key, value in vars(module).items() if key not in ("_modules", "_parameters", "_buffers")]
         todo += [
             v for base in type(module).__mro__ if not _is_torchs(base) for k, v in vars(base).items() if k[:2] != "__"
         ]
         while todo:
             value = todo.pop()
-            if id(value) in seen and not issubclass(type(value), nn.Module):
+            if id(value) in seen:
                 continue
             seen.add(id(value))
             if len(seen) > MOST_KEPT:
@@ -412,13 +418,7 @@ def _parts(value: Any) -> list:
     if issubclass(kind, types.FunctionType):
         globals_ = (value.__globals__.get(name) for code in reading.inner(value.__code__) for name in code.co_names)
         parts = [each for each in globals_ if issubclass(type(each), nn.Module)]
-        parts += [value.__defaults__, value.__kwdefaults__]
-        for cell in value.__closure__ or ():
-            try:
-                parts.append(cell.cell_contents)
-            except ValueError:  # it is empty
-                continue
-        return parts
+        return [*parts, value.__defaults__, value.__kwdefaults__, *reading.closed_over(value)]
     parts = []
     for name in ("__dict__", *(slot for base in kind.__mro__ for slot in _slots(base))):
         try:

@@ -112,7 +112,7 @@ def _why_left(chain: chains.Chain) -> str | None:
 def _fold(chain: chains.Chain) -> str:
     """Fold a chain, whatever names its modules go by; what was folded."""
     conv: Any
-    conv, norm, activate = chain.conv, chain.norm, chain.activate if chain.exclusive else None
+    conv, norm, activate = chain.conv, chain.norm, chain.activate
     own = chains.is_timm_norm(norm)
     if own:
         activate = norm.act  # type: ignore[assignment]

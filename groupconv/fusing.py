@@ -11,6 +11,7 @@ from torch import Tensor, fx, nn
 from . import batch_norm, chains, reading, torch_private
 from .layers import call_module
 
+SYNCHRONISED = "a SyncBatchNorm follows, whose statistics are of all processes"
 MARK = "_groupconv_activated"  # of a tensor to which the activation that comes next was applied already
 
 
@@ -103,6 +104,10 @@ class Passing(nn.Module):
 
     _native: type[nn.Module]
 
+    def __init_subclass__(cls) -> None:
+        if cls.__bases__[0] is Passing:
+            cls._native = cls.__bases__[1]
+
     def forward(self, input: Tensor) -> Tensor:
         if not torch.jit.is_scripting():
             return self._passed(input)
@@ -118,32 +123,25 @@ class Passing(nn.Module):
         return self._native.forward(self, input)
 
 
-class PassingReLU(Passing, nn.ReLU):
-    _native = nn.ReLU
+class PassingReLU(Passing, nn.ReLU): ...
 
 
-class PassingReLU6(Passing, nn.ReLU6):
-    _native = nn.ReLU6
+class PassingReLU6(Passing, nn.ReLU6): ...
 
 
-class PassingLeakyReLU(Passing, nn.LeakyReLU):
-    _native = nn.LeakyReLU
+class PassingLeakyReLU(Passing, nn.LeakyReLU): ...
 
 
-class PassingSiLU(Passing, nn.SiLU):
-    _native = nn.SiLU
+class PassingSiLU(Passing, nn.SiLU): ...
 
 
-class PassingGELU(Passing, nn.GELU):
-    _native = nn.GELU
+class PassingGELU(Passing, nn.GELU): ...
 
 
-class PassingHardswish(Passing, nn.Hardswish):
-    _native = nn.Hardswish
+class PassingHardswish(Passing, nn.Hardswish): ...
 
 
-class PassingSigmoid(Passing, nn.Sigmoid):
-    _native = nn.Sigmoid
+class PassingSigmoid(Passing, nn.Sigmoid): ...
 
 
 PASSING = {kind._native: kind for kind in Passing.__subclasses__()}
@@ -169,28 +167,27 @@ def fuse(model: nn.Module) -> None:
 def _fused(row: chains.Row, at: int) -> tuple[str, bool]:
     """Fuse the norm after a convolution in a row: (what was taken, True), or (why nothing was, False)."""
     norm: Any = row[at + 1].module
-    if isinstance(norm, BatchNormAct2d) and "_native" in vars(type(norm)):
-        native = norm._native
-    else:
-        native = type(norm)
-    if isinstance(norm, nn.SyncBatchNorm) and chains.is_norm(norm):
-        return "a SyncBatchNorm follows, whose statistics are of all processes", False
     if isinstance(norm, _OfTimm) or chains.is_timm_norm(norm):
-        doubt = chains.doubt_of_timm_norm(norm)
-        if doubt is not None or chains.activation_of(norm.act) is None:
+        activation, doubt = chains.activation_of(norm.act), chains.doubt_of_timm_norm(norm)
+        if isinstance(norm, nn.SyncBatchNorm):
+            return SYNCHRONISED, False
+        if doubt is not None or activation is None:
             return doubt or "its batch norm has no activation", False
         if not isinstance(norm, _OfTimm):
             norm.__class__ = _of_timm(type(norm))  # type: ignore[arg-type]
-        return f"batch norm and {chains.activation_of(norm.act)}", True
-    if native is not nn.BatchNorm2d:
+        return f"batch norm and {activation}", True
+    if type(norm) is nn.SyncBatchNorm:
+        return SYNCHRONISED, False
+    if type(norm) not in (nn.BatchNorm2d, BatchNormAct2d):
         return chains.NO_NORM, False
     following = chains.after(row, at + 1)
     activate: Any = None if following is None else following.module
     native = activate._native if type(activate) in PASSING.values() else type(activate)
-    if native not in PASSING or chains.activation_of(activate, native) is None:
+    activation = chains.activation_of(activate, native) if native in PASSING else None
+    if activation is None:
         return "no activation of triton_conv's takes its batch norm's result alone", False
     activate.__class__, norm.__class__ = PASSING[native], BatchNormAct2d
-    return f"batch norm and {chains.activation_of(activate, native)}", True
+    return f"batch norm and {activation}", True
 
 
 def unfuse(model: nn.Module) -> None:

@@ -69,11 +69,12 @@ def convert(model: nn.Module, fuse: str | None = None) -> nn.Module:
     for module in model.modules():
         if _why_left(module) == CONVERTIBLE:
             module.__class__ = OURS[type(module)]
-    _warn(model)
+    summary = summarize(model)
+    _warn(model, summary)
     if fuse is not None:
         fusing.fuse(model)
     if LOG.isEnabledFor(logging.INFO):
-        LOG.info("convert: %s", summarize(model))
+        LOG.info("convert: %s", summary)
     return model
 
 
@@ -117,9 +118,9 @@ SHARDED = "sharded by itself (fully_shard): convert first, or have enable() take
 QUANTISED = "quantised"
 
 
-def _warn(model: nn.Module) -> None:
+def _warn(model: nn.Module, summary: ConversionSummary) -> None:
     """Of what a user of `convert` hardly wants: that it has nothing to do, or comes too late."""
-    summary, modules = summarize(model), dict(model.named_modules())
+    modules = dict(model.named_modules())
     late = {
         name: why for name, why in summary.left.items()
         if why in (SHARDED, QUANTISED) and getattr(modules[name], "groups", 1) != 1

@@ -6,8 +6,10 @@ A source is believed only if it compiles to the very code.
 from __future__ import annotations
 
 import ast
+import contextlib
 import dataclasses
 import functools
+import inspect
 import itertools
 import linecache
 import sys
@@ -23,7 +25,8 @@ from . import torch_private
 Function = ast.FunctionDef | ast.Lambda
 NESTED = (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda, ast.ClassDef, ast.ListComp, ast.SetComp, ast.DictComp,
           ast.GeneratorExp)  # fmt: skip
-RESUMED = 0x20 | 0x80 | 0x100 | 0x200  # flags of generators, coroutines and both, which others may go on with
+# Flags of code that stops and goes on when others want it to.
+RESUMED = inspect.CO_GENERATOR | inspect.CO_COROUTINE | inspect.CO_ITERABLE_COROUTINE | inspect.CO_ASYNC_GENERATOR
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,6 +90,13 @@ def inner(code: types.CodeType) -> Iterator[types.CodeType]:
             yield from inner(constant)
 
 
+def closed_over(function: types.FunctionType) -> Iterator[object]:
+    """The values of a function's closure."""
+    for cell in function.__closure__ or ():
+        with contextlib.suppress(ValueError):  # it is empty
+            yield cell.cell_contents
+
+
 def codes_of(value: object, seen: set[int] | None = None) -> Iterator[types.CodeType]:
     """The codes of a function, of what it wraps, and of what a method or property of a class is made of."""
     seen = set() if seen is None else seen
@@ -96,12 +106,7 @@ def codes_of(value: object, seen: set[int] | None = None) -> Iterator[types.Code
     parts: list[object] = []
     if isinstance(value, types.FunctionType):
         yield from inner(value.__code__)
-        for cell in value.__closure__ or ():
-            try:
-                parts.append(cell.cell_contents)
-            except ValueError:  # it is empty
-                continue
-        parts.append(vars(value).get("__wrapped__"))
+        parts += (*closed_over(value), vars(value).get("__wrapped__"))
     elif isinstance(value, property):
         parts += (value.fget, value.fset, value.fdel)
     elif isinstance(value, (classmethod, staticmethod, types.MethodType)):

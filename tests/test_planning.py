@@ -1,17 +1,14 @@
 """A configuration says all of a launch: how its work is divided, and how much memory that takes. Planning is short."""
 
 import dataclasses
-import math
 import sys
 
 import cases
-import hypothesis
 import pytest
 import torch
-from hypothesis import strategies as st
 
 from groupconv import cost, devices, dispatch, occupancy
-from groupconv.algorithms import REGISTRY, able, candidates, divided, row_march, tiling
+from groupconv.algorithms import REGISTRY, able, candidates, divided, tiling
 from groupconv.perf_reports import layers
 from groupconv.problem import PLANNED, ConvProblem, dense_strides
 
@@ -194,25 +191,6 @@ def test_tables_hold_what_was_compiled():
             assert 0 <= registers <= 512
             assert shared >= 0
     assert all(0.0 < kind.most <= 2.0 for kind in kinds.values() if kind.most)
-
-
-@hypothesis.given(
-    st.integers(1, 20),
-    st.integers(1, 20),
-    st.integers(1, 90),
-    st.sampled_from([16, 32, 128]),
-    st.sampled_from([1, 4, 8]),
-)
-def test_channels_that_a_tile_of_row_march_reads(result, source, groups, block_c, align):
-    """As many as the one that reads most wants, rounded to 16 bytes."""
-    made = row_march._channels(result, source, groups, block_c, align)
-    spans = []
-    for c in range(0, groups * result, made.step):
-        first = c // result * source // align * align
-        last = (min(c + made.step, groups * result) - 1) // result
-        spans.append((last + 1) * source - first)
-    rounded = math.ceil(groups * source / align) * align
-    assert made.read == min(math.ceil(max(spans) / align) * align, rounded)
 
 
 @pytest.mark.parametrize("width", [2, 8, 64])

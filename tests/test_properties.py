@@ -142,3 +142,9 @@ def test_channel_tiles_hold_their_groups(result, source, groups, block_c, align)
         assert begin <= first // result * source
         assert (last // result + 1) * source <= begin + made.read
     assert made.read % align == 0
+    # In no more channels than the tile wants that wants most, rounded to 16 bytes.
+    begins = range(0, total, made.step)
+    spans = [
+        ((min(c + made.step, total) - 1) // result + 1) * source - c // result * source // align * align for c in begins
+    ]
+    assert made.read == min(math.ceil(max(spans) / align) * align, math.ceil(groups * source / align) * align)

@@ -7,7 +7,7 @@ import linecache
 
 import pytest
 import torch
-from test_batch_norm import image
+from test_batch_norm import Parts, image
 from torch import nn
 
 import groupconv
@@ -146,12 +146,7 @@ def test_a_source_that_is_not_the_code_is_not_believed(tmp_path):
 CACHE = {}
 
 
-class Base(nn.Module):
-    def __init__(self):
-        super().__init__()
-        torch.manual_seed(0)
-        self.conv, self.bn, self.act = nn.Conv2d(8, 8, 3, groups=4), nn.BatchNorm2d(8), nn.SiLU()
-
+class Base(Parts):
     def forward(self, x):
         return self.act(self.bn(self.conv(x)))
 
@@ -254,12 +249,18 @@ def test_frames_that_torch_compile_leaves_alone():
     torch.testing.assert_close(found, plain(x), rtol=1e-4, atol=1e-4)
 
 
+def eps_of(model):
+    return model.bn.eps
+
+
 # What else a model's code does with a norm, all of which leaves it: (what it has more, its forward).
 MORE = {
     "parameters": lambda m, x: Base.forward(m, x) + sum(p.sum() for p in m.parameters()),
     "its kind": lambda m, x: Base.forward(m, x) * (2 if isinstance(m.bn, nn.BatchNorm2d) else 1),
     "an attribute": lambda m, x: Base.forward(m, x) * getattr(m.bn, "eps", 1.0),
     "a name that is made up": lambda m, x: Base.forward(m, x) * getattr(m, "b" + "n").eps,
+    "a function that gets it": lambda m, x: Base.forward(m, x) * eps_of(m),
+    "a name by unpacking": lambda m, x: Base.forward(m, x) * getattr(*(m.bn, "eps")),
     "a change": lambda m, x: setattr(m.bn, "eps", 0.5) or Base.forward(m, x),
 }
 
