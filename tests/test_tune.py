@@ -465,8 +465,8 @@ def entries_of(path):
 def test_budget_is_kept(tmp_path, capsys):
     """More work than the time is enough for: it ends in time, with what there is."""
     began = time.monotonic()
-    assert tune(tmp_path, "--budget-seconds", "2", "--dtypes", "bf16", "fp32", "--layouts", "nhwc", "nchw") == 0
-    assert 2 <= time.monotonic() - began < 2 + 5  # and a table
+    assert tune(tmp_path, "--budget-seconds", "5", "--dtypes", "bf16", "fp32", "--layouts", "nhwc", "nchw") == 0
+    assert 5 <= time.monotonic() - began < 5 + 5  # and a table
     said = capsys.readouterr().out
     assert "The time budget ended with" in said
     assert "Stub clock: not measurements" in said
