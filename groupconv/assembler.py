@@ -9,8 +9,12 @@ import tempfile
 TOOL_SECONDS = 60.0
 
 
-class Miscompiled(RuntimeError):
-    """A kernel that ptxas gets wrong in every way that was tried."""
+class NoKernel(RuntimeError):
+    """A kernel cannot be had, for no fault of the call: F.conv2d serves where no backend was asked for."""
+
+
+class Miscompiled(NoKernel):
+    """ptxas gets it wrong in every way that was tried."""
 
 
 def tool(name: str) -> str:

@@ -167,7 +167,7 @@ class Call:
                 with torch.cuda.device(self.device):
                     return run(x, w, bias)
             return run(x, w, bias)
-        except assembler.Miscompiled as error:
+        except assembler.NoKernel as error:
             self._give_up(error)
             self._forward = functools.partial(torch_reference.fprop, self.args)
             return self._forward(x, w, bias)
@@ -219,7 +219,7 @@ class Call:
                 with torch.cuda.device(self.device):
                     return run(x, w, bias, residual)
             return run(x, w, bias, residual)
-        except assembler.Miscompiled as error:
+        except assembler.NoKernel as error:
             self._give_up(error)
             run = functools.partial(self._finish_by_torch, activation, keeps)
             self._finished[activation, residual is not None, keeps] = run
@@ -236,7 +236,7 @@ class Call:
     def _finish_by_torch(self, activation: str | None, keeps: bool, x, w, bias, residual):
         return finished_by_torch(torch_reference.fprop(self.args, x, w, bias), residual, activation, keeps)
 
-    def _give_up(self, error: assembler.Miscompiled) -> None:
+    def _give_up(self, error: assembler.NoKernel) -> None:
         """Warn that F.conv2d serves; of a backend that was asked for, raise."""
         if self.backend != "auto":
             raise error
@@ -274,7 +274,7 @@ class Call:
                 with torch.cuda.device(self.device):
                     return run(dy, x, w)
             return run(dy, x, w)
-        except assembler.Miscompiled as error:
+        except assembler.NoKernel as error:
             self._give_up(error)
             self._backward[key] = self._backward_by_torch(key[0])
             return self._backward[key](dy, x, w)

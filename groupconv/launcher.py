@@ -147,7 +147,11 @@ class Launch:
     def _made(self, tensors, **options):
         """What Triton compiles, or has compiled before, with more options."""
         self.options |= options
-        return self.kernel.run(*tensors, *self.scalars, grid=self.grid, warmup=True, **self.options)
+        try:
+            return self.kernel.run(*tensors, *self.scalars, grid=self.grid, warmup=True, **self.options)
+        except OSError as error:  # a full disk or a read-only home: Triton compiles into files
+            said = f"groupconv: {self.kernel.fn.__name__} cannot be compiled into {cache_folder()}: {error}"
+            raise assembler.NoKernel(f"{said}; TRITON_CACHE_DIR names another folder, backend='torch' works") from error
 
 
 def _ptx(compiled) -> str:

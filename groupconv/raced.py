@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
+import errno
 import functools
 import hashlib
 import json
@@ -91,7 +92,9 @@ def keep(slug: str, found: Result) -> None:
 
 
 def write(slug: str, found: Result) -> None:
-    """Add a result to the user's file, for processes to come. One that cannot be written is this process's own."""
+    """Add a result to the user's file, for processes to come. One that cannot be written is this process's own, which
+    is told once.
+    """
     import filelock
 
     path = user_file(slug)
@@ -106,13 +109,21 @@ def write(slug: str, found: Result) -> None:
         if path.exists() and not path.is_file():  # a pipe would wait for its reader
             return
         path.parent.mkdir(parents=True, exist_ok=True)
-        with filelock.FileLock(f"{path}.lock", timeout=LOCK_SECONDS), path.open("a+b") as file:
-            if file.tell():
+        with filelock.FileLock(f"{path}.lock", timeout=LOCK_SECONDS), path.open("a+b", buffering=0) as file:
+            end = file.tell()
+            if end:
                 file.seek(-1, os.SEEK_END)
                 line = line if file.read(1) == b"\n" else "\n" + line  # after one that a kill cut short
-            file.write(line.encode())
-    except (OSError, NotImplementedError, filelock.Timeout):  # a read-only home, or no locks
-        pass
+            if file.write(line.encode()) != len(line):  # of which a full disk took a part
+                file.truncate(end)
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    except (OSError, NotImplementedError, filelock.Timeout) as error:  # a full disk, a read-only home, or no locks
+        _tell_once(f"groupconv: {path}: what races find is not kept: {getattr(error, 'strerror', '') or error}")
+
+
+@functools.cache
+def _tell_once(what: str) -> None:
+    warnings.warn(what, stacklevel=3)
 
 
 def user_file(slug: str) -> pathlib.Path | None:
@@ -176,3 +187,4 @@ def reset() -> None:
     """Forget what was raced and read; files stay."""
     _RESULTS.clear()
     _of_file.cache_clear()
+    _tell_once.cache_clear()

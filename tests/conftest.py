@@ -3,6 +3,7 @@
 import dataclasses
 import os
 import pathlib
+import tempfile
 
 import pytest
 import torch
@@ -68,6 +69,14 @@ def few_programs(monkeypatch):
 def unpoisoned_memory(poisoned_memory):
     """Memory that nobody fills, for tensors of gigabytes of which a test touches a few pages."""
     torch.utils.deterministic.fill_uninitialized_memory = False
+
+
+@pytest.fixture
+def folder():
+    """A folder that whoever is not root may enter, as pytest's own are not."""
+    with tempfile.TemporaryDirectory() as made:
+        os.chmod(made, 0o755)
+        yield pathlib.Path(made)
 
 
 @pytest.fixture

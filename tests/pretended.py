@@ -2,6 +2,8 @@
 
 import contextlib
 import os
+import pathlib
+import resource
 
 import torch
 
@@ -50,3 +52,38 @@ class SlowLab(stub.StubLab):
 def read(folder, name="results.csv"):
     """The rows of a report's or a bench's table."""
     return files.read(folder / name, comparison.FILES.get(name, rows.FIELDS))
+
+
+@contextlib.contextmanager
+def full_disk(room):
+    """No file grows beyond `room` bytes: a write takes what there is room for, and the next one raises OSError."""
+    was = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (room, was[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, was)
+
+
+@contextlib.contextmanager
+def read_only(folder):
+    """Nobody may write in a folder, root neither."""
+    was = os.geteuid()
+    folder.chmod(0o555)
+    if was == 0:
+        os.seteuid(65534)
+    try:
+        yield
+    finally:
+        os.seteuid(was)
+        folder.chmod(0o755)
+
+
+def is_alive(pid):
+    """Whether a process runs."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    state = pathlib.Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0]
+    return state != "Z"

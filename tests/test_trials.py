@@ -1,6 +1,7 @@
 """Trials: which plans prove themselves in a user's calls, what every call gives back meanwhile, and what is kept."""
 
 import concurrent.futures
+import errno
 import itertools
 import json
 import os
@@ -10,11 +11,14 @@ import sys
 import threading
 import time
 import warnings
+from unittest import mock
 
+import filelock
+import pretended
 import pytest
 import torch
 import torch.nn.functional as F
-from pretended import ENVIRONMENT
+from pretended import ENVIRONMENT, is_alive
 
 import groupconv
 from groupconv import call, cli, configs, cost, devices, dispatch, eager, launcher, prepared, raced, trial, workers
@@ -923,6 +927,15 @@ def test_damaged_lines_are_told_once_and_passed_over(scripted, tmp_path, damage)
     assert path.read_bytes() == content
 
 
+def test_the_last_result_counts_whatever_the_clock_said(scripted):
+    """It was days ahead when an earlier one was written, in a file that is as new."""
+    problem = ConvProblem(2, 16, 6, 6, 16, 3, 3, pad=(1, 1, 1, 1), groups=4, dtype="tf32")
+    lines = [kept_line(utc=f"{year}-01-01T00:00:00Z", torch_time_us=us) for year, us in ((2096, 9.0), (1970, 7.0))]
+    raced.user_file(SLUG).write_text("\n".join(lines) + "\n")
+    os.utime(raced.user_file(SLUG), (4e9, 4e9))
+    assert raced.lookup(SLUG, problem, "fprop").entry.torch_time_us == 7.0
+
+
 @pytest.mark.parametrize("changed", ["torch", "triton", "cudnn", "kernels"])
 def test_results_of_other_versions_are_a_miss(scripted, changed):
     problem = ConvProblem(2, 16, 6, 6, 16, 3, 3, pad=(1, 1, 1, 1), groups=4, dtype="tf32")
@@ -951,6 +964,42 @@ def test_a_folder_that_cannot_be_used(scripted, tmp_path, monkeypatch):
     start_anew()
     with pytest.warns(UserWarning, match="not a file"):
         assert plan(x, w).fprop.source == "modelled"
+
+
+@pytest.mark.parametrize("why", ["full", "nearly full", "no lock", "read-only"])
+def test_results_that_cannot_be_written(scripted, folder, why, monkeypatch):
+    """Calls go on by them, it is told once, and the file is as it was; later ones are written where there is room."""
+    monkeypatch.setenv("GROUPCONV_CONFIG_DIR", str(folder))
+    start_anew()
+    groupconv.set_trials(True)
+    path, before = raced.user_file(SLUG), kept_line() + "\n"
+    path.write_text(before)
+    times(scripted, 100.0, row_march=50.0)
+    refused = mock.Mock(side_effect=OSError(errno.ENOSPC, "No space left on device"))
+    starve = {
+        "full": lambda: pretended.full_disk(len(before)),
+        "nearly full": lambda: pretended.full_disk(len(before) + 50),
+        "no lock": lambda: mock.patch.object(filelock.FileLock, "acquire", refused),
+        "read-only": lambda: pretended.read_only(folder),
+    }[why]
+
+    def decide(*sizes):
+        for size in sizes:
+            given = operands(size=size)
+            until_decided(forward, *given)
+            assert served(scripted, *given) == "row_march"
+            for thread in threading.enumerate():
+                if thread is not threading.main_thread() and not thread.daemon:
+                    thread.join(30)
+
+    with starve(), pytest.warns(UserWarning, match=r"trials.jsonl: what races find is not kept: ") as caught:
+        decide(12, 24)
+    assert len(caught) == 1
+    assert path.read_text() == before
+    assert {each.name for each in folder.iterdir()} <= {path.name, f"{path.name}.lock"}
+    decide(48)
+    assert path.read_text().startswith(before)
+    assert len(path.read_text().splitlines()) == 2
 
 
 def test_processes_that_write_at_once(tmp_path):
@@ -986,15 +1035,6 @@ def test_the_table_of_the_command_line(scripted, tmp_path, capsys, monkeypatch):
 
 
 # --- Processes that compile ------------------------------------------------------------------------------------------
-
-
-def is_alive(pid):
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    state = pathlib.Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0]
-    return state != "Z"
 
 
 def python(code, **environment):

@@ -104,20 +104,25 @@ def _text(value: object) -> str:
 
 def read(path: pathlib.Path, fields: Sequence[str]) -> list[Row]:
     """The rows of a CSV with these fields; a last line that a kill cut short is left out."""
-    with path.open(encoding="utf-8", newline="") as file:
-        reader = csv.DictReader(file)
-        missing = set(fields) - set(reader.fieldnames or ())
-        if missing:
-            raise ValueError(f"{path.name}: not a report's CSV: no column {', '.join(sorted(missing))}")
-        return [row for row in reader if None not in row.values()]
+    text = path.read_text(encoding="utf-8")
+    reader = csv.DictReader(text[: text.rfind("\n") + 1].splitlines())
+    missing = set(fields) - set(reader.fieldnames or ())
+    if missing:
+        raise ValueError(f"{path.name}: not a report's CSV: no column {', '.join(sorted(missing))}")
+    return [row for row in reader if None not in row.values()]
 
 
 @contextlib.contextmanager
 def whole(path: pathlib.Path) -> Iterator[pathlib.Path]:
-    """Where to write a file that takes its place at once, when it is written."""
+    """Where to write a file that takes its place at once, when it is written; of one that cannot be, nothing stays."""
     partial = path.with_name(f".{path.name}.partial")
-    yield partial
-    os.replace(partial, path)
+    try:
+        yield partial
+        os.replace(partial, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            partial.unlink()
+        raise
 
 
 def write_atomically(path: pathlib.Path, text: str) -> None:
@@ -133,4 +138,5 @@ def put_aside(path: pathlib.Path) -> None:
     while aside.exists():
         number += 1
         aside = path.with_name(f"{stem}.{number}.old")
-    shutil.copy2(path, aside)
+    with whole(aside) as partial:
+        shutil.copy2(path, partial)
