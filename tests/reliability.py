@@ -7,6 +7,7 @@ import dataclasses
 import math
 import os
 import pathlib
+import subprocess
 import sys
 
 if __name__ == "__main__":
@@ -104,7 +105,13 @@ def error_table() -> list[str]:
     return lines
 
 
-TABLES = {"spread": spread_table, "errors": error_table}
+def first_calls(*models: str) -> list[str]:
+    """Of each model how many kernels an epoch compiles, by a process that has compiled ones: they are few enough."""
+    command = [sys.executable, str(pathlib.Path(__file__).with_name("first_calls.py")), *models]
+    return subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.splitlines()
+
+
+TABLES = {"spread": spread_table, "errors": error_table, "kernels": first_calls}
 
 
 def written(text: str, name: str, lines: list[str]) -> str:

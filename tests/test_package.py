@@ -153,6 +153,91 @@ def test_an_import_that_points_up_is_found(module, source, breach):
     assert breaches(source, f"groupconv.{module}") == (set() if breach is None else {breach})
 
 
+def used(tree):
+    """What a source reads of modules, and calls by a plain name: "time.sleep", "eval"."""
+    attributes = {ast.unparse(node) for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
+    calls = {node.func for node in ast.walk(tree) if isinstance(node, ast.Call)}
+    return attributes | {function.id for function in calls if isinstance(function, ast.Name)}
+
+
+def forbidden(source):
+    """What a source uses that executes or unpickles what it reads, opens connections, or has a shell read commands."""
+    tree = ast.parse(source)
+    shells = {node.arg for node in ast.walk(tree) if isinstance(node, ast.keyword) and node.arg == "shell"}
+    parts = {name.partition(".")[0] for name in imports(source, "groupconv.any")}
+    return shells | {name for name in used(tree) if EXECUTING.fullmatch(name)} | (parts & MODULES)
+
+
+EXECUTING = re.compile(
+    r"eval|exec|__import__|torch\.(load|hub\..*)|os\.(system|popen)|(dist|torch\.distributed)\.\w+_object\w*"
+)
+MODULES = {
+    "pickle", "marshal", "shelve", "dill", "cloudpickle", "joblib", "yaml", "runpy", "code",
+    "socket", "ssl", "urllib", "http", "requests", "httpx", "ftplib", "smtplib", "xmlrpc", "asyncio",
+}  # fmt: skip
+# Of processes that the user started together (torchrun), which tell each other what they measured.
+ALLOWED = {"groupconv.measuring.share": {"dist.gather_object"}}
+
+
+def test_nothing_is_executed_and_no_connection_opened():
+    """No source evaluates or unpickles what it reads, and none knows how to reach a host."""
+    found = {name: forbidden(path.read_text()) for name, path in modules().items()}
+    assert {name: names for name, names in found.items() if names} == ALLOWED
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "eval(text)", "exec(text)", "import pickle", "from pickle import loads", "torch.load(path)",
+        "import urllib.request", "from socket import socket", "subprocess.run(line, shell=True)", "os.system(line)",
+        "torch.hub.load(name)", "def f():\n    import http.client", "dist.broadcast_object_list(found)",
+    ],
+)  # fmt: skip
+def test_what_executes_or_connects_is_found(source):
+    assert forbidden(source)
+
+
+def test_no_connection_at_import_or_in_calls(tmp_path):
+    """Nor a process that is started, or a file that is written."""
+    code = """
+import sys, torch, torch._dynamo, triton
+
+def watch(event, args):
+    writes = event == "open" and isinstance(args[1], str) and args[1].strip("rbtU")
+    if event.startswith(("socket.", "subprocess.", "urllib.", "pickle.", "os.system", "os.exec", "os.fork")) or writes:
+        seen.append((event, args))
+
+seen = []
+sys.addaudithook(watch)
+import groupconv, groupconv.cli
+from groupconv import configs
+x, layer = torch.randn(1, 4, 5, 5), torch.nn.Conv2d(4, 4, 3, groups=2)
+groupconv.triton_conv(x, layer.weight, groups=2)
+groupconv.convert(torch.nn.Sequential(layer))(x).sum().backward()
+print(groupconv.explain(x, layer.weight, groups=2, target="h100").fprop.algorithm)
+assert not seen, seen
+open("written", "w").close()
+assert seen
+"""
+    assert python(code, tmp_path, PYTHONDONTWRITEBYTECODE="1")
+
+
+STEADY = {"monotonic", "perf_counter", "process_time", "sleep"}
+
+
+def test_nothing_goes_by_a_clock_that_jumps():
+    """Durations are of a clock that does not; the time of day is a label, and of no file is it asked how old it is."""
+    labels = set()
+    for name, path in modules().items():
+        tree = ast.parse(path.read_text())
+        names = used(tree)
+        assert {each.removeprefix("time.") for each in names if re.fullmatch(r"time\.\w+", each)} <= STEADY, name
+        assert not any(re.search(r"[macu]time\b|getatime", each) for each in names if "monotonic" not in each), name
+        assert not any(isinstance(node, ast.ImportFrom) and node.module == "time" for node in ast.walk(tree)), name
+        labels |= {name for each in names if each.startswith("datetime.datetime.")}
+    assert labels == {"groupconv.common.files", "groupconv.raced"}
+
+
 def test_no_call_reads_the_environment_or_prints(capfd):
     """A second call of a shape does nothing but launch: nothing on stdout or stderr."""
     x, w = torch.randn(1, 4, 5, 5), torch.randn(4, 2, 3, 3)

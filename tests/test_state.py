@@ -1,6 +1,5 @@
 """A full disk, a folder that is read-only, clocks that jump, several GPUs, and the end of an interpreter."""
 
-import ast
 import contextlib
 import errno
 import json
@@ -16,8 +15,7 @@ import pretended
 import pytest
 from pretended import ENVIRONMENT
 
-import groupconv
-from groupconv import cli, configs, perf_reports, raced
+from groupconv import cli, configs, raced
 from groupconv.common import files
 
 FUTURE = 4_000_000_000  # seconds: the year 2096
@@ -317,32 +315,6 @@ print(current)
 
 
 # --- Clocks that jump ------------------------------------------------------------------------------------------------
-
-
-ROOT = pathlib.Path(groupconv.__file__).parent
-SOURCES = {
-    path.relative_to(folder.parent).as_posix(): ast.parse(path.read_text())
-    for folder in (ROOT, pathlib.Path(perf_reports.__file__).parent, pathlib.Path(configs.__file__).parent)
-    for path in folder.rglob("*.py")
-}
-STEADY = {"monotonic", "perf_counter", "process_time", "sleep"}
-
-
-def uses(tree):
-    """Names of modules that are read as attributes, and what of them: "time.sleep"."""
-    return {ast.unparse(node) for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
-
-
-def test_nothing_goes_by_a_clock_that_jumps():
-    """Durations are of a clock that does not; the time of day is a label, and of no file is it asked how old it is."""
-    labels = set()
-    for name, tree in SOURCES.items():
-        used = uses(tree)
-        assert {each.removeprefix("time.") for each in used if each.startswith("time.")} <= STEADY, name
-        assert not any(word in each for each in used for word in ("mtime", "ctime", "atime", "utime")), name
-        assert not any(isinstance(node, ast.ImportFrom) and node.module == "time" for node in ast.walk(tree)), name
-        labels |= {name for each in used if each.startswith("datetime.datetime.")}
-    assert labels == {"groupconv/common/files.py", "groupconv/raced.py"}
 
 
 @pytest.fixture
