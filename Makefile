@@ -15,7 +15,7 @@ COMPILED := tests/softgpu tests/test_compiled_code.py tests/test_compiled_fuzz.p
 SHORT := $(foreach name,problem devices planning configs package torch_private ops autograd modules,tests/test_$(name).py)
 WHEELS := dist
 
-.PHONY: report test test-full test-short test-compiled test-newest planted softgpu fuzz registers waits lint wheel gpu-test gpu ship clean
+.PHONY: report test test-full test-short test-compiled test-newest versions planted softgpu fuzz registers waits lint wheel gpu-test gpu ship clean
 report: $(INSTALLED)
 	$(BIN)/groupconv report $(ARGS)
 
@@ -44,6 +44,10 @@ test-newest: $(INSTALLED) $(NEWEST_TRITON)
 	PYTHONPATH=$(abspath $(NEWEST_TRITON)) $(BIN)/python -m pytest -n auto tests/test_numerics.py -k "$(NEWEST_SLICE)"
 	PYTHONPATH=$(abspath $(NEWEST_TRITON)) $(BIN)/python -m pytest -n auto tests/test_compile.py -k "vectorised or wide"
 	PYTHONPATH=$(abspath $(NEWEST_TRITON)) TRITON_INTERPRET=0 $(BIN)/python -m pytest -n auto tests/softgpu
+
+# A slice with every version of torch and Triton that there is for CPUs: a line for each pair.
+versions: $(INSTALLED)
+	$(BIN)/python tests/versions.py $(ARGS)
 
 # What tiles take of registers, compiled for SECONDS and then fitted: autotune_configs/registers.csv and .json. And what
 # the model, which goes by them, is over and under what was measured.

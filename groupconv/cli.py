@@ -69,6 +69,10 @@ def main(argv: list[str] | None = None) -> int:
         for package in needed:
             if importlib.util.find_spec(package) is None:
                 raise ValueError(f"{package} is not installed: pip install 'groupconv[report]'")
+        from . import algorithms
+
+        if algorithms.UNUSABLE is not None and args.command != "trials":
+            raise ValueError(algorithms.UNUSABLE)
         return run(args)
     except (ValueError, OSError) as error:
         print(f"groupconv {args.command}: {error}", file=sys.stderr)

@@ -27,7 +27,7 @@ def interpreting(kernel) -> bool:
 def stub_target() -> devices.Target | None:
     """The GPU that launches pretend to run on, None where they run: a driver that pretends has it as `target`."""
     drivers = sys.modules.get("triton.runtime.driver")
-    pretended = None if drivers is None else getattr(drivers.driver._active, "target", None)
+    pretended = None if drivers is None else getattr(getattr(drivers.driver, "_active", None), "target", None)
     return pretended if isinstance(pretended, devices.Target) else None
 
 

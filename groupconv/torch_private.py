@@ -13,38 +13,45 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch._C import (
-    DispatchKey,
-    DispatchKeySet,
-    _are_functorch_transforms_active,
-    _ExcludeDispatchKeyGuard,
-    _get_cudnn_benchmark,
-    _get_cudnn_deterministic,
-    _get_deterministic_algorithms,
-    _get_fp32_precision_getter,
-    _get_tracing_state,
-    _is_any_autocast_enabled,
-    _is_torch_function_enabled,
-    _is_torch_function_mode_enabled,
-    _len_torch_dispatch_stack,
-    _will_engine_execute_node,
-)
-from torch._C._autograd import _profiler_enabled, _top_saved_tensors_default_hooks
-from torch._C._dynamo.eval_frame import get_eval_frame_callback
-from torch._C._functorch import (
-    TransformType,
-    get_interpreter_stack,
-    is_batchedtensor,
-    is_legacy_batchedtensor,
-    maybe_current_level,
-)
-from torch._C._profiler import _RecordFunctionFast
-from torch._subclasses.fake_tensor import FakeTensor
-from torch.autograd import forward_ad
-from torch.nn.modules.module import _has_any_global_hook
-from torch.overrides import _get_current_function_mode_stack
-from torch.utils._device import DeviceContext
-from torch.utils._python_dispatch import TorchDispatchMode
+
+OLDEST_TORCH, TESTED_TORCH = "2.11", "2.13"
+
+try:
+    from torch._C import (
+        DispatchKey,
+        DispatchKeySet,
+        _are_functorch_transforms_active,
+        _ExcludeDispatchKeyGuard,
+        _get_cudnn_benchmark,
+        _get_cudnn_deterministic,
+        _get_deterministic_algorithms,
+        _get_fp32_precision_getter,
+        _get_tracing_state,
+        _is_any_autocast_enabled,
+        _is_torch_function_enabled,
+        _is_torch_function_mode_enabled,
+        _len_torch_dispatch_stack,
+        _will_engine_execute_node,
+    )
+    from torch._C._autograd import _profiler_enabled, _top_saved_tensors_default_hooks
+    from torch._C._dynamo.eval_frame import get_eval_frame_callback
+    from torch._C._functorch import (
+        TransformType,
+        get_interpreter_stack,
+        is_batchedtensor,
+        is_legacy_batchedtensor,
+        maybe_current_level,
+    )
+    from torch._C._profiler import _RecordFunctionFast
+    from torch._subclasses.fake_tensor import FakeTensor
+    from torch.autograd import forward_ad
+    from torch.nn.modules.module import _has_any_global_hook
+    from torch.overrides import _get_current_function_mode_stack
+    from torch.utils._device import DeviceContext
+    from torch.utils._python_dispatch import TorchDispatchMode
+except ImportError as error:
+    needed = f"PyTorch {OLDEST_TORCH} or newer is needed, and {TESTED_TORCH} was tried"
+    raise ImportError(f"groupconv: {needed}; of {torch.__version__}: {error}") from error
 
 __all__ = [
     "CODES_OF_MODULE_CALLS", "FakeTensor", "TorchDispatchMode", "any_autocast", "being_traced",

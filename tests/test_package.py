@@ -12,7 +12,7 @@ import torch
 from pretended import ENVIRONMENT
 
 import groupconv
-from groupconv import algorithms
+from groupconv import algorithms, cli, torch_private
 
 
 def python(code, cwd, **environment):
@@ -261,6 +261,11 @@ old.__version__, old.__path__ = "3.2.0", []
 old.__spec__ = importlib.machinery.ModuleSpec("triton", None, is_package=True)
 sys.modules["triton"] = old
 """
+OLDER = """
+import triton
+triton.__version__ = "3.5.1"
+del triton.runtime.driver._active  # which 3.4 calls otherwise
+"""
 BROKEN = """
 import sys, importlib.abc, importlib.machinery
 class Broken(importlib.abc.MetaPathFinder, importlib.abc.Loader):
@@ -296,10 +301,11 @@ for backend in ("triton", "triton:row_march"):
     ("how", "says"),
     [
         (WITHOUT, "Triton is not installed"),
-        (TOO_OLD, "Triton 3.2.0 cannot be used"),
+        (TOO_OLD, "Triton 3.2.0 cannot be used; 3.6.0 or newer is needed"),
+        (OLDER, "Triton 3.5.1 cannot be used; 3.6.0 or newer is needed"),
         (BROKEN, "cannot be used (OSError: libtriton.so: cannot open shared object file)"),
     ],
-    ids=["missing", "too old", "broken"],
+    ids=["missing", "too old", "older", "broken"],
 )
 def test_imports_and_serves_without_a_triton_that_works(how, says, tmp_path):
     """F.conv2d does it, explain says why, and backends of ours say the same in NotImplementedError."""
@@ -311,6 +317,41 @@ def test_imports_and_serves_without_a_triton_that_works(how, says, tmp_path):
     said = done.stdout.splitlines()
     assert len(said) == 2
     assert all(says in reason and says in error for reason, error in (line.split("|") for line in said))
+
+
+@pytest.mark.parametrize("command", ["report", "compile", "tune --stub --out x", "bench --stub --out x", "advise"])
+def test_commands_say_why_they_cannot_run(command, monkeypatch, capsys):
+    monkeypatch.setattr(algorithms, "UNUSABLE", "Triton 3.5.1 cannot be used")
+    assert cli.main(command.split()) == 2
+    assert capsys.readouterr() == ("", f"groupconv {command.split()[0]}: Triton 3.5.1 cannot be used\n")
+
+
+def test_an_older_torch_is_named(tmp_path):
+    code = """
+import torch
+torch.__version__ = "2.8.0"
+del torch._C._get_fp32_precision_getter
+try:
+    import groupconv
+except ImportError as error:
+    print(error)
+"""
+    said = python(code, tmp_path)
+    assert said.startswith(
+        "groupconv needs PyTorch 2.11 or newer, and was tried with 2.13; of 2.8.0: cannot import name"
+    )
+    assert "_get_fp32_precision_getter" in said
+
+
+def test_versions_are_those_of_the_project():
+    """What messages say is needed, or was tried, is what the project's files have."""
+    root = pathlib.Path(__file__).parents[1]
+    wanted, pinned = (root / "pyproject.toml").read_text(), (root / "constraints.txt").read_text()
+    tried = re.search(r"Tried with torch (\S+) and (\S+), Triton (\S+) to (\S+)\.", wanted).groups()
+    oldest, newest = (version.removesuffix(".0") for version in algorithms.TESTED_TRITON)
+    assert tried == (torch_private.OLDEST_TORCH, torch_private.TESTED_TORCH, oldest, newest)
+    assert re.search(r'"torch>=(\S+)", "triton>=(\S+);', wanted).groups() == (tried[0], oldest)
+    assert f"torch=={torch_private.TESTED_TORCH}." in pinned
 
 
 def test_a_newer_triton_is_one_line_of_explain(monkeypatch):

@@ -46,13 +46,16 @@ TESTED_TRITON = ("3.6.0", "3.9.0")  # the oldest that can serve, and the newest 
 
 def _loaded() -> tuple[dict[str, ModuleType], str | None]:
     """The algorithms by name; none of them, and why, where Triton is missing, too old or broken."""
+    needed, found = f"{TESTED_TRITON[0]} or newer is needed", triton_version()
+    if found is not None and _numbers(found) < _numbers(TESTED_TRITON[0]):  # it may fail only inside a kernel
+        return {}, f"Triton {found} cannot be used; {needed}"
     try:
         return {name: importlib.import_module(f"{__name__}.{name}") for name in NAMES}, None
     except Exception as error:  # whatever an old or broken one raises, F.conv2d serves
         if isinstance(error, ModuleNotFoundError) and error.name == "triton":
             return {}, "Triton is not installed"
         what = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
-        return {}, f"Triton {triton_version() or ''} cannot be used ({what}); {TESTED_TRITON[0]} or newer is needed"
+        return {}, f"Triton {found or ''} cannot be used ({what}); {needed}"
 
 
 def triton_version() -> str | None:
@@ -61,6 +64,11 @@ def triton_version() -> str | None:
         return importlib.import_module("triton").__version__
     except Exception:  # as above
         return None
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    """Major and minor version."""
+    return tuple(int(part) for part in version.split(".")[:2] if part.isdigit())
 
 
 REGISTRY, UNUSABLE = _loaded()
@@ -75,11 +83,6 @@ def newer_triton() -> str | None:
     if found is None or _numbers(found) <= _numbers(TESTED_TRITON[1]):
         return None
     return f"Triton {found} is newer than {TESTED_TRITON[1]}, the newest that this version of groupconv was tried with"
-
-
-def _numbers(version: str) -> tuple[int, ...]:
-    """Major and minor version."""
-    return tuple(int(part) for part in version.split(".")[:2] if part.isdigit())
 
 
 LARGEST = 2**14  # pixels: beyond, the taps of a phase are too many to count while a caller waits
