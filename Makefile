@@ -8,6 +8,7 @@ OLDEST_TRITON := $(VENV)/triton-3.6.0
 NEWEST_TRITON := $(VENV)/triton-3.9.0
 # Of the numeric tests, those of two sizes of kernels: every algorithm has some of them in every pass.
 NEWEST_SLICE := test_pass and (k3x3 or k9x9)
+OLDEST_SLICE := test_pass and k3x3
 
 # What compiles kernels in its own process, and so cannot be where they are interpreted.
 COMPILED := tests/softgpu tests/test_compiled_code.py tests/test_compiled_fuzz.py
@@ -39,11 +40,13 @@ test-short: $(INSTALLED)
 test-compiled: $(INSTALLED)
 	TRITON_INTERPRET=0 $(BIN)/python -m pytest -n auto $(COMPILED) $(ARGS)
 
-# A slice of the interpreter, and what is compiled, with the newest Triton that is supported.
-test-newest: $(INSTALLED) $(NEWEST_TRITON)
+# A slice of the interpreter, and what is compiled, with the newest Triton that is supported; and less with the oldest,
+# with which test_compile.py compiles, too.
+test-newest: $(INSTALLED) $(NEWEST_TRITON) $(OLDEST_TRITON)
 	PYTHONPATH=$(abspath $(NEWEST_TRITON)) $(BIN)/python -m pytest -n auto tests/test_numerics.py -k "$(NEWEST_SLICE)"
 	PYTHONPATH=$(abspath $(NEWEST_TRITON)) $(BIN)/python -m pytest -n auto tests/test_compile.py -k "vectorised or wide"
 	PYTHONPATH=$(abspath $(NEWEST_TRITON)) TRITON_INTERPRET=0 $(BIN)/python -m pytest -n auto tests/softgpu
+	PYTHONPATH=$(abspath $(OLDEST_TRITON)) $(BIN)/python -m pytest -n auto tests/test_numerics.py -k "$(OLDEST_SLICE)"
 
 # A slice with every version of torch and Triton that there is for CPUs: a line for each pair.
 versions: $(INSTALLED)
@@ -94,9 +97,11 @@ $(INSTALLED): pyproject.toml constraints.txt
 	$(PIP) install --quiet --constraint constraints.txt --editable '.[dev]'
 	touch $@
 
-# The oldest and the newest Triton that are supported, beside the pinned one: found through PYTHONPATH.
+# The oldest and the newest Triton that are supported, beside the pinned one: found through PYTHONPATH. The oldest
+# interprets kernels with older versions of NumPy only.
 $(OLDEST_TRITON) $(NEWEST_TRITON): $(INSTALLED)
-	$(PIP) install --quiet --no-deps --upgrade --target $@ triton==$(subst $(VENV)/triton-,,$@)
+	$(PIP) install --quiet --no-deps --upgrade --target $@ triton==$(subst $(VENV)/triton-,,$@) \
+		$(if $(filter $(OLDEST_TRITON),$@),"numpy<2.4")
 	touch $@
 
 clean:

@@ -354,7 +354,8 @@ def test_what_tells_nothing_proves_nothing(scripted, dtype, x_by, w_by, biased):
     assert "wrong" in groupconv.trials()[0].details
 
 
-def test_checks_that_never_tell_end(scripted):
+def test_checks_that_never_tell_end(scripted, monkeypatch):
+    monkeypatch.setattr(trial, "INCONCLUSIVE", 5)  # after each, twice as many calls go by as before
     x, w = operands()
     times(scripted, 100.0, row_march=50.0)
     zeros = torch.zeros_like(x)
@@ -499,9 +500,11 @@ def test_two_threads(scripted):
 
 
 @pytest.mark.parametrize("interpreted", [False, True])
-def test_training_decides_each_pass(scripted, interpreted):
+def test_training_decides_each_pass(scripted, interpreted, monkeypatch):
     scripted.interpreted = interpreted
-    x, w = operands()
+    monkeypatch.setattr(trial, "SAMPLES", 2)  # as every run of a kernel takes the interpreter its time
+    monkeypatch.setattr(dispatch, "MOST_CONTENDERS", 2)
+    x, w = operands(channels=8, size=4, batch=1)
     times(scripted, 100.0, row_march=50.0)
     until_decided(training_step, x, w)
     until_decided(training_step, x, w)  # of both gradients by one kernel
