@@ -191,13 +191,15 @@ def operands(case: Case, device: str = "cpu", seed: int = 0) -> Operands:
     return Operands(random(p.x_shape, case.x), random(p.w_shape, case.w), bias, random(p.y_shape, case.dy))
 
 
+@functools.cache  # a cover asks some 100,000 times, of few shapes
+def _lies_channels_last(shape: tuple[int, ...], view: str) -> bool:
+    return is_channels_last(lay_out(torch.empty(shape, device="meta"), view))
+
+
 def actual(case: Case) -> ConvProblem:
     """The case's problem with the layouts that PyTorch sees in its operands."""
-    x, w = (lay_out(torch.empty(shape, device="meta"), view) for shape, view in (
-        (case.problem.x_shape, case.x), (case.problem.w_shape, case.w)
-    ))  # fmt: skip
-    nhwc = is_channels_last(x)
-    out_nhwc = nhwc or is_channels_last(w)
+    nhwc = _lies_channels_last(case.problem.x_shape, case.x)
+    out_nhwc = nhwc or _lies_channels_last(case.problem.w_shape, case.w)
     layouts = {"layout": "nhwc" if nhwc else "nchw", "out_layout": "nhwc" if out_nhwc else "nchw"}
     return dataclasses.replace(case.problem, **layouts)
 
@@ -519,15 +521,20 @@ DEPTHWISE = dict.fromkeys(case for case in _depthwise() if case not in CASES)
 DESCRIPTORS = dict.fromkeys(case for case in _descriptors() if case not in CASES)
 
 
-def runs(on, cases=None) -> list[tuple[Case, str, str]]:
+def runs(on, cases=(*CASES, *DEPTHWISE, *DESCRIPTORS)) -> list[tuple[Case, str, str]]:
     """(case, pass, algorithm) for every algorithm that can serve it on a target; by default of all named cases.
 
     The cases for depthwise algorithms are not run by the general one, which has its own, nor are those for descriptors
     by any without. Those that have both gradients by one kernel run half of the cases so, and dgrad and wgrad, by the
     same code, in the rest.
     """
+    return _runs(on, tuple(cases))
+
+
+@functools.cache
+def _runs(on, cases: tuple[Case, ...]) -> list[tuple[Case, str, str]]:
     found = []
-    for i, case in enumerate((*CASES, *DEPTHWISE, *DESCRIPTORS) if cases is None else cases):
+    for i, case in enumerate(cases):
         problem = actual(case)
         for name in REGISTRY:
             if (name == "implicit_gemm" and case in DEPTHWISE) or (name != "row_block_tma" and case in DESCRIPTORS):
@@ -625,7 +632,8 @@ def cover(name: str, on) -> list[dict]:
     missing, found = set(wanted), []
     for pair in wanted:
         if pair in missing:
-            choices = [choice for choice in drawn(DRAWS, **dict(pair)) if pair in pairs(choice)]
+            axes_of_pair = {axis for axis, _ in pair}
+            choices = [choice for choice in drawn(DRAWS, **dict(pair)) if not axes_of_pair & UNREAD[choice["pass_"]]]
             choices.sort(key=lambda choice: -len(pairs(choice) & missing))
             best = next((choice for choice in choices if serves(name, choice, on)), None)
             if best is not None:
@@ -635,10 +643,10 @@ def cover(name: str, on) -> list[dict]:
 
 
 # What takes more than two values to reach: filters taller than the map, and 1x1 layers whose pixels lie evenly apart.
-UNREACHED = [
+UNREACHED = tuple(
     Case(_problem(1, 1, (11, 9), (7, 6), 9, 2, 1, (5, 4), 1, "bf16", layout, True), layout, "nchw", layout)
     for layout in ("nhwc", "nchw")
-] + [Case(_problem(8, 24, 1, (5, 4), 2, 3, 1, 0, 1, "fp16", "nhwc", True), w="nhwc")]
+) + (Case(_problem(8, 24, 1, (5, 4), 2, 3, 1, 0, 1, "fp16", "nhwc", True), w="nhwc"),)
 
 
 def covering_runs(on) -> list[tuple[Case, str, str]]:
