@@ -17,7 +17,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
-from . import devices
+from . import devices, outside
 from .algorithms import REGISTRY
 from .problem import ELEMENT_BYTES, LAYOUTS, PLANNED, ConvProblem
 
@@ -102,7 +102,7 @@ def _discrete(key: Mapping[str, Any]) -> str:
 
 def kernels_sha256() -> dict[str, str]:
     """The hash of every kernel source file: a measurement holds only for the kernels it was made with."""
-    folder = importlib.resources.files("groupconv.kernels")
+    folder = importlib.resources.files(f"{__package__}.kernels")
     sources = sorted((f.name, f.read_bytes()) for f in folder.iterdir() if f.name.endswith(".py"))
     return {name: hashlib.sha256(text).hexdigest() for name, text in sources if name != "__init__.py"}
 
@@ -110,7 +110,7 @@ def kernels_sha256() -> dict[str, str]:
 @functools.cache
 def kernel_files(algorithm: str) -> frozenset[str]:
     """The files of kernels/ that make an algorithm: its own, what that imports, and the sum of split-K's partials."""
-    folder = importlib.resources.files("groupconv.kernels")
+    folder = importlib.resources.files(f"{__package__}.kernels")
     names: set[str] = set()
     waiting = [f"{algorithm}.py", "reduce.py"]
     while waiting:
@@ -251,10 +251,8 @@ def user_folder() -> pathlib.Path | None:
     named = os.environ.get("GROUPCONV_CONFIG_DIR")
     if named:
         return pathlib.Path(named)
-    import platformdirs
-
     try:
-        folder = platformdirs.user_config_path("groupconv", appauthor=False)
+        folder = outside.user_config_path()
         folder.stat()
     except FileNotFoundError:  # there is a place for it
         pass
@@ -265,7 +263,7 @@ def user_folder() -> pathlib.Path | None:
 
 def shipped_folder() -> Traversable:
     """Where the device files lie that the package has."""
-    return importlib.resources.files("groupconv.autotune_configs")
+    return importlib.resources.files(f"{__package__}.autotune_configs")
 
 
 @functools.cache

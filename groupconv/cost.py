@@ -93,7 +93,7 @@ def weights() -> dict[str, Parts]:
     What a program waits for, others hide in part only, so that resources add up. Fitted to all that was raced on GPUs
     (`python -m groupconv.perf_reports.calibration`), winners and losers.
     """
-    file = importlib.resources.files("groupconv.autotune_configs").joinpath("weights.json")
+    file = importlib.resources.files(f"{__package__}.autotune_configs").joinpath("weights.json")
     return {name: Parts(**parts) for name, parts in json.loads(file.read_text(encoding="utf-8"))["weights"].items()}
 
 

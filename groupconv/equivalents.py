@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from . import native, torch_private
+from ._ops import ops
 from .activations import finished_by_torch
 
 try:
@@ -15,7 +16,7 @@ except Exception:  # it imports Triton, and fails where that is broken: then nob
 
 def register() -> None:
     """Tell PyTorch of the operators' FLOPs and of the convolution in the other terms; they must be defined by now."""
-    operators = torch.ops.groupconv
+    operators = ops
     if torch_private.register_decomposition is not None:
         torch_private.register_decomposition(operators.conv2d.default)(_decomposed)
         torch_private.register_decomposition(operators.conv2d_finished.default)(_decomposed_finished)

@@ -78,7 +78,7 @@ class Compiled(NamedTuple):
 @functools.cache
 def tables() -> tuple[dict[str, Registers], dict[str, list[list[int]]]]:
     """What registers.json has: `Registers` by kind; by `Room.layer` sizes of compiled tiles, and `Compiled` of each."""
-    file = importlib.resources.files("groupconv.autotune_configs").joinpath("registers.json")
+    file = importlib.resources.files(f"{__package__}.autotune_configs").joinpath("registers.json")
     data = json.loads(file.read_text(encoding="utf-8"))
     return {kind: Registers(**fit) for kind, fit in data["registers"].items()}, data["compiled"]
 

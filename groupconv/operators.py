@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from . import launcher, torch_private
+from ._ops import add_op_namespace_prefix, ops
 from .activations import before_activation, finished_by_torch
 from .algorithms import torch_reference
 from .arguments import ConvArgs, TransposedArgs, autocast, dw_strides, dx_strides, out_channels_last, out_pixels
@@ -20,7 +21,7 @@ from .problem import dense_strides
 
 # --- What they are and compute ---------------------------------------------------------------------------------------
 
-_LIBRARY = torch.library.Library("groupconv", "DEF")
+_LIBRARY = torch.library.Library(add_op_namespace_prefix("").removesuffix("::"), "DEF")
 _ARGS = "SymInt[2] stride, SymInt[4] padding, SymInt[2] dilation, SymInt groups"
 for _schema in (
     f"conv2d(Tensor input, Tensor weight, Tensor? bias, {_ARGS}, str backend) -> Tensor",
@@ -100,8 +101,8 @@ def _transposed_args(stride, padding, output_padding, dilation, groups) -> Trans
     return TransposedArgs(tuple(stride), tuple(padding), tuple(output_padding), tuple(dilation), groups)
 
 
-conv2d, conv2d_backward = torch.ops.groupconv.conv2d, torch.ops.groupconv.conv2d_backward
-conv2d_finished, conv_transpose2d = torch.ops.groupconv.conv2d_finished, torch.ops.groupconv.conv_transpose2d
+conv2d, conv2d_backward = ops.conv2d, ops.conv2d_backward
+conv2d_finished, conv_transpose2d = ops.conv2d_finished, ops.conv_transpose2d
 _LIBRARY.impl("conv2d", _conv2d_op, "CompositeExplicitAutograd")
 _LIBRARY.impl("conv2d_backward", _conv2d_backward_op, "CompositeExplicitAutograd")
 _LIBRARY.impl("conv2d_finished", _conv2d_finished_op, "CompositeExplicitAutograd")
@@ -117,28 +118,28 @@ def _conv2d_backward_batched(dy, x, w, stride, padding, dilation, groups, mask, 
 _LIBRARY.impl("conv2d_backward", _conv2d_backward_batched, "Batched")
 
 
-@torch.library.register_fake("groupconv::conv2d", lib=_LIBRARY)
+@torch.library.register_fake(add_op_namespace_prefix("conv2d"), lib=_LIBRARY)
 def _conv2d_fake(x, w, bias, stride, padding, dilation, groups, backend):
-    torch_private.call_from_inductor("groupconv::conv2d")
+    torch_private.call_from_inductor(add_op_namespace_prefix("conv2d"))
     shape = (x.shape[0], w.shape[0], *out_pixels(x.shape, w.shape, stride, padding, dilation))
     return x.new_empty_strided(shape, dense_strides(shape, out_channels_last(x, w)))
 
 
-@torch.library.register_fake("groupconv::conv2d_finished", lib=_LIBRARY)
+@torch.library.register_fake(add_op_namespace_prefix("conv2d_finished"), lib=_LIBRARY)
 def _conv2d_finished_fake(x, w, bias, residual, activation, keeps, stride, padding, dilation, groups, backend):
-    torch_private.call_from_inductor("groupconv::conv2d_finished")
+    torch_private.call_from_inductor(add_op_namespace_prefix("conv2d_finished"))
     y = _conv2d_fake(x, w, bias, stride, padding, dilation, groups, backend)
     return y, torch.empty_like(y) if keeps else y.new_empty(0)
 
 
-@torch.library.register_fake("groupconv::conv_transpose2d", lib=_LIBRARY)
+@torch.library.register_fake(add_op_namespace_prefix("conv_transpose2d"), lib=_LIBRARY)
 def _conv_transpose2d_fake(x, w, bias, *args):
-    torch_private.call_from_inductor("groupconv::conv_transpose2d")
+    torch_private.call_from_inductor(add_op_namespace_prefix("conv_transpose2d"))
     shape = _transposed_args(*args[:-1]).y_shape(x.shape, w.shape)
     return x.new_empty_strided(shape, dense_strides(shape, out_channels_last(x, w)))
 
 
-@torch.library.register_fake("groupconv::conv2d_backward", lib=_LIBRARY)
+@torch.library.register_fake(add_op_namespace_prefix("conv2d_backward"), lib=_LIBRARY)
 def _conv2d_backward_fake(dy, x, w, stride, padding, dilation, groups, mask, backend):
     grads = []
     if mask[0]:
@@ -233,15 +234,26 @@ def _backward_conv2d_backward(ctx, grads):
     return d_dy, d_x, d_w, *(None,) * 6
 
 
-torch.library.register_autograd("groupconv::conv2d", _backward_conv2d, setup_context=_setup_conv2d, lib=_LIBRARY)
 torch.library.register_autograd(
-    "groupconv::conv2d_finished", _backward_conv2d_finished, setup_context=_setup_conv2d_finished, lib=_LIBRARY
+    add_op_namespace_prefix("conv2d"), _backward_conv2d, setup_context=_setup_conv2d, lib=_LIBRARY
 )
 torch.library.register_autograd(
-    "groupconv::conv_transpose2d", _backward_conv_transpose2d, setup_context=_setup_conv_transpose2d, lib=_LIBRARY
+    add_op_namespace_prefix("conv2d_finished"),
+    _backward_conv2d_finished,
+    setup_context=_setup_conv2d_finished,
+    lib=_LIBRARY,
 )
 torch.library.register_autograd(
-    "groupconv::conv2d_backward", _backward_conv2d_backward, setup_context=_setup_conv2d_backward, lib=_LIBRARY
+    add_op_namespace_prefix("conv_transpose2d"),
+    _backward_conv_transpose2d,
+    setup_context=_setup_conv_transpose2d,
+    lib=_LIBRARY,
+)
+torch.library.register_autograd(
+    add_op_namespace_prefix("conv2d_backward"),
+    _backward_conv2d_backward,
+    setup_context=_setup_conv2d_backward,
+    lib=_LIBRARY,
 )
 
 
@@ -294,10 +306,10 @@ def _conv2d_backward_vmap(info, in_dims, dy, x, w, stride, padding, dilation, gr
     return [grad.unflatten(axis, (size, -1)) for grad, axis in zip(grads, axes, strict=True)], axes
 
 
-torch.library.register_vmap("groupconv::conv2d", _conv2d_vmap, lib=_LIBRARY)
-torch.library.register_vmap("groupconv::conv2d_finished", _conv2d_finished_vmap, lib=_LIBRARY)
-torch.library.register_vmap("groupconv::conv_transpose2d", _conv_transpose2d_vmap, lib=_LIBRARY)
-torch.library.register_vmap("groupconv::conv2d_backward", _conv2d_backward_vmap, lib=_LIBRARY)
+torch.library.register_vmap(add_op_namespace_prefix("conv2d"), _conv2d_vmap, lib=_LIBRARY)
+torch.library.register_vmap(add_op_namespace_prefix("conv2d_finished"), _conv2d_finished_vmap, lib=_LIBRARY)
+torch.library.register_vmap(add_op_namespace_prefix("conv_transpose2d"), _conv_transpose2d_vmap, lib=_LIBRARY)
+torch.library.register_vmap(add_op_namespace_prefix("conv2d_backward"), _conv2d_backward_vmap, lib=_LIBRARY)
 
 
 def _register_autocast(key: str) -> None:

@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from . import algorithms, configs
+from . import algorithms, configs, outside
 from .problem import ConvProblem
 
 MARGIN = 0.03  # of F.conv2d's time: what a kernel of ours must win by, or F.conv2d stays
@@ -95,8 +95,6 @@ def write(slug: str, found: Result) -> None:
     """Add a result to the user's file, for processes to come. One that cannot be written is this process's own, which
     is told once.
     """
-    import filelock
-
     path = user_file(slug)
     if path is None:
         return
@@ -109,7 +107,7 @@ def write(slug: str, found: Result) -> None:
         if path.exists() and not path.is_file():  # a pipe would wait for its reader
             return
         path.parent.mkdir(parents=True, exist_ok=True)
-        with filelock.FileLock(f"{path}.lock", timeout=LOCK_SECONDS), path.open("a+b", buffering=0) as file:
+        with outside.alone(f"{path}.lock", LOCK_SECONDS), path.open("a+b", buffering=0) as file:
             end = file.tell()
             if end:
                 file.seek(-1, os.SEEK_END)
@@ -117,7 +115,7 @@ def write(slug: str, found: Result) -> None:
             if file.write(line.encode()) != len(line):  # of which a full disk took a part
                 file.truncate(end)
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-    except (OSError, NotImplementedError, filelock.Timeout) as error:  # a full disk, a read-only home, or no locks
+    except (OSError, NotImplementedError) as error:  # a full disk, a read-only home, or no locks
         _tell_once(f"groupconv: {path}: what races find is not kept: {getattr(error, 'strerror', '') or error}")
 
 

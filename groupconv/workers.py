@@ -94,6 +94,28 @@ def rerun_compiling(argv: list[str]) -> int | None:
 # --- The asking side -------------------------------------------------------------------------------------------------
 
 
+# For a package that no search finds by its name, as a Hub build's: loaded from its file under that name, so that its
+# kernels are the caller's.
+_FROM_FILE = """
+import importlib.util, sys
+file, module = sys.argv[1:3]
+name = module.partition(".")[0]
+spec = importlib.util.spec_from_file_location(name, file)
+sys.modules[name] = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(sys.modules[name])
+importlib.import_module(module).main()
+"""
+
+
+def _python(module: str) -> list[str]:
+    """Python's arguments that run a module."""
+    name = module.partition(".")[0]
+    file = getattr(sys.modules.get(name), "__file__", None) or ""
+    if os.path.basename(os.path.dirname(file)) in (name, ""):
+        return ["-m", module]
+    return ["-c", _FROM_FILE, file, module]
+
+
 def _search_path() -> str:
     """What the caller imports from, as PYTHONPATH has it; Python itself looks at strings only."""
     return os.pathsep.join(path for path in sys.path if isinstance(path, str))
@@ -110,7 +132,7 @@ class Workers:
     def __init__(
         self, module: str, interpret: bool, count: int = 1, background: bool = False, seconds: float | None = None
     ):
-        self._command = [sys.executable, "-m", module, *([BACKGROUND] if background else [])]
+        self._command = [sys.executable, *_python(module), *([BACKGROUND] if background else [])]
         self._name = module.rsplit(".", 1)[-1]
         self._environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
         if interpret:

@@ -14,11 +14,10 @@ import pathlib
 from collections.abc import Iterator
 from typing import Any
 
-import filelock
 import torch
 import triton
 
-from .. import devices, launcher, workers
+from .. import devices, launcher, outside, workers
 from ..algorithms import REGISTRY
 from ..common.numerics import OPERANDS, TORCH_DTYPES, dense_operand_strides
 from ..problem import ConvProblem
@@ -111,7 +110,7 @@ class Compiler:
     """`count` processes that compile ahead of need, into Triton's cache on disk. Use it as a context manager."""
 
     def __init__(self, count: int):
-        self._workers = workers.Workers("groupconv.compiling.compiler", interpret=False, count=count)
+        self._workers = workers.Workers(f"{__package__}.compiler", interpret=False, count=count)
         self._pending: dict[str, concurrent.futures.Future[dict[str, Any]]] = {}
 
     def submit(self, job: Job) -> None:
@@ -158,9 +157,14 @@ def _alone(fields: dict[str, Any]) -> Iterator[None]:
         with contextlib.suppress(OSError, NotImplementedError):  # another user's, or a file system without locks
             folder = pathlib.Path(triton.knobs.cache.dir, "groupconv-locks")
             folder.mkdir(parents=True, exist_ok=True)
-            stack.enter_context(filelock.FileLock(folder / f"{number}.lock"))
+            stack.enter_context(outside.alone(folder / f"{number}.lock"))
         yield
 
 
-if __name__ == "__main__":
+def main() -> None:
+    """Answer jobs until the input ends."""
     workers.serve(_answer)
+
+
+if __name__ == "__main__":
+    main()
