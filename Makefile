@@ -16,7 +16,7 @@ COMPILED := tests/softgpu tests/test_compiled_code.py tests/test_compiled_fuzz.p
 SHORT := $(foreach name,problem devices planning configs package torch_private ops autograd modules,tests/test_$(name).py)
 WHEELS := dist
 
-.PHONY: report test test-full test-short test-compiled test-newest versions planted softgpu fuzz registers waits lint wheel gpu-test gpu ship clean
+.PHONY: report test test-full test-short test-compiled test-newest versions planted softgpu fuzz registers waits lint wheel hub gpu-test gpu ship clean
 report: $(INSTALLED)
 	$(BIN)/groupconv report $(ARGS)
 
@@ -80,6 +80,10 @@ wheel: $(INSTALLED)
 	rm -rf build $(WHEELS)/groupconv-*.whl
 	$(BIN)/python -m build --wheel --outdir $(WHEELS)
 	$(BIN)/python .ci/inspect_wheel.py $(WHEELS)
+
+# The same kernels for Hugging Face's Hub: kernel-builder's project, and what it makes of that, in dist/hub.
+hub: $(INSTALLED)
+	$(BIN)/python hub/build.py $(ARGS)
 
 gpu-test: $(INSTALLED)
 	$(BIN)/python -m pytest -m gpu $(ARGS)
