@@ -338,7 +338,7 @@ except ImportError as error:
 """
     said = python(code, tmp_path)
     assert said.startswith(
-        "groupconv needs PyTorch 2.11 or newer, and was tried with 2.13; of 2.8.0: cannot import name"
+        "groupconv: PyTorch 2.11 or newer is needed, and 2.13 was tried; of 2.8.0: cannot import name"
     )
     assert "_get_fp32_precision_getter" in said
 
