@@ -125,12 +125,12 @@ def add_layers(parser: argparse.ArgumentParser, default: str) -> None:
     add = parser.add_argument
     counts = "group counts (default: 1 2 4 ... 128; of a report without a GPU 1 2 8 32 128)"
     add("--groups", type=int, nargs="+", metavar="G", help=counts)
-    add("--channels", type=int, nargs="+", default=[128], metavar="C", help="input channels, output channels")
+    add("--channels", type=int, nargs="+", metavar="C", help="input channels, output channels (default: 128)")
     add("--batch", type=int, metavar="N", help="images (default: 128; 64 across kernel sizes)")
     add("--size", type=int, nargs="+", metavar="H", help="height, width (default: 56, of --model its own)")
     add("--kernel", type=int, nargs="+", metavar="K", help="kernel height, width (default: 3)")
     add("--kernels", type=int, nargs="+", metavar="K", help="with --layers kernels: sizes (default: 1 3 5 ... 31)")
-    add("--stride", type=int, nargs="+", default=[1], metavar="S", help="vertical, horizontal stride (default: 1)")
+    add("--stride", type=int, nargs="+", metavar="S", help="vertical, horizontal stride (default: 1)")
     add("--padding", type=int, nargs="+", metavar="P", help="vertical, horizontal (default: half the kernel)")
     add(
         "--layers", default=default, metavar="LAYERS",

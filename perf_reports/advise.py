@@ -250,6 +250,7 @@ def run(args: argparse.Namespace) -> int:
         followed = layers.followed_by_groups(args.model, batch, size)
     if args.groups:
         layers.make(args, args.dtype, args.layout)  # raises for a count that does not divide
+    counts = args.groups or (layers.QUICK_GROUPS if args.quick else None)
     lab: Lab | None = None
     if args.target is None and torch.cuda.is_available():
         status = workers.rerun_compiling(args.argv)
@@ -266,7 +267,7 @@ def run(args: argparse.Namespace) -> int:
     ):
         for layer in asked:
             timed_by = None if deadline.passed else lab
-            swept = choices(problems(layer.problem, args.groups), layer.problem, target, timed_by)
+            swept = choices(problems(layer.problem, counts), layer.problem, target, timed_by)
             for row in rows(layer, swept, followed.get(layer.name)):
                 writer.append(row | {"kind": swept[0].times})
             step(layer.name)

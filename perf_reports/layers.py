@@ -33,6 +33,7 @@ QUICK_GROUPS = (4, 32)
 KERNELS = (1, 3, 5, 7, 9, 11, 13, 17, 21, 27, 31)
 QUICK_KERNELS = (3, 7)
 QUICK_STEP = 16  # of a list of layers, every 16th
+OF_A_LAYER = ("channels", "kernel", "stride", "padding")  # options
 INPUT_SIZE = (3, 224, 224)  # channels and pixels, of a model that does not say
 COLUMNS = (
     "name", "N", "C_in", "H", "W", "C_out", "KH", "KW", "stride_h", "stride_w", "pad_h", "pad_w", "dil_h", "dil_w",
@@ -55,8 +56,7 @@ def make(args: argparse.Namespace, dtype: str, layout: str, counts: Sequence[int
         return _across_groups(args, dtype, layout, counts)
     if args.layers == "all":
         return [*_across_groups(args, dtype, layout, counts), *_some(suite(dtype, layout), args)]
-    if args.groups:
-        raise ValueError("--groups: a list of layers has its own group counts; --layers groups takes these")
+    _has_its_own(args, "a list of layers", "groups", *OF_A_LAYER)
     return _some(suite(dtype, layout) if args.layers == "suite" else _of_file(args.layers, dtype, layout), args)
 
 
@@ -76,15 +76,21 @@ def variants(args: argparse.Namespace) -> list[Layer]:
     ]
 
 
+def _has_its_own(args: argparse.Namespace, what: str, *options: str) -> None:
+    """Raise for options of a layer that these layers do not take."""
+    for option in options:
+        if values := getattr(args, option):
+            raise ValueError(f"--{option}: {what} has its own; {_listed(values)} is for --layers groups")
+
+
 def _of_named_model(args: argparse.Namespace, dtype: str, layout: str) -> list[Layer]:
-    if args.groups or args.kernels:
-        raise ValueError(f"--model: {args.model} has its own groups and kernels")
+    _has_its_own(args, args.model, "groups", "kernels", *OF_A_LAYER)
     size = None if args.size is None else _pair(args.size, "--size")[0]
     return _some(of_model(args.model, 128 if args.batch is None else args.batch, size, dtype, layout), args)
 
 
 def _across_groups(args: argparse.Namespace, dtype: str, layout: str, counts: Sequence[int]) -> list[Layer]:
-    c_in, c_out = _pair(args.channels, "--channels")
+    c_in, c_out = _pair(args.channels or [128], "--channels")
     kh, kw = _pair(args.kernel or [3], "--kernel")
     groups = args.groups
     if groups is None:
@@ -103,7 +109,7 @@ def _across_kernels(args: argparse.Namespace, dtype: str, layout: str) -> list[L
     for option, values in (("--groups", args.groups), ("--kernel", args.kernel)):
         if values:
             raise ValueError(f"{option}: {_listed(values)} is not for --layers kernels: depthwise, by --kernels")
-    c_in, c_out = _pair(args.channels, "--channels")
+    c_in, c_out = _pair(args.channels or [128], "--channels")
     if c_out % c_in:
         raise ValueError(f"--channels: {c_out} depthwise output channels are no multiple of {c_in} input channels")
     sizes = sorted(set(args.kernels or (QUICK_KERNELS if args.quick else KERNELS)))
@@ -115,8 +121,8 @@ def _across_kernels(args: argparse.Namespace, dtype: str, layout: str) -> list[L
 
 def _problem(args: argparse.Namespace, kh: int, kw: int, batch: int, dtype: str, layout: str) -> ConvProblem:
     """The layer of the options, ungrouped. `batch`: where the options have none."""
-    (c_in, c_out), (height, width) = _pair(args.channels, "--channels"), _pair(args.size or [56], "--size")
-    stride = _pair(args.stride, "--stride")
+    (c_in, c_out), (height, width) = _pair(args.channels or [128], "--channels"), _pair(args.size or [56], "--size")
+    stride = _pair(args.stride or [1], "--stride")
     pad_h, pad_w = (kh // 2, kw // 2) if args.padding is None else _pair(args.padding, "--padding", least=0)
     images, _ = _pair([batch if args.batch is None else args.batch], "--batch")
     problem = ConvProblem(

@@ -88,6 +88,9 @@ def test_command(tmp_path, capsys):
     assert [row["groups"] for row in rows if row["own"]] == ["16"]
     assert {row["kind"] for row in rows} == {"modelled"}
     assert (tmp_path / "advise.png").stat().st_size > 10_000
+    assert cli.main(["advise", *arguments, "--quick"]) == 0
+    rows = files.read(tmp_path / "advise.csv", advise.FIELDS)
+    assert {row["groups"] for row in rows} == {"1", *map(str, layers.QUICK_GROUPS)}
 
 
 @pytest.mark.parametrize(
@@ -96,7 +99,8 @@ def test_command(tmp_path, capsys):
         (["--groups", "16", "3"], "--groups: 3 does not divide the 128 input channels"),
         (["--groups", "0"], "--groups: 0 is not a positive number"),
         (["--target", "h999"], "h999"),
-        (["--model", "timm:resnext", "--groups", "2"], "--model: timm:resnext has its own groups and kernels"),
+        (["--model", "timm:resnext", "--groups", "2"], "--groups: timm:resnext has its own; 2 is for --layers groups"),
+        (["--layers", "suite", "--channels", "64", "32"], "--channels: a list of layers has its own; 64 32 is for"),
     ],
 )
 def test_refused(arguments, said, tmp_path, capsys):

@@ -172,7 +172,7 @@ def test_overview_of_modelled_times():
         (["--kernel", "9", "--padding", "0", "--size", "5"], "--size: a 9x9 kernel does not fit 5x5 pixels"),
         (["--budget-seconds", "nan"], "--budget-seconds: nan is not a positive number"),
         (["--layers", "nosuch.csv"], '--layers: \'nosuch.csv\' is not "groups", "kernels", "suite" or a CSV file'),
-        (["--layers", "suite", "--groups", "2"], "--groups: a list of layers has its own group counts"),
+        (["--layers", "suite", "--groups", "2"], "--groups: a list of layers has its own; 2 is for"),
         (["--kernels", "3", "5"], "--kernels: 3 5 is for --layers kernels, not --layers groups"),
         (["--layers", "kernels", "--kernel", "3"], "--kernel: 3 is not for --layers kernels"),
         (["--layers", "kernels", "--groups", "1", "4"], "--groups: 1 4 is not for --layers kernels"),

@@ -535,7 +535,7 @@ def test_two_ranks_find_what_one_does(tmp_path):
         (["--stub", "--out", "OUT", "--target", "sm_12"], "target 'sm_12' is not known"),
         (["--stub", "--out", "OUT", "--budget-seconds", "-1"], "--budget-seconds: -1.0 is not a positive number"),
         (["--stub", "--out", "OUT", "--jobs", "0"], "--jobs: 0 is not a positive number"),
-        (["--stub", "--out", "OUT", "--model", "timm:x", "--groups", "2"], "--model: timm:x has its own groups"),
+        (["--stub", "--out", "OUT", "--model", "timm:x", "--groups", "2"], "--groups: timm:x has its own"),
     ],
 )
 def test_bad_arguments(arguments, message, tmp_path, capsys, monkeypatch):
