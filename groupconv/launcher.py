@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -119,7 +120,12 @@ class Launch:
             if interpreting(self.kernel):
                 self.kernel[self.grid](*tensors, *self.scalars, **self.options)
                 return
-            run = self._compile(tensors)
+            try:
+                run = self._compile(tensors)
+            except (OSError, subprocess.SubprocessError) as error:
+                # A full disk, a read-only home, no headers of Python: Triton compiles into files, its launchers by C.
+                said = f"groupconv: {self.kernel.fn.__name__} cannot be compiled into {cache_folder()}: {error}"
+                raise assembler.NoKernel(f"{said}; TRITON_CACHE_DIR names another, backend='torch' works") from error
         if run is not None:
             run(*tensors, *self.scalars)
 
@@ -147,11 +153,7 @@ class Launch:
     def _made(self, tensors, **options):
         """What Triton compiles, or has compiled before, with more options."""
         self.options |= options
-        try:
-            return self.kernel.run(*tensors, *self.scalars, grid=self.grid, warmup=True, **self.options)
-        except OSError as error:  # a full disk or a read-only home: Triton compiles into files
-            said = f"groupconv: {self.kernel.fn.__name__} cannot be compiled into {cache_folder()}: {error}"
-            raise assembler.NoKernel(f"{said}; TRITON_CACHE_DIR names another folder, backend='torch' works") from error
+        return self.kernel.run(*tensors, *self.scalars, grid=self.grid, warmup=True, **self.options)
 
 
 def _ptx(compiled) -> str:

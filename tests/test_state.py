@@ -163,16 +163,29 @@ for warning in caught:
 """
 
 
-def test_triton_has_no_place_to_write(tmp_path):
+WITHOUT_C = """
+import subprocess
+from groupconv.compiling import stub_driver
+
+def launcher(src, metadata):
+    raise subprocess.CalledProcessError(1, ["cc"])
+
+stub_driver.StubDriver.launcher_cls = staticmethod(launcher)
+"""
+
+
+@pytest.mark.parametrize(("before", "why"), [("", "Not a directory"), (WITHOUT_C, "'cc'")], ids=["no place", "no C"])
+def test_triton_cannot_compile_here(before, why, tmp_path):
     """F.conv2d serves where no backend was asked for, which is told once a kernel."""
     (tmp_path / "file").touch()
-    cache = str(tmp_path / "file" / "cache")
-    raised, forward, backward = python(UNCOMPILED, TRITON_CACHE_DIR=cache).splitlines()
-    said = (
-        f"kernel cannot be compiled into {cache}: [Errno 20] Not a directory: '{cache}'; TRITON_CACHE_DIR names another"
-    )
-    assert all(said in line for line in (raised, forward, backward))
-    assert "F.conv2d runs instead" in forward
+    cache = str(tmp_path / "cache" if before else tmp_path / "file" / "cache")
+    raised, forward, backward = python(before + UNCOMPILED, TRITON_CACHE_DIR=cache).splitlines()
+    for line in (raised, forward, backward):
+        assert line.startswith("groupconv: ")
+        assert f"_kernel cannot be compiled into {cache}: " in line
+        assert why in line
+        assert "TRITON_CACHE_DIR names another" in line
+    assert forward.endswith("F.conv2d runs instead")
 
 
 # --- Several GPUs ----------------------------------------------------------------------------------------------------
