@@ -843,6 +843,14 @@ def test_explain_says_how_far_it_is(scripted, monkeypatch):
 # --- The file --------------------------------------------------------------------------------------------------------
 
 
+def until_written(*arguments):
+    """Calls until no trial is under way, and what they found is written, which goes on beside them."""
+    until_decided(*arguments)
+    for thread in threading.enumerate():
+        if thread is not threading.main_thread() and not thread.daemon:
+            thread.join(30)
+
+
 def wait_for_file():
     """With its first line: it is there before that."""
     path, end = raced.user_file(SLUG), time.monotonic() + 10
@@ -960,7 +968,8 @@ def test_a_folder_that_cannot_be_used(scripted, tmp_path, monkeypatch):
     groupconv.set_trials(True)
     with pytest.warns(UserWarning, match="Not a directory"):
         forward(x, w)
-    until_decided(forward, x, w)
+    with pytest.warns(UserWarning, match="what races find is not kept"):
+        until_written(forward, x, w)
     assert served(scripted, x, w) == "row_march"
     monkeypatch.setenv("GROUPCONV_CONFIG_DIR", str(tmp_path))
     os.mkfifo(tmp_path / f"{SLUG}.trials.jsonl")
@@ -989,11 +998,8 @@ def test_results_that_cannot_be_written(scripted, folder, why, monkeypatch):
     def decide(*sizes):
         for size in sizes:
             given = operands(size=size)
-            until_decided(forward, *given)
+            until_written(forward, *given)
             assert served(scripted, *given) == "row_march"
-            for thread in threading.enumerate():
-                if thread is not threading.main_thread() and not thread.daemon:
-                    thread.join(30)
 
     with starve(), pytest.warns(UserWarning, match=r"trials.jsonl: what races find is not kept: ") as caught:
         decide(12, 24)
