@@ -10,7 +10,9 @@ A step takes no longer than memory to answer only if its loads were made before:
 registers. Neighbouring lanes share pixels, which come from L1; Triton's pipelined loads would bypass it.
 
 The tile lies with its contiguous axis last: PIXELS_LAST says that this is the lanes (NCHW) and not the channels
-(NHWC). *_ALIGN is the power of two that divides a tensor's strides of pixels, as in implicit_gemm.py.
+(NHWC). *_ALIGN is the power of two that divides a tensor's strides of pixels, as in implicit_gemm.py. *_RUN: how many
+neighbours in a row are loaded or stored at once, a power of two; if not 1, PIXELS_LAST, columns are contiguous, and it
+divides a lane's columns, the map's width and all other strides.
 Source: own derivation, no code adapted.
 """
 
@@ -20,7 +22,7 @@ import triton.language as tl
 from .epilogue import finish
 from .tiles import NOWHERE, below, cols, index, narrow, pointers, rows
 
-SIZES = ("batch", "h_in", "w_in", "h_out", "w_out", "steps")
+SIZES = ("batch", "h_in", "w_in", "h_out", "w_out", "steps", "CHANNELS")
 
 
 # What meets what, as tuples of numbers that the compiler knows.
@@ -39,6 +41,24 @@ def item(numbers, i):
 @triton.constexpr_function
 def all_below(number):
     return tuple(range(number))
+
+
+@triton.constexpr_function
+def stages(run):
+    """How often a run of columns is halved until each is alone."""
+    return run.bit_length() - 1
+
+
+@triton.constexpr_function
+def runs_met(columns, first, run):
+    """The runs that have one of `columns`, which are counted from `first`."""
+    return tuple(sorted({(first + column) // run for column in columns}))
+
+
+@triton.constexpr_function
+def place(runs, column, run):
+    """Where a column is in the columns of these runs."""
+    return runs.index(column // run) * run + column % run
 
 
 @triton.constexpr_function
@@ -158,35 +178,88 @@ def plus_products(sums, tile, factors, WHICH: tl.constexpr):
 
 
 @triton.jit
+def apart(tile, RUN: tl.constexpr):
+    """The columns of a [channels, lanes, RUN] tile, whose last axis is in one thread: no data moves."""
+    tiles = (tile,)
+    for stage in tl.static_range(stages(RUN)):
+        even, odd = (), ()
+        for i in tl.static_range(1 << stage):
+            halves = tl.reshape(tiles[i], (tile.shape[0], tile.shape[1], RUN >> (stage + 1), 2))
+            first, second = tl.split(halves)
+            even, odd = even + (first,), odd + (second,)
+        tiles = even + odd
+    found = ()
+    for i in tl.static_range(RUN):
+        found = found + (tl.reshape(tiles[i], (tile.shape[0], tile.shape[1])),)
+    return found
+
+
+@triton.jit
+def together(tiles, RUN: tl.constexpr):
+    """RUN tiles as the columns of one; see `apart`."""
+    for stage in tl.static_range(stages(RUN)):
+        joined = ()
+        for i in tl.static_range(RUN >> (stage + 1)):
+            pair = tl.join(tiles[i], tiles[i + (RUN >> (stage + 1))])
+            joined = joined + (tl.reshape(pair, (pair.shape[0], pair.shape[1], 2 << stage)),)
+        tiles = joined
+    return tiles[0]
+
+
+@triton.jit
+def run_pointers(ptr, at, row, column, RUN: tl.constexpr):
+    """Pointers to the RUN columns from `column` on, of each lane, as the last axis."""
+    at = tl.multiple_of(at + tl.multiple_of(row + column, RUN), (RUN, RUN))
+    return ptr + (at[:, :, None] + tl.arange(0, RUN)[None, None, :])
+
+
+@triton.jit
 def row_columns(
-    ptr, at, first_column, live_c, row, wanted, height, width, stride_h, stride_w, COLUMNS: tl.constexpr,
-    MASK_C: tl.constexpr, ALIGN: tl.constexpr, INDEX_64: tl.constexpr,
+    ptr, at, first_column, live_c, row, wanted, height, width, stride_h, stride_w,
+    COLUMNS: tl.constexpr, FIRST: tl.constexpr, MASK_C: tl.constexpr, ALIGN: tl.constexpr, RUN: tl.constexpr,
+    INDEX_64: tl.constexpr,
 ):  # fmt: skip
-    """Tiles of the COLUMNS of a row, as they lie in memory; 0 where there are none, or the row is not `wanted`."""
+    """Tiles of the COLUMNS of a row, as they lie in memory; 0 where there are none, or the row is not `wanted`.
+
+    COLUMNS are counted from the first_column, to which `at` points, plus FIRST, which is 0 where RUN is 1.
+    """
     tiles = ()
     columns = tl.where(below(row, height) & wanted, width, 0)
-    to_row = tl.multiple_of(index(row, INDEX_64) * stride_h, ALIGN)
-    for i in tl.static_range(count(COLUMNS)):
-        inside = below(first_column + item(COLUMNS, i), columns)
-        if MASK_C:
-            inside &= live_c
-        at_column = pointers(ptr, at, to_row, item(COLUMNS, i) * stride_w, ALIGN)
-        tiles = tiles + (tl.load(at_column, mask=inside, other=0.0),)
-    return tiles
+    if RUN > 1:
+        RUNS: tl.constexpr = runs_met(COLUMNS, FIRST, RUN)
+        for i in tl.static_range(count(RUNS)):
+            inside = below(first_column + item(RUNS, i) * RUN, columns)
+            if MASK_C:
+                inside &= live_c
+            at_run = run_pointers(ptr, at, index(row, INDEX_64) * stride_h, item(RUNS, i) * RUN, RUN)
+            tiles = tiles + apart(tl.load(at_run, mask=inside[:, :, None], other=0.0), RUN)
+        met = ()
+        for i in tl.static_range(count(COLUMNS)):
+            met = met + (tiles[place(RUNS, FIRST + item(COLUMNS, i), RUN)],)
+        return met
+    else:
+        to_row = tl.multiple_of(index(row, INDEX_64) * stride_h, ALIGN)
+        for i in tl.static_range(count(COLUMNS)):
+            inside = below(first_column + item(COLUMNS, i), columns)
+            if MASK_C:
+                inside &= live_c
+            at_column = pointers(ptr, at, to_row, item(COLUMNS, i) * stride_w, ALIGN)
+            tiles = tiles + (tl.load(at_column, mask=inside, other=0.0),)
+        return tiles
 
 
 @triton.jit
 def source_step(
     x_ptr, x_at, iw, live_c, t, h_in, w_in, stride_x_h, stride_x_w,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, CONV_STRIDE_H: tl.constexpr, PAD_H: tl.constexpr,
-    MASK_C: tl.constexpr, ALIGN: tl.constexpr, INDEX_64: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, FIRST: tl.constexpr, CONV_STRIDE_H: tl.constexpr, PAD_H: tl.constexpr,
+    MASK_C: tl.constexpr, ALIGN: tl.constexpr, RUN: tl.constexpr, INDEX_64: tl.constexpr,
 ):  # fmt: skip
     """What step t of fprop_kernel meets of x."""
     tiles = ()
     for i in tl.static_range(count(ROWS)):
         tiles = tiles + row_columns(
             x_ptr, x_at, iw, live_c, t * CONV_STRIDE_H - PAD_H + item(ROWS, i), True, h_in, w_in,
-            stride_x_h, stride_x_w, COLUMNS, MASK_C, ALIGN, INDEX_64,
+            stride_x_h, stride_x_w, COLUMNS, FIRST, MASK_C, ALIGN, RUN, INDEX_64,
         )  # fmt: skip
     return tiles
 
@@ -198,11 +271,12 @@ def fprop_kernel(
     stride_x_n, stride_x_c, stride_x_h, stride_x_w,
     stride_wgt_o, stride_wgt_c, stride_wgt_h, stride_wgt_w,
     stride_y_n, stride_y_c, stride_y_h, stride_y_w,
-    CHANNELS: tl.constexpr, MULTIPLIER: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr,
+    CHANNELS, MULTIPLIER: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr,
     CONV_STRIDE_H: tl.constexpr, CONV_STRIDE_W: tl.constexpr, PAD_H: tl.constexpr, PAD_W: tl.constexpr,
     DIL_H: tl.constexpr, DIL_W: tl.constexpr, HAS_BIAS: tl.constexpr, ACTIVATION: tl.constexpr,
-    PIXELS_LAST: tl.constexpr,
-    X_ALIGN: tl.constexpr, Y_ALIGN: tl.constexpr, INDEX_64: tl.constexpr, EMULATE_BF16: tl.constexpr,
+    MASK_C: tl.constexpr, PIXELS_LAST: tl.constexpr,
+    X_ALIGN: tl.constexpr, Y_ALIGN: tl.constexpr, X_RUN: tl.constexpr, Y_RUN: tl.constexpr,
+    INDEX_64: tl.constexpr, EMULATE_BF16: tl.constexpr,
     BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_A: tl.constexpr,
 ):  # fmt: skip
     """One program: `steps` output rows of BLOCK_P lanes, of BLOCK_W output columns each, by BLOCK_C output channels.
@@ -212,10 +286,10 @@ def fprop_kernel(
     CHANNELS: of y; output channel o reads input channel o // MULTIPLIER.
     """
     LIVE: tl.constexpr = (KH - 1) * DIL_H // CONV_STRIDE_H + 1
-    C_TILES: tl.constexpr = (CHANNELS + BLOCK_C - 1) // BLOCK_C
-    MASK_C: tl.constexpr = CHANNELS % BLOCK_C != 0
+    C_TILES = (CHANNELS + BLOCK_C - 1) // BLOCK_C
     ROWS: tl.constexpr = input_rows_met(CONV_STRIDE_H, DIL_H, KH)
     COLUMNS: tl.constexpr = input_columns_met(BLOCK_W, CONV_STRIDE_W, DIL_W, KW)
+    FIRST: tl.constexpr = 0 if X_RUN == 1 else -PAD_W  # runs begin where lanes do
     MET: tl.constexpr = count(ROWS) * count(COLUMNS)
     pid = tl.program_id(0)
     c = index(pid % C_TILES * BLOCK_C + tl.arange(0, BLOCK_C), INDEX_64)
@@ -224,7 +298,7 @@ def fprop_kernel(
     lanes = (w_out + BLOCK_W - 1) // BLOCK_W
     image = p // lanes
     ow = p % lanes * BLOCK_W
-    iw = ow * CONV_STRIDE_W - PAD_W
+    iw = ow * CONV_STRIDE_W - (PAD_W if X_RUN == 1 else 0)
 
     taps = filter_taps(wgt_ptr, c * stride_wgt_o, c < CHANNELS, stride_wgt_h, stride_wgt_w, KH, KW, PIXELS_LAST)
     x_p = rows(tl.multiple_of(image * stride_x_n + iw * stride_x_w, X_ALIGN), PIXELS_LAST)
@@ -241,14 +315,14 @@ def fprop_kernel(
     for a in tl.static_range(BLOCK_A):
         ahead = ahead + source_step(
             x_ptr, x_at, iw, live_c, first + a, h_in, w_in, stride_x_h, stride_x_w,
-            ROWS, COLUMNS, CONV_STRIDE_H, PAD_H, MASK_C, X_ALIGN, INDEX_64,
+            ROWS, COLUMNS, FIRST, CONV_STRIDE_H, PAD_H, MASK_C, X_ALIGN, X_RUN, INDEX_64,
         )  # fmt: skip
     acc = zeros(LIVE * BLOCK_W, BLOCK_P, BLOCK_C, PIXELS_LAST)
     last = tl.minimum(first + steps, h_out)
     for t in tl.range(first, last + LIVE - 1, num_stages=1):
         ahead = ahead + source_step(
             x_ptr, x_at, iw, live_c, t + BLOCK_A, h_in, w_in, stride_x_h, stride_x_w,
-            ROWS, COLUMNS, CONV_STRIDE_H, PAD_H, MASK_C, X_ALIGN, INDEX_64,
+            ROWS, COLUMNS, FIRST, CONV_STRIDE_H, PAD_H, MASK_C, X_ALIGN, X_RUN, INDEX_64,
         )  # fmt: skip
         for i in tl.static_range(MET):
             acc = plus_products(
@@ -261,14 +335,19 @@ def fprop_kernel(
         ahead = ahead[MET:]
         oh = t - (LIVE - 1)
         row = tl.multiple_of(index(oh, INDEX_64) * stride_y_h, Y_ALIGN)
-        for o in tl.static_range(BLOCK_W):
+        for o in tl.static_range(0, BLOCK_W, Y_RUN):
             y = acc[o]
+            if Y_RUN > 1:
+                y = together(acc[o : o + Y_RUN], Y_RUN)
             if HAS_BIAS:
-                y += bias
+                y += bias[:, :, None] if Y_RUN > 1 else bias
             inside = below(ow + o, tl.where(oh >= first, w_out, 0))
             if MASK_C:
                 inside &= live_c
-            to = pointers(y_ptr, y_at, row, o * stride_y_w, Y_ALIGN)
+            if Y_RUN > 1:
+                to, inside = run_pointers(y_ptr, y_at, row, o, Y_RUN), inside[:, :, None]
+            else:
+                to = pointers(y_ptr, y_at, row, o * stride_y_w, Y_ALIGN)
             finish(to, y, inside, y_ptr, residual_ptr, kept_ptr, ACTIVATION, False, EMULATE_BF16)
         acc = acc[BLOCK_W:] + zeros(BLOCK_W, BLOCK_P, BLOCK_C, PIXELS_LAST)
 
@@ -276,14 +355,15 @@ def fprop_kernel(
 @triton.jit
 def gradient_step(
     dy_ptr, dy_at, ow, live_c, t, h_out, w_out, stride_dy_c, stride_dy_h, stride_dy_w,
-    MULTIPLIER: tl.constexpr, COLUMNS: tl.constexpr, MASK_C: tl.constexpr, ALIGN: tl.constexpr, INDEX_64: tl.constexpr,
+    MULTIPLIER: tl.constexpr, COLUMNS: tl.constexpr, FIRST: tl.constexpr,
+    MASK_C: tl.constexpr, ALIGN: tl.constexpr, RUN: tl.constexpr, INDEX_64: tl.constexpr,
 ):  # fmt: skip
     """What step t of backward_kernel meets of dy, by output channel."""
     tiles = ()
     for m in tl.static_range(MULTIPLIER):
         tiles = tiles + row_columns(
             dy_ptr, dy_at + m * stride_dy_c, ow, live_c, t, True, h_out, w_out, stride_dy_h, stride_dy_w,
-            COLUMNS, MASK_C, ALIGN, INDEX_64,
+            COLUMNS, FIRST, MASK_C, ALIGN, RUN, INDEX_64,
         )  # fmt: skip
     return tiles
 
@@ -291,7 +371,8 @@ def gradient_step(
 @triton.jit
 def input_rows(
     x_ptr, x_at, iw, live_c, first_row, from_row, until_row, h_in, w_in, stride_x_h, stride_x_w,
-    COUNT: tl.constexpr, COLUMNS: tl.constexpr, MASK_C: tl.constexpr, ALIGN: tl.constexpr, INDEX_64: tl.constexpr,
+    COUNT: tl.constexpr, COLUMNS: tl.constexpr, MASK_C: tl.constexpr, ALIGN: tl.constexpr, RUN: tl.constexpr,
+    INDEX_64: tl.constexpr,
 ):  # fmt: skip
     """COUNT rows of x from first_row on. Rows of other programs are 0."""
     tiles = ()
@@ -299,7 +380,7 @@ def input_rows(
         ih = first_row + i
         tiles = tiles + row_columns(
             x_ptr, x_at, iw, live_c, ih, (ih >= from_row) & (ih < until_row), h_in, w_in, stride_x_h, stride_x_w,
-            COLUMNS, MASK_C, ALIGN, INDEX_64,
+            COLUMNS, 0, MASK_C, ALIGN, RUN, INDEX_64,
         )  # fmt: skip
     return tiles
 
@@ -321,13 +402,14 @@ def backward_kernel(
     stride_x_n, stride_x_c, stride_x_h, stride_x_w,
     stride_wgt_o, stride_wgt_c, stride_wgt_h, stride_wgt_w,
     stride_dx_n, stride_dx_c, stride_dx_h, stride_dx_w,
-    stride_dw_split: tl.constexpr, stride_dw_o: tl.constexpr,
+    stride_dw_split, stride_dw_o: tl.constexpr,
     stride_dw_h: tl.constexpr, stride_dw_w: tl.constexpr,
-    CHANNELS: tl.constexpr, MULTIPLIER: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr,
+    CHANNELS, MULTIPLIER: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr,
     CONV_STRIDE_H: tl.constexpr, CONV_STRIDE_W: tl.constexpr, PAD_H: tl.constexpr, PAD_W: tl.constexpr,
     DIL_H: tl.constexpr, DIL_W: tl.constexpr,
-    WANT_DX: tl.constexpr, WANT_DW: tl.constexpr, PIXELS_LAST: tl.constexpr,
+    WANT_DX: tl.constexpr, WANT_DW: tl.constexpr, MASK_C: tl.constexpr, PIXELS_LAST: tl.constexpr,
     DY_ALIGN: tl.constexpr, X_ALIGN: tl.constexpr, DX_ALIGN: tl.constexpr,
+    DY_RUN: tl.constexpr, X_RUN: tl.constexpr, DX_RUN: tl.constexpr,
     INDEX_64: tl.constexpr, EMULATE_BF16: tl.constexpr,
     BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_A: tl.constexpr,
 ):  # fmt: skip
@@ -341,15 +423,15 @@ def backward_kernel(
     sums; each pair of an input and an output pixel belongs to the program that owns the input pixel.
     """
     LIVE: tl.constexpr = rows_alive(KH, CONV_STRIDE_H, DIL_H)
-    SHIFT: tl.constexpr = least_shift(CONV_STRIDE_W, PAD_W, DIL_W, KW)
+    LEAST: tl.constexpr = least_shift(CONV_STRIDE_W, PAD_W, DIL_W, KW)
+    SHIFT: tl.constexpr = LEAST if DY_RUN == 1 else 0  # runs begin where lanes do
     WARM_UP: tl.constexpr = (KH - 1) * DIL_H // CONV_STRIDE_H
     WIDTH: tl.constexpr = BLOCK_W * CONV_STRIDE_W
     DONE: tl.constexpr = CONV_STRIDE_H * WIDTH  # pixels of a lane that each step completes
     COLUMNS: tl.constexpr = output_columns_met(BLOCK_W, CONV_STRIDE_W, PAD_W, DIL_W, KW)
     MET: tl.constexpr = MULTIPLIER * count(COLUMNS)
     TAPS: tl.constexpr = KH * KW
-    C_TILES: tl.constexpr = (CHANNELS + BLOCK_C - 1) // BLOCK_C
-    MASK_C: tl.constexpr = CHANNELS % BLOCK_C != 0
+    C_TILES = (CHANNELS + BLOCK_C - 1) // BLOCK_C
     pid = tl.program_id(0)
     c = index(pid % C_TILES * BLOCK_C + tl.arange(0, BLOCK_C), INDEX_64)
     p = index(pid // C_TILES, INDEX_64) * BLOCK_P + tl.arange(0, BLOCK_P)
@@ -386,7 +468,7 @@ def backward_kernel(
         x_row = start * CONV_STRIDE_H - PAD_H
         x_ahead = input_rows(
             x_ptr, x_at, iw, live_c, x_row, from_row, until_row, h_in, w_in, stride_x_h, stride_x_w,
-            LIVE + (BLOCK_A - 1) * CONV_STRIDE_H, all_below(WIDTH), MASK_C, X_ALIGN, INDEX_64,
+            LIVE + (BLOCK_A - 1) * CONV_STRIDE_H, all_below(WIDTH), MASK_C, X_ALIGN, X_RUN, INDEX_64,
         )  # fmt: skip
         xs = floats(x_ahead, (LIVE - CONV_STRIDE_H) * WIDTH)
         x_ahead = x_ahead[(LIVE - CONV_STRIDE_H) * WIDTH :]
@@ -394,17 +476,17 @@ def backward_kernel(
     for a in tl.static_range(BLOCK_A):
         dy_ahead = dy_ahead + gradient_step(
             dy_ptr, dy_at, ow, live_c, start + a, h_out, w_out, stride_dy_c, stride_dy_h, stride_dy_w,
-            MULTIPLIER, COLUMNS, MASK_C, DY_ALIGN, INDEX_64,
+            MULTIPLIER, COLUMNS, LEAST - SHIFT, MASK_C, DY_ALIGN, DY_RUN, INDEX_64,
         )  # fmt: skip
     for t in tl.range(start, last, num_stages=1):
         dy_ahead = dy_ahead + gradient_step(
             dy_ptr, dy_at, ow, live_c, t + BLOCK_A, h_out, w_out, stride_dy_c, stride_dy_h, stride_dy_w,
-            MULTIPLIER, COLUMNS, MASK_C, DY_ALIGN, INDEX_64,
+            MULTIPLIER, COLUMNS, LEAST - SHIFT, MASK_C, DY_ALIGN, DY_RUN, INDEX_64,
         )  # fmt: skip
         if WANT_DW:
             x_ahead = x_ahead + input_rows(
                 x_ptr, x_at, iw, live_c, (t + BLOCK_A - 1) * CONV_STRIDE_H - PAD_H + LIVE, from_row, until_row,
-                h_in, w_in, stride_x_h, stride_x_w, CONV_STRIDE_H, all_below(WIDTH), MASK_C, X_ALIGN, INDEX_64,
+                h_in, w_in, stride_x_h, stride_x_w, CONV_STRIDE_H, all_below(WIDTH), MASK_C, X_ALIGN, X_RUN, INDEX_64,
             )  # fmt: skip
             xs = xs + floats(x_ahead, DONE)
             x_ahead = x_ahead[DONE:]
@@ -432,12 +514,19 @@ def backward_kernel(
                 ih = t * CONV_STRIDE_H - PAD_H + i
                 dx_row = tl.multiple_of(index(ih, INDEX_64) * stride_dx_h, DX_ALIGN)
                 width = tl.where((t >= first) & below(ih, h_in), w_in, 0)
-                for z in tl.static_range(WIDTH):
+                for z in tl.static_range(0, WIDTH, DX_RUN):
                     inside = below(iw + z, width)
                     if MASK_C:
                         inside &= live_c
-                    out = narrow(dx[i * WIDTH + z], dx_ptr.dtype.element_ty, EMULATE_BF16)
-                    tl.store(pointers(dx_ptr, dx_at, dx_row, z * stride_dx_w, DX_ALIGN), out, mask=inside)
+                    out = dx[i * WIDTH + z]
+                    if DX_RUN > 1:
+                        out = together(dx[i * WIDTH + z : i * WIDTH + z + DX_RUN], DX_RUN)
+                    out = narrow(out, dx_ptr.dtype.element_ty, EMULATE_BF16)
+                    if DX_RUN > 1:
+                        to, inside = run_pointers(dx_ptr, dx_at, dx_row, z, DX_RUN), inside[:, :, None]
+                    else:
+                        to = pointers(dx_ptr, dx_at, dx_row, z * stride_dx_w, DX_ALIGN)
+                    tl.store(to, out, mask=inside)
             dx = dx[DONE:] + zeros(DONE, BLOCK_P, BLOCK_C, PIXELS_LAST)
         if WANT_DW:
             xs = xs[DONE:]

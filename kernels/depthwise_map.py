@@ -13,7 +13,7 @@ from .epilogue import finish
 from .tiles import as_mask, index, mma
 
 
-@triton.jit(do_not_specialize=("batch", "blocks"))
+@triton.jit(do_not_specialize=("batch", "blocks", "CHANNELS"))
 def fprop_kernel(
     x_ptr, wgt_ptr, bias_ptr, residual_ptr, kept_ptr, y_ptr,
     batch, blocks,
@@ -21,7 +21,7 @@ def fprop_kernel(
     stride_wgt_o, stride_wgt_c, stride_wgt_h, stride_wgt_w,
     stride_y_n, stride_y_c, stride_y_h, stride_y_w,
     H_IN: tl.constexpr, W_IN: tl.constexpr, H_OUT: tl.constexpr, W_OUT: tl.constexpr,
-    CHANNELS: tl.constexpr, MULTIPLIER: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr,
+    CHANNELS, MULTIPLIER: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr,
     PAD_H: tl.constexpr, PAD_W: tl.constexpr,
     TRANSPOSED: tl.constexpr, HAS_BIAS: tl.constexpr, ACTIVATION: tl.constexpr,
     X_PIXELS_LAST: tl.constexpr, Y_PIXELS_LAST: tl.constexpr, X_ALIGN: tl.constexpr, Y_ALIGN: tl.constexpr,
@@ -37,7 +37,7 @@ def fprop_kernel(
     TRANSPOSED: dx (y) from dy (x), which is the convolution with the filter turned round; PAD_H and PAD_W are its.
     """
     TILE: tl.constexpr = (BLOCK_M, BLOCK_W) if BLOCK_C == 1 else (BLOCK_C, BLOCK_M, BLOCK_W)
-    C_BLOCKS: tl.constexpr = (CHANNELS + BLOCK_C - 1) // BLOCK_C
+    C_BLOCKS = (CHANNELS + BLOCK_C - 1) // BLOCK_C
     pid = tl.program_id(0)
     c = index(channels_of(pid, CHANNELS, BLOCK_C), INDEX_64)
     in_channel = along(c < CHANNELS, 0, BLOCK_C)

@@ -240,7 +240,7 @@ def backward_kernel(
     stride_x_n, stride_x_c, stride_x_h, stride_x_w,
     stride_wgt_o, stride_wgt_c, stride_wgt_h, stride_wgt_w,
     stride_dx_n, stride_dx_c, stride_dx_h, stride_dx_w,
-    stride_dw_split: tl.constexpr, stride_dw_o: tl.constexpr,
+    stride_dw_split, stride_dw_o: tl.constexpr,
     stride_dw_h: tl.constexpr, stride_dw_w: tl.constexpr,
     H_IN: tl.constexpr, W_IN: tl.constexpr, H_OUT: tl.constexpr, W_OUT: tl.constexpr,
     MULTIPLIER: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr,

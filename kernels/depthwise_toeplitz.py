@@ -15,7 +15,7 @@ import triton.language as tl
 from .epilogue import finish
 from .tiles import as_mask, index, mma, narrow
 
-SIZES = ("batch", "h_in", "w_in", "h_out", "w_out", "segments", "col_blocks", "rows", "first", "last")
+SIZES = ("batch", "h_in", "w_in", "h_out", "w_out", "segments", "col_blocks", "rows", "CHANNELS", "first", "last")
 
 
 @triton.jit
@@ -44,7 +44,7 @@ def lane(m, segments, col_blocks, DIL_H: tl.constexpr):
 
 
 @triton.jit
-def channels_of(pid, CHANNELS: tl.constexpr, BLOCK_C: tl.constexpr):
+def channels_of(pid, CHANNELS, BLOCK_C: tl.constexpr):
     """The channels of a program."""
     if BLOCK_C == 1:
         return pid % CHANNELS
@@ -73,7 +73,7 @@ def march_kernel(
     stride_x_n, stride_x_c, stride_x_h, stride_x_w,
     stride_wgt_o, stride_wgt_c, stride_wgt_h, stride_wgt_w,
     stride_y_n, stride_y_c, stride_y_h, stride_y_w,
-    CHANNELS: tl.constexpr, MULTIPLIER: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr,
+    CHANNELS, MULTIPLIER: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr,
     CONV_STRIDE_H: tl.constexpr, CONV_STRIDE_W: tl.constexpr, PAD_H: tl.constexpr, PAD_W: tl.constexpr,
     DIL_H: tl.constexpr, DIL_W: tl.constexpr,
     TRANSPOSED: tl.constexpr, HAS_BIAS: tl.constexpr, ACTIVATION: tl.constexpr,
@@ -98,7 +98,7 @@ def march_kernel(
     # OLDEST + a * NEXT + i.
     OLDEST: tl.constexpr = 0 if TRANSPOSED else WARM * IN
     NEXT: tl.constexpr = 1 if TRANSPOSED else -IN
-    C_BLOCKS: tl.constexpr = (CHANNELS + BLOCK_C - 1) // BLOCK_C
+    C_BLOCKS = (CHANNELS + BLOCK_C - 1) // BLOCK_C
     pid = tl.program_id(0)
     c = index(channels_of(pid, CHANNELS, BLOCK_C), INDEX_64)
     m = index(pid // C_BLOCKS, INDEX_64) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -199,9 +199,9 @@ def wgrad_kernel(
     batch, h_in, w_in, h_out, w_out, segments, col_blocks, rows, blocks,
     stride_dy_n, stride_dy_c, stride_dy_h, stride_dy_w,
     stride_x_n, stride_x_c, stride_x_h, stride_x_w,
-    stride_dw_split: tl.constexpr, stride_dw_o: tl.constexpr,
+    stride_dw_split, stride_dw_o: tl.constexpr,
     stride_dw_h: tl.constexpr, stride_dw_w: tl.constexpr,
-    CHANNELS: tl.constexpr, MULTIPLIER: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr,
+    CHANNELS, MULTIPLIER: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr,
     CONV_STRIDE_H: tl.constexpr, CONV_STRIDE_W: tl.constexpr, PAD_H: tl.constexpr, PAD_W: tl.constexpr,
     DIL_H: tl.constexpr, DIL_W: tl.constexpr,
     TAPS: tl.constexpr, UNROLL: tl.constexpr, LEFT: tl.constexpr, CHUNKS: tl.constexpr,
@@ -219,7 +219,7 @@ def wgrad_kernel(
     sums.
     """
     WARM: tl.constexpr = (TAPS - 1) // CONV_STRIDE_H
-    C_BLOCKS: tl.constexpr = (CHANNELS + BLOCK_C - 1) // BLOCK_C
+    C_BLOCKS = (CHANNELS + BLOCK_C - 1) // BLOCK_C
     T_BLOCKS: tl.constexpr = (KH + TAPS - 1) // TAPS
     TILE: tl.constexpr = (BLOCK_K, BLOCK_W) if BLOCK_C == 1 else (BLOCK_C, BLOCK_K, BLOCK_W)
     pid = tl.program_id(0)

@@ -21,7 +21,7 @@ from .tiles import (  # isort: skip
     rows, turned,
 )  # fmt: skip
 
-SIZES = ("batch", "h_in", "w_in", "h_out", "w_out")
+SIZES = ("batch", "h_in", "w_in", "h_out", "w_out", "GROUPS")
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -31,7 +31,7 @@ def fprop_kernel(
     stride_x_n, stride_x_c, stride_x_h, stride_x_w,
     stride_wgt_o, stride_wgt_c, stride_wgt_h, stride_wgt_w,
     stride_y_n, stride_y_c, stride_y_h, stride_y_w,
-    GROUPS: tl.constexpr, CIN_G: tl.constexpr, COUT_G: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr,
+    GROUPS, CIN_G: tl.constexpr, COUT_G: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr,
     CONV_STRIDE_H: tl.constexpr, CONV_STRIDE_W: tl.constexpr, PAD_H: tl.constexpr, PAD_W: tl.constexpr,
     DIL_H: tl.constexpr, DIL_W: tl.constexpr,
     FLAT: tl.constexpr, BOUNDED: tl.constexpr, HAS_BIAS: tl.constexpr, ACTIVATION: tl.constexpr,
@@ -121,7 +121,7 @@ def dgrad_kernel(
     stride_dy_n, stride_dy_c, stride_dy_h, stride_dy_w,
     stride_wgt_o, stride_wgt_c, stride_wgt_h, stride_wgt_w,
     stride_dx_n, stride_dx_c, stride_dx_h, stride_dx_w,
-    GROUPS: tl.constexpr, CIN_G: tl.constexpr, COUT_G: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr,
+    GROUPS, CIN_G: tl.constexpr, COUT_G: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr,
     CONV_STRIDE_H: tl.constexpr, CONV_STRIDE_W: tl.constexpr, PAD_H: tl.constexpr, PAD_W: tl.constexpr,
     DIL_H: tl.constexpr, DIL_W: tl.constexpr,
     COMMON_H: tl.constexpr, COMMON_W: tl.constexpr, INVERSE_H: tl.constexpr, INVERSE_W: tl.constexpr,
@@ -218,9 +218,9 @@ def wgrad_kernel(
     batch, h_in, w_in, h_out, w_out, chunk,
     stride_dy_n, stride_dy_c, stride_dy_h, stride_dy_w,
     stride_x_n, stride_x_c, stride_x_h, stride_x_w,
-    stride_dw_split: tl.constexpr, stride_dw_o: tl.constexpr, stride_dw_c: tl.constexpr,
+    stride_dw_split, stride_dw_o: tl.constexpr, stride_dw_c: tl.constexpr,
     stride_dw_h: tl.constexpr, stride_dw_w: tl.constexpr,
-    GROUPS: tl.constexpr, CIN_G: tl.constexpr, COUT_G: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr,
+    GROUPS, CIN_G: tl.constexpr, COUT_G: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr,
     CONV_STRIDE_H: tl.constexpr, CONV_STRIDE_W: tl.constexpr, PAD_H: tl.constexpr, PAD_W: tl.constexpr,
     DIL_H: tl.constexpr, DIL_W: tl.constexpr,
     DY_PIXELS_LAST: tl.constexpr, X_PIXELS_LAST: tl.constexpr,

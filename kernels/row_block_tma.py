@@ -17,7 +17,7 @@ from .epilogue import finish
 from .row_block import first_row, many_zeros, meetings, products, row_step, source_count, source_of, source_row
 from .tiles import as_mask, index, mma, narrow, phase_taps, touched
 
-SIZES = ("batch", "h_in", "w_in", "h_out", "w_out", "row_blocks", "column_tiles", "image_tiles")
+SIZES = ("batch", "h_in", "w_in", "h_out", "w_out", "row_blocks", "column_tiles", "image_tiles", "GROUPS")
 
 
 @triton.jit
@@ -76,7 +76,7 @@ def fprop_kernel(
     x_desc, wgt_desc, bias_ptr, residual_ptr, kept_ptr, y_ptr,
     batch, h_in, w_in, h_out, w_out, row_blocks, column_tiles, image_tiles, programs,
     stride_y_n, stride_y_c, stride_y_h, stride_y_w,
-    GROUPS: tl.constexpr, CIN_G: tl.constexpr, COUT_G: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr,
+    GROUPS, CIN_G: tl.constexpr, COUT_G: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr,
     CONV_STRIDE_H: tl.constexpr, CONV_STRIDE_W: tl.constexpr, PAD_H: tl.constexpr, PAD_W: tl.constexpr,
     DIL_H: tl.constexpr, DIL_W: tl.constexpr, HAS_BIAS: tl.constexpr, ACTIVATION: tl.constexpr, VIEW_W: tl.constexpr,
     Y_ALIGN: tl.constexpr, INDEX_64: tl.constexpr, PRECISION: tl.constexpr, EMULATE_BF16: tl.constexpr,
@@ -146,7 +146,7 @@ def dgrad_kernel(
     dy_desc, wgt_desc, dx_ptr,
     batch, h_in, w_in, h_out, w_out, row_blocks, column_tiles, image_tiles, programs,
     stride_dx_n, stride_dx_c, stride_dx_h, stride_dx_w,
-    GROUPS: tl.constexpr, CIN_G: tl.constexpr, COUT_G: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr,
+    GROUPS, CIN_G: tl.constexpr, COUT_G: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr,
     CONV_STRIDE_H: tl.constexpr, CONV_STRIDE_W: tl.constexpr, PAD_H: tl.constexpr, PAD_W: tl.constexpr,
     DIL_H: tl.constexpr, DIL_W: tl.constexpr, COMMON_W: tl.constexpr, INVERSE_W: tl.constexpr,
     DX_ALIGN: tl.constexpr, INDEX_64: tl.constexpr, PRECISION: tl.constexpr, EMULATE_BF16: tl.constexpr,
@@ -214,9 +214,9 @@ def dgrad_kernel(
 def wgrad_kernel(
     dy_desc, x_desc, dw_ptr,
     batch, h_in, w_in, h_out, w_out, row_blocks, column_tiles, image_tiles, chunk,
-    stride_dw_split: tl.constexpr, stride_dw_o: tl.constexpr, stride_dw_c: tl.constexpr,
+    stride_dw_split, stride_dw_o: tl.constexpr, stride_dw_c: tl.constexpr,
     stride_dw_h: tl.constexpr, stride_dw_w: tl.constexpr,
-    GROUPS: tl.constexpr, CIN_G: tl.constexpr, COUT_G: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr,
+    GROUPS, CIN_G: tl.constexpr, COUT_G: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr,
     CONV_STRIDE_H: tl.constexpr, CONV_STRIDE_W: tl.constexpr, PAD_H: tl.constexpr, PAD_W: tl.constexpr,
     DIL_H: tl.constexpr, DIL_W: tl.constexpr, VIEW_W: tl.constexpr,
     INDEX_64: tl.constexpr, PRECISION: tl.constexpr, EMULATE_BF16: tl.constexpr, PART_N: tl.constexpr,

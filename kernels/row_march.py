@@ -26,7 +26,7 @@ import triton.language as tl
 from .epilogue import finish
 from .tiles import NOWHERE, as_mask, below, cols, in_registers, index, mma, narrow, pointers, rows, touched, turned
 
-SIZES = ("batch", "h_in", "w_in", "h_out", "w_out", "segments", "steps")
+SIZES = ("batch", "h_in", "w_in", "h_out", "w_out", "segments", "steps", "GROUPS")
 
 
 @triton.constexpr_function
@@ -166,7 +166,7 @@ def joined(
 @triton.jit
 def fprop_weights(
     wgt_ptr, tile, c, number, stride_wgt_o, stride_wgt_c, stride_wgt_h: tl.constexpr, stride_wgt_w: tl.constexpr,
-    GROUPS: tl.constexpr, CIN_G: tl.constexpr, COUT_G: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr,
+    GROUPS, CIN_G: tl.constexpr, COUT_G: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr,
     CONV_STRIDE_H: tl.constexpr, LIVE: tl.constexpr, INDEX_64: tl.constexpr,
     STEP_C: tl.constexpr, BLOCK_C: tl.constexpr, FIRST: tl.constexpr, COUNT: tl.constexpr, TAP: tl.constexpr,
     ROW: tl.constexpr,
@@ -210,7 +210,7 @@ def fprop_kernel(
     stride_x_n, stride_x_c, stride_x_h, stride_x_w,
     stride_wgt_o, stride_wgt_c, stride_wgt_h: tl.constexpr, stride_wgt_w: tl.constexpr,
     stride_y_n, stride_y_c, stride_y_h, stride_y_w,
-    GROUPS: tl.constexpr, CIN_G: tl.constexpr, COUT_G: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr,
+    GROUPS, CIN_G: tl.constexpr, COUT_G: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr,
     CONV_STRIDE_H: tl.constexpr, CONV_STRIDE_W: tl.constexpr, PAD_H: tl.constexpr, PAD_W: tl.constexpr,
     DIL_H: tl.constexpr, DIL_W: tl.constexpr, HAS_BIAS: tl.constexpr, ACTIVATION: tl.constexpr,
     X_PIXELS_LAST: tl.constexpr, Y_PIXELS_LAST: tl.constexpr,
@@ -234,7 +234,7 @@ def fprop_kernel(
     CHUNKS: tl.constexpr = ceil_div(REACH, BLOCK_S)
     TAPS: tl.constexpr = ceil_div(KW, BLOCK_S)  # of the chunks, those that an output column meets
     PRODUCTS: tl.constexpr = ceil_div(LIVE, BLOCK_R)
-    C_TILES: tl.constexpr = ceil_div(GROUPS * COUT_G, STEP_C)
+    C_TILES = (GROUPS * COUT_G + STEP_C - 1) // STEP_C
     pid = tl.program_id(0)
     tile = pid % C_TILES
     segment = pid // C_TILES % segments
@@ -450,7 +450,7 @@ def correlated(d, x, dw, NUMBER: tl.constexpr, PRECISION: tl.constexpr, EMULATE_
 @triton.jit
 def dgrad_weights(
     wgt_ptr, tile, o, q, stride_wgt_o, stride_wgt_c, stride_wgt_h: tl.constexpr, stride_wgt_w: tl.constexpr,
-    GROUPS: tl.constexpr, CIN_G: tl.constexpr, COUT_G: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr,
+    GROUPS, CIN_G: tl.constexpr, COUT_G: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr,
     CONV_STRIDE_W: tl.constexpr, PAD_W: tl.constexpr, DIL_W: tl.constexpr, INDEX_64: tl.constexpr,
     STEP_C: tl.constexpr, BLOCK_C: tl.constexpr, FIRST: tl.constexpr, COUNT: tl.constexpr,
 ):  # fmt: skip
@@ -475,9 +475,9 @@ def backward_kernel(
     stride_x_n, stride_x_c, stride_x_h, stride_x_w,
     stride_wgt_o, stride_wgt_c, stride_wgt_h: tl.constexpr, stride_wgt_w: tl.constexpr,
     stride_dx_n, stride_dx_c, stride_dx_h, stride_dx_w,
-    stride_dw_split: tl.constexpr, stride_dw_o: tl.constexpr, stride_dw_c: tl.constexpr,
+    stride_dw_split, stride_dw_o: tl.constexpr, stride_dw_c: tl.constexpr,
     stride_dw_h: tl.constexpr, stride_dw_w: tl.constexpr,
-    GROUPS: tl.constexpr, CIN_G: tl.constexpr, COUT_G: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr,
+    GROUPS, CIN_G: tl.constexpr, COUT_G: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr,
     CONV_STRIDE_H: tl.constexpr, CONV_STRIDE_W: tl.constexpr, PAD_H: tl.constexpr, PAD_W: tl.constexpr,
     DIL_H: tl.constexpr, DIL_W: tl.constexpr, WANT_DX: tl.constexpr, WANT_DW: tl.constexpr,
     DY_PIXELS_LAST: tl.constexpr, X_PIXELS_LAST: tl.constexpr, DX_PIXELS_LAST: tl.constexpr,
@@ -514,7 +514,7 @@ def backward_kernel(
     CHUNKS: tl.constexpr = ceil_div(REACH, BLOCK_S)
     TAPS: tl.constexpr = ceil_div(SHIFTS, BLOCK_S)  # of the chunks, those that a tw meets
     COLUMNS: tl.constexpr = BLOCK_W * CONV_STRIDE_W  # of x
-    C_TILES: tl.constexpr = ceil_div(GROUPS * CIN_G, STEP_C)
+    C_TILES = (GROUPS * CIN_G + STEP_C - 1) // STEP_C
     DW_TILES: tl.constexpr = KH * CONV_STRIDE_W * TAPS
     DX_TILES: tl.constexpr = LIVE * CONV_STRIDE_W
     PRODUCTS: tl.constexpr = ceil_div(DX_TILES, BLOCK_R)

@@ -309,6 +309,7 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=workers.processes(), help="processes that compile (%(default)s)")
     parser.add_argument("--targets", nargs="+", choices=TARGETS, default=TARGETS)
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=DTYPES)
+    parser.add_argument("--layouts", nargs="+", choices=LAYOUTS, default=LAYOUTS)
     parser.add_argument("--passes", nargs="+", choices=(*PLANNED, FINISHED), default=(*PLANNED, FINISHED))
     parser.add_argument("--algorithms", nargs="+", choices=tuple(REGISTRY), default=tuple(REGISTRY))
     parser.add_argument(
@@ -318,7 +319,7 @@ def main() -> None:
     )  # fmt: skip
     args = parser.parse_args()
     suites = {(dtype, layout): layers_of(dtype, layout) for dtype in DTYPES for layout in LAYOUTS}
-    chosen = {key: suite for key, suite in suites.items() if key[0] in args.dtypes}
+    chosen = {key: suite for key, suite in suites.items() if key[0] in args.dtypes and key[1] in args.layouts}
     path = FOLDER / "registers.csv"
     rows = read(path)
     fields = [field.name for field in dataclasses.fields(Row)]

@@ -212,6 +212,18 @@ FAULTS = [
         "x_ptr, x_at, iw, live_c, first, h_in",
         "fprop starts with the first step's rows for all that are loaded ahead",
     ),
+    Fault(
+        "kernels/depthwise_direct.py",
+        "return runs.index(column // run) * run + column % run",
+        "return min(runs.index(column // run) * run + column % run, len(runs) * run - 2)",
+        "the last column of the last run is taken for its neighbour",
+    ),
+    Fault(
+        "kernels/depthwise_direct.py",
+        "pair = tl.join(tiles[i], tiles[i + (RUN >> (stage + 1))])",
+        "pair = tl.join(tiles[i + (RUN >> (stage + 1))], tiles[i])",
+        "columns that are stored together change places",
+    ),
     # --- depthwise_plane ---
     Fault(
         "kernels/depthwise_plane.py",

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from groupconv import launcher, prepared, triton_conv
-from groupconv.algorithms import REGISTRY, implicit_gemm, row_march
+from groupconv.algorithms import REGISTRY, depthwise_direct, implicit_gemm, row_march
 from groupconv.problem import PLANNED, ConvProblem
 
 pytestmark = [
@@ -100,6 +100,36 @@ def test_several_blocks_of_lanes(pass_, stride, beside, abreast, device):
     produced, expected = cases.PRODUCES.get(pass_, (pass_,)), cases.references(problem, given)
     for each, result in zip(produced, out if isinstance(out, tuple) else (out,), strict=True):
         assert cases.error(result, expected[each]) <= cases.bound("fp16", cases.terms(problem, each))
+
+
+@pytest.mark.parametrize(
+    ("view", "run", "width", "kernel", "stride", "pad"),
+    [
+        ("nchw", 8, 8, 3, 1, (1, 1, 1, 1)),
+        ("slice", 8, 4, 3, 1, (0, 2, 0, 2)),
+        ("batches", 2, 8, 3, 2, (1, 1, 1, 1)),
+        ("nchw", 8, 4, 5, 2, (2, 1, 0, 3)),
+    ],
+)
+@pytest.mark.parametrize("pass_", PLANNED)
+def test_runs_of_columns(pass_, view, run, width, kernel, stride, pad, device):
+    """depthwise_direct's lanes of several columns in NCHW, whose neighbours it loads together, as far as strides go."""
+    problem = ConvProblem(
+        2, 2, 3, 24, 4, kernel, kernel, (1, stride), pad, groups=2, dtype="bf16", layout="nchw", out_layout="nchw"
+    )
+    config = {
+        "BLOCK_P": 32, "BLOCK_C": 1, "BLOCK_W": width, "BLOCK_A": 1, "SEGMENTS": 2, "num_warps": 1, "num_stages": 1
+    }  # fmt: skip
+    given = cases.operands(cases.Case(problem, view, dy="nchw"), device)
+    with cases.guarded():
+        call = depthwise_direct.prepare(problem, pass_, config, ON, given.strides(problem))
+        out = call(*given.of(pass_))
+    launch = call.launches[0]
+    runs = dict(zip(launch.kernel.arg_names[-len(launch.scalars) :], launch.scalars, strict=True))
+    assert runs["X_RUN"] == min(run, width * stride, 8)
+    produced, expected = cases.PRODUCES.get(pass_, (pass_,)), cases.references(problem, given)
+    for each, result in zip(produced, out if isinstance(out, tuple) else (out,), strict=True):
+        assert cases.error(result, expected[each]) <= cases.bound("bf16", cases.terms(problem, each))
 
 
 def narrow(name, view):

@@ -6,6 +6,7 @@ import math
 
 import torch
 import triton
+import triton.language as tl
 
 from .. import launcher
 from ..devices import Target
@@ -52,12 +53,20 @@ def emulate_bf16(kernel, problem: ConvProblem) -> bool:
     return launcher.interpreting(kernel) and problem.dtype == "bf16"
 
 
+def known(problem: ConvProblem, number: int):
+    """A count of groups or channels as a kernel's argument: known when it is compiled, but of a single image. Batches
+    whose images have weights of their own are folded into the groups of one, and their number varies from call to call.
+    """
+    varies = problem.batch == 1 or launcher.interpreting(sum_splits_kernel)  # which has no such constants
+    return number if varies else tl.constexpr(number)
+
+
 def convolution(problem: ConvProblem) -> dict[str, int]:
     """Kernel arguments that say which convolution it is."""
     return {
         "batch": problem.batch, "h_in": problem.h_in, "w_in": problem.w_in,
         "h_out": problem.h_out, "w_out": problem.w_out,
-        "GROUPS": problem.groups, "CIN_G": problem.cin_g, "COUT_G": problem.cout_g,
+        "GROUPS": known(problem, problem.groups), "CIN_G": problem.cin_g, "COUT_G": problem.cout_g,
         "KH": problem.kh, "KW": problem.kw,
         "CONV_STRIDE_H": problem.stride[0], "CONV_STRIDE_W": problem.stride[1],
         "PAD_H": problem.pad[0], "PAD_W": problem.pad[2], "DIL_H": problem.dilation[0], "DIL_W": problem.dilation[1],
@@ -136,10 +145,10 @@ class FilterGradient:
         self.splits, self.shape, self.strides = splits, problem.w_shape, strides
         self.partials = splits, problem.params
         if splits == 1 or strides is None:
-            self.arguments = {"stride_dw_split": 0, **named_strides("dw", strides or (0, 0, 0, 0))}
+            self.arguments = {"stride_dw_split": known(problem, 0), **named_strides("dw", strides or (0, 0, 0, 0))}
             self.launches: tuple[launcher.Launch, ...] = ()
         else:
-            self.arguments = {"stride_dw_split": problem.params}
+            self.arguments = {"stride_dw_split": known(problem, problem.params)}
             self.arguments |= named_strides("dw", dense_strides(problem.w_shape, True))
             self.launches = (sum_of_splits(problem, splits, strides),)
 

@@ -24,6 +24,7 @@ from .calls import (
     emulate_bf16,
     epilogue,
     index_64,
+    known,
     named_strides,
     pixels_last,
     split_config,
@@ -57,7 +58,8 @@ def supports(problem: ConvProblem, pass_: str, target: Target) -> str | None:
 class _March:
     """What the kernel's loop does in one step of a pass, by channel of a lane.
 
-    Counted in pixels: `loads`, `held` in fp32 from step to step, `sums` of dw, `stores`, multiply-adds.
+    Counted in pixels: `loads`, `held` in fp32 from step to step, `sums` of dw, `stores`, multiply-adds. `loaded` and
+    `stored` count the accesses that do it, of dense tensors: in NCHW one for a run of neighbours.
     """
 
     lanes: int
@@ -66,28 +68,48 @@ class _March:
     channels: int
     taps: int  # filters in registers
     loads: int
+    loaded: int
     held: int
     moved: int  # of those that are held, from register to register
     sums: int
     stores: int
+    stored: int
     multiply_adds: int
+
+
+def _runs(problem: ConvProblem, width: int, x=None, y=None) -> tuple[int, int]:
+    """How many neighbours an access takes, as the kernel has it, of x and of y in lanes of `width` output columns.
+
+    x, y: strides; None of tensors that are dense in the problem's layout.
+    """
+
+    def run(lane, columns, strides):
+        if problem.layout == "nhwc" or (strides and strides[3] != 1):
+            return 1
+        return math.gcd(16 // problem.element_bytes, lane, columns, *(strides or ())[:3])
+
+    return run(width * problem.stride[1], problem.w_in, x), run(width, problem.w_out, y)
 
 
 @functools.lru_cache(4096)
 def _march(problem: ConvProblem, pass_: str, width: int) -> _March:
     (stride_h, stride_w), (dil_h, dil_w), kw = problem.stride, problem.dilation, problem.kw
     taps, multiplier = problem.kh * kw, problem.cout_g
+    x_run, y_run = _runs(problem, width)
     if pass_ == "fprop":
         rows = len(kernels.input_rows_met(stride_h, dil_h, problem.kh))
-        columns = len(kernels.input_columns_met(width, stride_w, dil_w, kw))
+        columns = kernels.input_columns_met(width, stride_w, dil_w, kw)
+        loaded = len(columns) if x_run == 1 else len(kernels.runs_met(columns, -problem.pad[2], x_run))
         live = (problem.kh - 1) * dil_h // stride_h + 1
         return _March(
             lanes=problem.batch * math.ceil(problem.w_out / width), rows=problem.h_out, warm_up=live - 1,
-            channels=problem.c_out, taps=taps, loads=rows * columns, held=live * width, moved=0, sums=0, stores=width,
-            multiply_adds=taps * width,
+            channels=problem.c_out, taps=taps, loads=rows * len(columns), loaded=rows * loaded, held=live * width,
+            moved=0, sums=0, stores=width, stored=width // y_run, multiply_adds=taps * width,
         )  # fmt: skip
     want_dx, want_dw = pass_ != "wgrad", pass_ != "dgrad"
-    columns = len(kernels.output_columns_met(width, stride_w, problem.pad[2], dil_w, kw))
+    columns = kernels.output_columns_met(width, stride_w, problem.pad[2], dil_w, kw)
+    least = kernels.least_shift(stride_w, problem.pad[2], dil_w, kw)
+    loaded = len(columns) if y_run == 1 else len(kernels.runs_met(columns, least, y_run))
     pixels, live = width * stride_w, kernels.rows_alive(problem.kh, stride_h, dil_h)
     return _March(
         lanes=problem.batch * math.ceil(problem.w_in / pixels),
@@ -95,11 +117,13 @@ def _march(problem: ConvProblem, pass_: str, width: int) -> _March:
         warm_up=(problem.kh - 1) * dil_h // stride_h,
         channels=problem.c_in,
         taps=want_dx * taps * multiplier,
-        loads=columns * multiplier + want_dw * stride_h * pixels,
+        loads=len(columns) * multiplier + want_dw * stride_h * pixels,
+        loaded=loaded * multiplier + want_dw * stride_h * pixels // x_run,
         held=(want_dx + want_dw) * live * pixels,
         moved=want_dw * live * pixels,
         sums=want_dw * taps * multiplier,
         stores=want_dx * stride_h * pixels,
+        stored=want_dx * stride_h * pixels // x_run,
         multiply_adds=(want_dx + want_dw) * taps * multiplier * width,
     )
 
@@ -125,7 +149,7 @@ def held(problem: ConvProblem, pass_: str, tile: dict, target: Target) -> Held:
         0,
         sums=threads * elements * (march.held + march.sums),
         words=threads * (taps + words * elements),
-        accesses=threads * elements * (march.loads + march.stores) / vector,
+        accesses=threads * elements * (march.loaded + march.stored) / vector,
     )
 
 
@@ -133,6 +157,10 @@ def tiles(problem: ConvProblem, pass_: str, target: Target) -> Iterator[list[dic
     for (warps, ahead), (elements, block_c), width in itertools.product(WAYS, *_shapes(problem, pass_)):
         block_p = warps * target.warp_size * elements // block_c
         march = _march(problem, pass_, width)
+        # In NCHW neighbouring lanes are neighbours in memory, and the columns of one are not, but in runs.
+        most = 32 if march.rows == 1 else 16  # columns of a thread: a map of one row holds no sums for others
+        if problem.layout == "nchw" and width > 1 and (elements * width > most or min(_runs(problem, width)) == 1):
+            continue
         if not block_p or march.lanes * width > MOST_PADDED * _march(problem, pass_, 1).lanes:
             continue
         # Programs along the columns and the batch cannot share their sums of dw.
@@ -153,8 +181,8 @@ def seldom(problem: ConvProblem, pass_: str, tile: dict, target: Target) -> bool
 
 def _shapes(problem: ConvProblem, pass_: str) -> tuple[list[tuple[int, int]], list[int]]:
     """(elements of a thread, channels of a program) and columns of a lane to choose from."""
-    if problem.layout == "nchw":  # neighbouring lanes are neighbours in memory, and so the columns of one are not
-        return [(elements, 1) for elements in (1, 2, 4, 8, 16)], [1]
+    if problem.layout == "nchw":
+        return [(elements, 1) for elements in (1, 2, 4, 8, 16)], [1, 2, 4, 8, 16]
     channels = problem.c_out if pass_ == "fprop" else problem.c_in
     fitting = max(8, triton.next_power_of_2(channels))
     vectors = [v for v in (1, 2, 4, 8) if v <= math.gcd(16 // problem.element_bytes, problem.c_in)][-3:]
@@ -207,7 +235,7 @@ def tiling(problem: ConvProblem, pass_: str, config: dict, target: Target, fit: 
     walked = programs * (steps + march.warm_up) - tiles * march.warm_up * (pass_ != "fprop")
     # Counted in the compiled loops of sm_90: an access takes its address and mask 6 instructions, and each element is
     # converted; what is loaded far ahead, and x in wgrad, is moved from register to register.
-    each = march.loads * (7 + vector + 6 * (ahead > 1)) + march.stores * (6 + vector)
+    each = march.loaded * (7 + 6 * (ahead > 1)) + march.stored * 6 + (march.loads + march.stores) * vector
     step = 25 + (each + (march.multiply_adds + march.moved) * vector) * elements / vector
     once = march.taps * vector * 3 + (march.sums + 12) * elements + 20 * march.sums + 80
     # Lanes share what they load in L1, but for the tile's edges; a row segment re-reads its neighbour's rows.
@@ -219,6 +247,7 @@ def tiling(problem: ConvProblem, pass_: str, config: dict, target: Target, fit: 
     # L1 serves a line of 128 bytes a clock: narrow channel tiles touch many.
     split = problem.layout == "nhwc" and config["BLOCK_C"] < march.channels
     lines = max(1.0, 128 / (config["BLOCK_C"] * size)) if split else 1.0
+    run = max(1, march.loads // march.loaded)
     return Tiling(
         programs=programs,
         matrix_flops=0.0,
@@ -227,7 +256,7 @@ def tiling(problem: ConvProblem, pass_: str, config: dict, target: Target, fit: 
         dram_bytes=problem.min_bytes(pass_) + partials,
         resident=fit,
         launches=1 + (splits > 1),
-        shared_bytes=walked * threads * elements * march.loads * max(size * lines, 4 / vector),
+        shared_bytes=walked * threads * elements * march.loaded * max(size * lines * run, 4 / vector),
         trips=steps + march.warm_up,
         ahead=ahead,
     )
@@ -239,24 +268,27 @@ def prepare(problem: ConvProblem, pass_: str, config: dict, target: Target, stri
     blocks, options = split_config(config)
     x, w, y, dx, dw, dy = (strides.get(name) for name in ("x", "w", "y", "dx", "dw", "dy"))
     splits = _tiles(march, config)[0] * segments
+    last = pixels_last(x if pass_ == "fprop" else dy)
+    x_run, y_run = _runs(problem, config["BLOCK_W"], x, y if pass_ == "fprop" else dy) if last else (1, 1)
     scalars = {
         "batch": problem.batch, "h_in": problem.h_in, "w_in": problem.w_in,
         "h_out": problem.h_out, "w_out": problem.w_out, "steps": steps,
         **named_strides("x", x), **named_strides("wgt", w),
-        "CHANNELS": march.channels, "MULTIPLIER": problem.cout_g, "KH": problem.kh, "KW": problem.kw,
+        "CHANNELS": known(problem, march.channels), "MULTIPLIER": problem.cout_g, "KH": problem.kh, "KW": problem.kw,
         "CONV_STRIDE_H": problem.stride[0], "CONV_STRIDE_W": problem.stride[1],
         "PAD_H": problem.pad[0], "PAD_W": problem.pad[2], "DIL_H": problem.dilation[0], "DIL_W": problem.dilation[1],
-        "PIXELS_LAST": pixels_last(x if pass_ == "fprop" else dy), "X_ALIGN": align(x),
+        "MASK_C": march.channels % config["BLOCK_C"] != 0, "PIXELS_LAST": last, "X_ALIGN": align(x), "X_RUN": x_run,
         "INDEX_64": index_64(problem, strides, splits * problem.params),
         "EMULATE_BF16": emulate_bf16(kernel, problem), **blocks,
     }  # fmt: skip
     if pass_ == "fprop":
-        scalars |= {**named_strides("y", y), **epilogue(problem), "Y_ALIGN": align(y)}
+        scalars |= {**named_strides("y", y), **epilogue(problem), "Y_ALIGN": align(y), "Y_RUN": y_run}
         return Forward(launcher.Launch(kernel, (tiles, segments), scalars, **options), problem, y)
     result = FilterGradient(problem, splits, dw if march.sums else None)
     scalars |= {
         **result.depthwise_arguments(), **named_strides("dy", dy), **named_strides("dx", dx),
         "DY_ALIGN": align(dy), "DX_ALIGN": align(dx),
+        "DY_RUN": y_run, "DX_RUN": _runs(problem, config["BLOCK_W"], dx)[0] if last else 1,
         "WANT_DX": pass_ != "wgrad", "WANT_DW": pass_ != "dgrad",
     }  # fmt: skip
     launch = launcher.Launch(kernel, (tiles, segments), scalars, **options)

@@ -24,6 +24,7 @@ from .calls import (
     emulate_bf16,
     epilogue,
     index_64,
+    known,
     named_strides,
     pixels_last,
     split_config,
@@ -338,7 +339,7 @@ def prepare(problem: ConvProblem, pass_: str, config: dict, target: Target, stri
     scalars = {
         "batch": problem.batch, "h_in": h_in, "w_in": w_in, "h_out": h_out, "w_out": w_out,
         "segments": cut.segments, "col_blocks": cut.col_blocks, "rows": cut.rows,
-        "CHANNELS": problem.c_out, "MULTIPLIER": problem.cout_g, "KH": problem.kh, "KW": problem.kw,
+        "CHANNELS": known(problem, problem.c_out), "MULTIPLIER": problem.cout_g, "KH": problem.kh, "KW": problem.kw,
         "CONV_STRIDE_H": problem.stride[0], "CONV_STRIDE_W": problem.stride[1],
         "PAD_H": top, "PAD_W": pad, "DIL_H": problem.dilation[0], "DIL_W": problem.dilation[1],
         "LEFT": cut.left, "CHUNKS": cut.chunks,
