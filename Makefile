@@ -8,7 +8,7 @@ OLDEST_TRITON := $(VENV)/triton-3.6.0
 NEWEST_TRITON := $(VENV)/triton-3.9.0
 # Of the numeric tests, those of two sizes of kernels: every algorithm has some of them in every pass.
 NEWEST_SLICE := test_pass and (k3x3 or k9x9)
-OLDEST_SLICE := test_pass and k3x3
+OLDEST_SLICE := test_pass and fp16 and (k3x3 or (k9x9 and (map or toeplitz)))
 
 # What compiles kernels in its own process, and so cannot be where they are interpreted.
 COMPILED := tests/softgpu tests/test_compiled_code.py tests/test_compiled_fuzz.py
