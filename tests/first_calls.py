@@ -53,7 +53,7 @@ EPOCHS: dict[str, tuple[Callable[[ConvProblem], Iterator[ConvProblem]], int]] = 
     "and a partial one": (of_batches(128, IMAGES % 128), 8),
     f"{len(BATCHES)} batches": (of_batches(*BATCHES), 32),
     f"{len(SCALES)} map sizes": (of_scales, 18),
-    f"{len(FOLDS)} folded batches": (of_folds, 20),
+    f"{len(FOLDS)} folded batches": (of_folds, 15),
 }
 
 
