@@ -102,14 +102,18 @@ class Launch:
     AMD which tensors are under 2 GiB. `prepared` keys its calls by these.
     """
 
-    __slots__ = ("_run", "compiled", "grid", "kernel", "options", "scalars")
+    __slots__ = ("_of_aligned", "_run", "compiled", "grid", "kernel", "options", "scalars")
 
-    def __init__(self, kernel, grid: tuple[int, ...], scalars: dict, **options):
+    def __init__(
+        self, kernel, grid: tuple[int, ...], scalars: dict, of_aligned: dict[str, int] | None = None, **options
+    ):
+        """of_aligned: scalars that are 1 unless a tensor, the one at this place, begins at a multiple of 16 bytes."""
         names = kernel.arg_names[-len(scalars) :]
         assert set(names) == set(scalars), sorted(set(names) ^ set(scalars))
         self.kernel = kernel
         self.grid = (*grid, 1, 1)[:3]
         self.scalars = tuple(scalars[name] for name in names)
+        self._of_aligned = {names.index(name): place for name, place in (of_aligned or {}).items()}
         self.options = {"enable_fp_fusion": True, **options}  # the default up to Triton 3.9; later ones differ
         self.compiled = None
         self._run: Callable | None = None
@@ -133,6 +137,8 @@ class Launch:
         """Compile, without a launch, so that the assembler makes what the PTX says. Miscompiled where it never does;
         None where a hook of Triton's keeps the kernel from being compiled.
         """
+        unaligned = {i for i, place in self._of_aligned.items() if tensors[place].data_ptr() & 15}
+        self.scalars = tuple(1 if i in unaligned else scalar for i, scalar in enumerate(self.scalars))
         compiled = self._made(tensors)
         if compiled is None:
             return None

@@ -91,6 +91,9 @@ def lay_out(values: torch.Tensor, view: str) -> torch.Tensor:
         "permuted": lambda: inside(n, h, w, c).permute(0, 3, 1, 2),
         "turned": lambda: inside(n, c, w, h).transpose(2, 3),
         "batches": lambda: inside(2 * n, c, h + 1, w + 2)[::2, :, 1:, 1:-1],
+        "rows+1": lambda: inside(n, c, h, w + 1)[..., :w],
+        "rows+2": lambda: inside(n, c, h, w + 2)[..., :w],
+        "rows+8": lambda: inside(n, c, h, w + 8)[..., :w],
     }[view]()
     return found.copy_(values)
 

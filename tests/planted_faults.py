@@ -224,6 +224,12 @@ FAULTS = [
         "pair = tl.join(tiles[i + (RUN >> (stage + 1))], tiles[i])",
         "columns that are stored together change places",
     ),
+    Fault(
+        "groupconv/algorithms/depthwise_direct.py",
+        "return run(width * problem.stride[1], problem.w_in, x), run(width, problem.w_out, y)",
+        "return run(width * problem.stride[1], problem.w_in, x), run(width, problem.w_out, y and (0, 0, 0, y[3]))",
+        "runs of dy go by nothing but its columns' stride",
+    ),
     # --- depthwise_plane ---
     Fault(
         "kernels/depthwise_plane.py",

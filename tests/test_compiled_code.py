@@ -5,6 +5,7 @@ Runs with TRITON_INTERPRET=0 (`make test-compiled`).
 
 import itertools
 import json
+import math
 import re
 
 import cases
@@ -14,10 +15,10 @@ import softgpu
 import torch
 
 from groupconv import batch_norm, devices, dispatch
-from groupconv.algorithms import NAMES, lack
-from groupconv.compiling import command
+from groupconv.algorithms import NAMES, depthwise_direct, lack
+from groupconv.compiling import command, compiler
 from groupconv.perf_reports import counted, layers
-from groupconv.problem import FINISHED, PASSES, PLANNED
+from groupconv.problem import FINISHED, PASSES, PLANNED, ConvProblem
 
 needs_a_compiler = pytest.mark.skipif(
     softgpu.compiler() is None, reason="no C compiler: neither $CC nor cc nor gcc; the software GPU is in C"
@@ -39,7 +40,7 @@ ON_SM_80 = {
     "implicit_gemm": ("bf16x3", "nchw"),
     "row_block": ("fp16", "nhwc"),
     "row_march": ("fp16", "nhwc"),
-    "depthwise_direct": ("fp32", "nhwc"),
+    "depthwise_direct": ("fp32", "nchw"),
     "depthwise_toeplitz": ("tf32", "nhwc"),
     "depthwise_map": ("fp16", "nhwc"),
     "depthwise_plane": ("fp16", "nchw"),
@@ -110,6 +111,50 @@ def test_the_slice_has_every_algorithm_and_pass():
                 if (job.target, job.algorithm) == (target, algorithm)
             }
             assert there == able, (target, algorithm)
+
+
+def runs_of(launch) -> dict[str, int]:
+    scalars = dict(zip(launch.kernel.arg_names[-len(launch.scalars) :], launch.scalars, strict=True))
+    return {name.removesuffix("_RUN"): value for name, value in scalars.items() if name.endswith("_RUN")}
+
+
+RUNS = {"BLOCK_P": 32, "BLOCK_C": 1, "BLOCK_W": 8, "BLOCK_A": 1, "SEGMENTS": 1, "num_warps": 1, "num_stages": 1}
+
+
+@needs_a_compiler
+@pytest.mark.parametrize("gap", [1, 2, 8])
+@pytest.mark.parametrize(("pass_", "stride"), [("fprop", 2), ("dgrad", 1), ("backward", 2)])
+def test_runs_of_columns(pass_, stride, gap):
+    """depthwise_direct's accesses of several columns are aligned whatever lies between rows, of x and of dy."""
+    problem = ConvProblem(
+        1, 3, 3, 24, 3, 3, 3, (1, stride), (1, 1, 1, 1), groups=3, dtype="bf16", layout="nchw", out_layout="nchw"
+    )
+    given = cases.operands(cases.Case(problem, x=f"rows+{gap}", w="nchw", dy=f"rows+{gap}"))
+    with softgpu.active("sm_90"), cases.guarded():
+        call = depthwise_direct.prepare(problem, pass_, RUNS, devices.named("sm_90"), given.strides(problem))
+        out = call(*given.of(pass_))
+    found, of_x, of_dy = runs_of(call.launches[0]), math.gcd(8, gap), math.gcd(8, problem.w_out, problem.w_out + gap)
+    if pass_ == "fprop":
+        assert (found["X"], found["Y"]) == (of_x, math.gcd(8, problem.w_out))
+    else:
+        assert (found["DY"], found["X"], found["DX"]) == (of_dy, of_x if pass_ == "backward" else 1, 8)
+    expected = cases.references(problem, given)
+    produced = cases.PRODUCES.get(pass_, (pass_,))
+    for each, result in zip(produced, out if isinstance(out, tuple) else (out,), strict=True):
+        assert cases.error(result, expected[each]) <= cases.bound("bf16", cases.terms(problem, each))
+
+
+@needs_a_compiler
+def test_runs_want_aligned_tensors():
+    """Of one that begins elsewhere Triton knows of no alignment: its accesses are single, and move nothing about."""
+    problem = ConvProblem(1, 3, 3, 24, 3, 3, 3, pad=(1, 1, 1, 1), groups=3, layout="nchw", out_layout="nchw")
+    found = {}
+    for unaligned in ((), ("x",)):
+        (launch,) = compiler.launched(
+            compiler.Job("depthwise_direct", "fprop", RUNS, problem, "sm_90", unaligned=unaligned)
+        )
+        found[unaligned] = runs_of(launch), launch.compiled.metadata.shared
+    assert found == {(): ({"X": 8, "Y": 8}, 0), ("x",): ({"X": 1, "Y": 8}, 0)}
 
 
 @needs_a_compiler

@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import math
 import random as random_numbers
 
 import cases
@@ -120,13 +121,19 @@ def test_runs_of_columns(pass_, view, run, width, kernel, stride, pad, device):
     config = {
         "BLOCK_P": 32, "BLOCK_C": 1, "BLOCK_W": width, "BLOCK_A": 1, "SEGMENTS": 2, "num_warps": 1, "num_stages": 1
     }  # fmt: skip
-    given = cases.operands(cases.Case(problem, view, dy="nchw"), device)
+    given = cases.operands(cases.Case(problem, view, dy=view), device)
     with cases.guarded():
         call = depthwise_direct.prepare(problem, pass_, config, ON, given.strides(problem))
         out = call(*given.of(pass_))
     launch = call.launches[0]
-    runs = dict(zip(launch.kernel.arg_names[-len(launch.scalars) :], launch.scalars, strict=True))
-    assert runs["X_RUN"] == min(run, width * stride, 8)
+    scalars = dict(zip(launch.kernel.arg_names[-len(launch.scalars) :], launch.scalars, strict=True))
+    dense = math.gcd(8, width, problem.w_out)
+    apart = math.gcd(dense, 2) if view == "batches" else dense
+    assert {name: value for name, value in scalars.items() if name.endswith("_RUN")} == {
+        "X_RUN": min(run, width * stride) if pass_ != "dgrad" else 1,
+        **({"Y_RUN": dense} if pass_ == "fprop" else {"DY_RUN": apart}),
+        **({} if pass_ == "fprop" else {"DX_RUN": 1 if pass_ == "wgrad" else min(8, width * stride)}),
+    }
     produced, expected = cases.PRODUCES.get(pass_, (pass_,)), cases.references(problem, given)
     for each, result in zip(produced, out if isinstance(out, tuple) else (out,), strict=True):
         assert cases.error(result, expected[each]) <= cases.bound("bf16", cases.terms(problem, each))

@@ -57,8 +57,9 @@ def known(problem: ConvProblem, number: int):
     """A count of groups or channels as a kernel's argument: known when it is compiled, but of a single image. Batches
     whose images have weights of their own are folded into the groups of one, and their number varies from call to call.
     """
-    varies = problem.batch == 1 or launcher.interpreting(sum_splits_kernel)  # which has no such constants
-    return number if varies else tl.constexpr(number)
+    if problem.batch == 1 or launcher.interpreting(sum_splits_kernel):  # to the interpreter a constant is any number
+        return number
+    return tl.constexpr(number)
 
 
 def convolution(problem: ConvProblem) -> dict[str, int]:

@@ -58,8 +58,8 @@ def supports(problem: ConvProblem, pass_: str, target: Target) -> str | None:
 class _March:
     """What the kernel's loop does in one step of a pass, by channel of a lane.
 
-    Counted in pixels: `loads`, `held` in fp32 from step to step, `sums` of dw, `stores`, multiply-adds. `loaded` and
-    `stored` count the accesses that do it, of dense tensors: in NCHW one for a run of neighbours.
+    Counted in pixels: `loads`, `held` in fp32 from step to step, `sums` of dw, `stores`, multiply-adds. `load_accesses`
+    and `store_accesses` do it, of dense tensors in NCHW one for a run of neighbours; `asked` are all pixels of these.
     """
 
     lanes: int
@@ -68,12 +68,13 @@ class _March:
     channels: int
     taps: int  # filters in registers
     loads: int
-    loaded: int
+    load_accesses: int
+    asked: int
     held: int
     moved: int  # of those that are held, from register to register
     sums: int
     stores: int
-    stored: int
+    store_accesses: int
     multiply_adds: int
 
 
@@ -99,31 +100,33 @@ def _march(problem: ConvProblem, pass_: str, width: int) -> _March:
     if pass_ == "fprop":
         rows = len(kernels.input_rows_met(stride_h, dil_h, problem.kh))
         columns = kernels.input_columns_met(width, stride_w, dil_w, kw)
-        loaded = len(columns) if x_run == 1 else len(kernels.runs_met(columns, -problem.pad[2], x_run))
+        runs = rows * (len(columns) if x_run == 1 else len(kernels.runs_met(columns, -problem.pad[2], x_run)))
         live = (problem.kh - 1) * dil_h // stride_h + 1
         return _March(
             lanes=problem.batch * math.ceil(problem.w_out / width), rows=problem.h_out, warm_up=live - 1,
-            channels=problem.c_out, taps=taps, loads=rows * len(columns), loaded=rows * loaded, held=live * width,
-            moved=0, sums=0, stores=width, stored=width // y_run, multiply_adds=taps * width,
+            channels=problem.c_out, taps=taps, loads=rows * len(columns), load_accesses=runs, asked=runs * x_run,
+            held=live * width, moved=0, sums=0, stores=width, store_accesses=width // y_run, multiply_adds=taps * width,
         )  # fmt: skip
     want_dx, want_dw = pass_ != "wgrad", pass_ != "dgrad"
     columns = kernels.output_columns_met(width, stride_w, problem.pad[2], dil_w, kw)
     least = kernels.least_shift(stride_w, problem.pad[2], dil_w, kw)
-    loaded = len(columns) if y_run == 1 else len(kernels.runs_met(columns, least, y_run))
+    runs = multiplier * (len(columns) if y_run == 1 else len(kernels.runs_met(columns, least, y_run)))
     pixels, live = width * stride_w, kernels.rows_alive(problem.kh, stride_h, dil_h)
+    xs = want_dw * stride_h * pixels
     return _March(
         lanes=problem.batch * math.ceil(problem.w_in / pixels),
         rows=(problem.h_in - 1 + problem.pad[0]) // stride_h + 1,
         warm_up=(problem.kh - 1) * dil_h // stride_h,
         channels=problem.c_in,
         taps=want_dx * taps * multiplier,
-        loads=len(columns) * multiplier + want_dw * stride_h * pixels,
-        loaded=loaded * multiplier + want_dw * stride_h * pixels // x_run,
+        loads=len(columns) * multiplier + xs,
+        load_accesses=runs + xs // x_run,
+        asked=runs * y_run + xs,
         held=(want_dx + want_dw) * live * pixels,
         moved=want_dw * live * pixels,
         sums=want_dw * taps * multiplier,
         stores=want_dx * stride_h * pixels,
-        stored=want_dx * stride_h * pixels // x_run,
+        store_accesses=want_dx * stride_h * pixels // x_run,
         multiply_adds=(want_dx + want_dw) * taps * multiplier * width,
     )
 
@@ -149,7 +152,7 @@ def held(problem: ConvProblem, pass_: str, tile: dict, target: Target) -> Held:
         0,
         sums=threads * elements * (march.held + march.sums),
         words=threads * (taps + words * elements),
-        accesses=threads * elements * (march.loaded + march.stored) / vector,
+        accesses=threads * elements * (march.load_accesses + march.store_accesses) / vector,
     )
 
 
@@ -158,8 +161,7 @@ def tiles(problem: ConvProblem, pass_: str, target: Target) -> Iterator[list[dic
         block_p = warps * target.warp_size * elements // block_c
         march = _march(problem, pass_, width)
         # In NCHW neighbouring lanes are neighbours in memory, and the columns of one are not, but in runs.
-        most = 32 if march.rows == 1 else 16  # columns of a thread: a map of one row holds no sums for others
-        if problem.layout == "nchw" and width > 1 and (elements * width > most or min(_runs(problem, width)) == 1):
+        if problem.layout == "nchw" and width > 1 and (elements > 2 or min(_runs(problem, width)) == 1):
             continue
         if not block_p or march.lanes * width > MOST_PADDED * _march(problem, pass_, 1).lanes:
             continue
@@ -182,10 +184,14 @@ def seldom(problem: ConvProblem, pass_: str, tile: dict, target: Target) -> bool
 def _shapes(problem: ConvProblem, pass_: str) -> tuple[list[tuple[int, int]], list[int]]:
     """(elements of a thread, channels of a program) and columns of a lane to choose from."""
     if problem.layout == "nchw":
-        return [(elements, 1) for elements in (1, 2, 4, 8, 16)], [1, 2, 4, 8, 16]
+        # Beyond 8 columns those of several rows take Triton long to compile, and win little.
+        one_row = max(problem.h_in, problem.h_out) == 1
+        return [(elements, 1) for elements in (1, 2, 4, 8, 16)], [1, 2, 4, 8, 16] if one_row else [1, 2, 4, 8]
     channels = problem.c_out if pass_ == "fprop" else problem.c_in
     fitting = max(8, triton.next_power_of_2(channels))
-    vectors = [v for v in (1, 2, 4, 8) if v <= math.gcd(16 // problem.element_bytes, problem.c_in)][-3:]
+    vectors = [v for v in (1, 2, 4, 8) if v <= math.gcd(16 // problem.element_bytes, problem.c_in)]
+    # One channel a thread where the filters of two would take its registers.
+    vectors = vectors if 2 * problem.kh * problem.kw * problem.cout_g > MOST_TAPS else vectors[-3:]
     blocks = [c for c in (16, 32, 64, 128) if c <= fitting] or [8]
     return [(v, c) for c in blocks for v in vectors if v <= c], [1, 2, 4, 8]
 
@@ -235,7 +241,8 @@ def tiling(problem: ConvProblem, pass_: str, config: dict, target: Target, fit: 
     walked = programs * (steps + march.warm_up) - tiles * march.warm_up * (pass_ != "fprop")
     # Counted in the compiled loops of sm_90: an access takes its address and mask 6 instructions, and each element is
     # converted; what is loaded far ahead, and x in wgrad, is moved from register to register.
-    each = march.loaded * (7 + 6 * (ahead > 1)) + march.stored * 6 + (march.loads + march.stores) * vector
+    each = march.load_accesses * (7 + 6 * (ahead > 1)) + march.store_accesses * 6
+    each += (march.loads + march.stores) * vector
     step = 25 + (each + (march.multiply_adds + march.moved) * vector) * elements / vector
     once = march.taps * vector * 3 + (march.sums + 12) * elements + 20 * march.sums + 80
     # Lanes share what they load in L1, but for the tile's edges; a row segment re-reads its neighbour's rows.
@@ -247,7 +254,6 @@ def tiling(problem: ConvProblem, pass_: str, config: dict, target: Target, fit: 
     # L1 serves a line of 128 bytes a clock: narrow channel tiles touch many.
     split = problem.layout == "nhwc" and config["BLOCK_C"] < march.channels
     lines = max(1.0, 128 / (config["BLOCK_C"] * size)) if split else 1.0
-    run = max(1, march.loads // march.loaded)
     return Tiling(
         programs=programs,
         matrix_flops=0.0,
@@ -256,7 +262,7 @@ def tiling(problem: ConvProblem, pass_: str, config: dict, target: Target, fit: 
         dram_bytes=problem.min_bytes(pass_) + partials,
         resident=fit,
         launches=1 + (splits > 1),
-        shared_bytes=walked * threads * elements * march.loaded * max(size * lines * run, 4 / vector),
+        shared_bytes=walked * threads * elements * max(march.asked * size * lines, march.load_accesses * 4 / vector),
         trips=steps + march.warm_up,
         ahead=ahead,
     )
@@ -269,7 +275,9 @@ def prepare(problem: ConvProblem, pass_: str, config: dict, target: Target, stri
     x, w, y, dx, dw, dy = (strides.get(name) for name in ("x", "w", "y", "dx", "dw", "dy"))
     splits = _tiles(march, config)[0] * segments
     last = pixels_last(x if pass_ == "fprop" else dy)
-    x_run, y_run = _runs(problem, config["BLOCK_W"], x, y if pass_ == "fprop" else dy) if last else (1, 1)
+    # Of a tile of one element Triton loses what it was told of alignment.
+    runs = last and config["BLOCK_P"] * config["BLOCK_C"] > 1
+    x_run, y_run = _runs(problem, config["BLOCK_W"], x, y if pass_ == "fprop" else dy) if runs else (1, 1)
     scalars = {
         "batch": problem.batch, "h_in": problem.h_in, "w_in": problem.w_in,
         "h_out": problem.h_out, "w_out": problem.w_out, "steps": steps,
@@ -283,13 +291,16 @@ def prepare(problem: ConvProblem, pass_: str, config: dict, target: Target, stri
     }  # fmt: skip
     if pass_ == "fprop":
         scalars |= {**named_strides("y", y), **epilogue(problem), "Y_ALIGN": align(y), "Y_RUN": y_run}
-        return Forward(launcher.Launch(kernel, (tiles, segments), scalars, **options), problem, y)
+        launch = launcher.Launch(kernel, (tiles, segments), scalars, {"X_RUN": 0}, **options)
+        return Forward(launch, problem, y)
     result = FilterGradient(problem, splits, dw if march.sums else None)
     scalars |= {
         **result.depthwise_arguments(), **named_strides("dy", dy), **named_strides("dx", dx),
         "DY_ALIGN": align(dy), "DX_ALIGN": align(dx),
-        "DY_RUN": y_run, "DX_RUN": _runs(problem, config["BLOCK_W"], dx)[0] if last else 1,
+        "DY_RUN": y_run, "DX_RUN": _runs(problem, config["BLOCK_W"], dx)[0] if runs and pass_ != "wgrad" else 1,
         "WANT_DX": pass_ != "wgrad", "WANT_DW": pass_ != "dgrad",
     }  # fmt: skip
-    launch = launcher.Launch(kernel, (tiles, segments), scalars, **options)
+    scalars["X_RUN"] = x_run if march.sums else 1
+    given = {"DY_RUN": 0} | ({"X_RUN": 1} if march.sums else {})
+    launch = launcher.Launch(kernel, (tiles, segments), scalars, given, **options)
     return call_of_backward(pass_, launch, problem, result, dx)
