@@ -278,9 +278,11 @@ def test_planned_depthwise_configurations(target, layout, name, passes, compiler
             assert job.config["BLOCK_P"] * job.config["BLOCK_C"] >= each * 32 * job.config["num_warps"], str(job)
         elif job.algorithm == "depthwise_direct" and job.problem.w_in % 8 == 0:
             assert job.config["BLOCK_W"] >= 8, str(job)
-            halo = 2 * (job.config["BLOCK_A"] + 1) + 2  # of which ptxas leaves out what nothing uses
-            assert used.loads - used.wide_loads <= taps * (job.pass_ != "wgrad") + halo, str(job)
-            assert used.wide_loads >= job.config["BLOCK_W"] // 8, str(job)
+            # By step that is in flight and element of a thread: its own columns, and a run on either side, of which
+            # ptxas leaves out what nothing uses.
+            each = (job.config["BLOCK_A"] + 1) * job.config["BLOCK_P"] // (32 * job.config["num_warps"])
+            assert used.loads - used.wide_loads <= taps * (job.pass_ != "wgrad") + 2 * each, str(job)
+            assert used.wide_loads >= each, str(job)
             assert used.stores - used.wide_stores == taps * (job.pass_ in ("wgrad", "backward")), str(job)
         elif layout == "nhwc" and job.config["BLOCK_C"] >= 8 and job.algorithm != "row_march":
             assert used.wide_loads > 0, str(job)  # row_march's tiles may have less than 16 bytes for each thread
