@@ -16,16 +16,15 @@ except Exception:  # it imports Triton, and fails where that is broken: then nob
 
 def register() -> None:
     """Tell PyTorch of the operators' FLOPs and of the convolution in the other terms; they must be defined by now."""
-    operators = ops
     if torch_private.register_decomposition is not None:
-        torch_private.register_decomposition(operators.conv2d.default)(_decomposed)
-        torch_private.register_decomposition(operators.conv2d_finished.default)(_decomposed_finished)
-        torch_private.register_decomposition(operators.conv_transpose2d.default)(_decomposed_transposed)
+        torch_private.register_decomposition(ops.conv2d.default)(_decomposed)
+        torch_private.register_decomposition(ops.conv2d_finished.default)(_decomposed_finished)
+        torch_private.register_decomposition(ops.conv_transpose2d.default)(_decomposed_transposed)
     if flop_counter is not None:
-        flop_counter.register_flop_formula(operators.conv2d)(_forward_flops)
-        flop_counter.register_flop_formula(operators.conv2d_finished)(_finished_flops)
-        flop_counter.register_flop_formula(operators.conv2d_backward)(_backward_flops)
-        flop_counter.register_flop_formula(operators.conv_transpose2d)(_transposed_flops)
+        flop_counter.register_flop_formula(ops.conv2d)(_forward_flops)
+        flop_counter.register_flop_formula(ops.conv2d_finished)(_finished_flops)
+        flop_counter.register_flop_formula(ops.conv2d_backward)(_backward_flops)
+        flop_counter.register_flop_formula(ops.conv_transpose2d)(_transposed_flops)
 
 
 def _forward_flops(x_shape, w_shape, *_, out_shape) -> int:

@@ -109,6 +109,12 @@ def format_strides(shape, *sources: torch.Tensor) -> tuple[int, ...]:
     return torch.empty(shape, device="meta", memory_format=memory_format).stride()
 
 
+def runs_of_columns(launch) -> dict[str, int]:
+    """By tensor, how many neighbouring columns a launch of depthwise_direct takes at once."""
+    scalars = dict(zip(launch.kernel.arg_names[-len(launch.scalars) :], launch.scalars, strict=True))
+    return {name.removesuffix("_RUN"): value for name, value in scalars.items() if name.endswith("_RUN")}
+
+
 # --- Guarded memory --------------------------------------------------------------------------------------------------
 
 

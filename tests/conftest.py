@@ -13,9 +13,8 @@ ON_GPU = torch.cuda.is_available()
 # No configuration of the user's decides what a test plans: the folder does not exist.
 NO_CONFIGURATIONS = pathlib.Path(__file__).parent / "no-configurations"
 os.environ["GROUPCONV_CONFIG_DIR"] = str(NO_CONFIGURATIONS)
-if (
-    signal.getsignal(signal.SIGINT) == signal.SIG_IGN
-):  # as in a background job, and so in what tests start and interrupt
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    # In a background job; what tests start, and interrupt, would ignore it too.
     signal.signal(signal.SIGINT, signal.default_int_handler)
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)

@@ -113,11 +113,6 @@ def test_the_slice_has_every_algorithm_and_pass():
             assert there == able, (target, algorithm)
 
 
-def runs_of(launch) -> dict[str, int]:
-    scalars = dict(zip(launch.kernel.arg_names[-len(launch.scalars) :], launch.scalars, strict=True))
-    return {name.removesuffix("_RUN"): value for name, value in scalars.items() if name.endswith("_RUN")}
-
-
 RUNS = {"BLOCK_P": 32, "BLOCK_C": 1, "BLOCK_W": 8, "BLOCK_A": 1, "SEGMENTS": 1, "num_warps": 1, "num_stages": 1}
 
 
@@ -133,7 +128,8 @@ def test_runs_of_columns(pass_, stride, gap):
     with softgpu.active("sm_90"), cases.guarded():
         call = depthwise_direct.prepare(problem, pass_, RUNS, devices.named("sm_90"), given.strides(problem))
         out = call(*given.of(pass_))
-    found, of_x, of_dy = runs_of(call.launches[0]), math.gcd(8, gap), math.gcd(8, problem.w_out, problem.w_out + gap)
+    found = cases.runs_of_columns(call.launches[0])
+    of_x, of_dy = math.gcd(8, gap), math.gcd(8, problem.w_out, problem.w_out + gap)
     if pass_ == "fprop":
         assert (found["X"], found["Y"]) == (of_x, math.gcd(8, problem.w_out))
     else:
@@ -153,7 +149,7 @@ def test_runs_want_aligned_tensors():
         (launch,) = compiler.launched(
             compiler.Job("depthwise_direct", "fprop", RUNS, problem, "sm_90", unaligned=unaligned)
         )
-        found[unaligned] = runs_of(launch), launch.compiled.metadata.shared
+        found[unaligned] = cases.runs_of_columns(launch), launch.compiled.metadata.shared
     assert found == {(): ({"X": 8, "Y": 8}, 0), ("x",): ({"X": 1, "Y": 8}, 0)}
 
 

@@ -125,14 +125,12 @@ def test_runs_of_columns(pass_, view, run, width, kernel, stride, pad, device):
     with cases.guarded():
         call = depthwise_direct.prepare(problem, pass_, config, ON, given.strides(problem))
         out = call(*given.of(pass_))
-    launch = call.launches[0]
-    scalars = dict(zip(launch.kernel.arg_names[-len(launch.scalars) :], launch.scalars, strict=True))
     dense = math.gcd(8, width, problem.w_out)
     apart = math.gcd(dense, 2) if view == "batches" else dense
-    assert {name: value for name, value in scalars.items() if name.endswith("_RUN")} == {
-        "X_RUN": min(run, width * stride) if pass_ != "dgrad" else 1,
-        **({"Y_RUN": dense} if pass_ == "fprop" else {"DY_RUN": apart}),
-        **({} if pass_ == "fprop" else {"DX_RUN": 1 if pass_ == "wgrad" else min(8, width * stride)}),
+    assert cases.runs_of_columns(call.launches[0]) == {
+        "X": min(run, width * stride) if pass_ != "dgrad" else 1,
+        **({"Y": dense} if pass_ == "fprop" else {"DY": apart}),
+        **({} if pass_ == "fprop" else {"DX": 1 if pass_ == "wgrad" else min(8, width * stride)}),
     }
     produced, expected = cases.PRODUCES.get(pass_, (pass_,)), cases.references(problem, given)
     for each, result in zip(produced, out if isinstance(out, tuple) else (out,), strict=True):

@@ -184,7 +184,7 @@ def seldom(problem: ConvProblem, pass_: str, tile: dict, target: Target) -> bool
 def _shapes(problem: ConvProblem, pass_: str) -> tuple[list[tuple[int, int]], list[int]]:
     """(elements of a thread, channels of a program) and columns of a lane to choose from."""
     if problem.layout == "nchw":
-        # Beyond 8 columns those of several rows take Triton long to compile, and win little.
+        # 16 columns of several rows take Triton several times as long to compile, and win 1 to 2% (modelled).
         one_row = max(problem.h_in, problem.h_out) == 1
         return [(elements, 1) for elements in (1, 2, 4, 8, 16)], [1, 2, 4, 8, 16] if one_row else [1, 2, 4, 8]
     channels = problem.c_out if pass_ == "fprop" else problem.c_in
@@ -275,7 +275,7 @@ def prepare(problem: ConvProblem, pass_: str, config: dict, target: Target, stri
     x, w, y, dx, dw, dy = (strides.get(name) for name in ("x", "w", "y", "dx", "dw", "dy"))
     splits = _tiles(march, config)[0] * segments
     last = pixels_last(x if pass_ == "fprop" else dy)
-    # Of a tile of one element Triton loses what it was told of alignment.
+    # Triton cannot compile a hint on a tile of one element.
     runs = last and config["BLOCK_P"] * config["BLOCK_C"] > 1
     x_run, y_run = _runs(problem, config["BLOCK_W"], x, y if pass_ == "fprop" else dy) if runs else (1, 1)
     scalars = {
@@ -285,22 +285,22 @@ def prepare(problem: ConvProblem, pass_: str, config: dict, target: Target, stri
         "CHANNELS": known(problem, march.channels), "MULTIPLIER": problem.cout_g, "KH": problem.kh, "KW": problem.kw,
         "CONV_STRIDE_H": problem.stride[0], "CONV_STRIDE_W": problem.stride[1],
         "PAD_H": problem.pad[0], "PAD_W": problem.pad[2], "DIL_H": problem.dilation[0], "DIL_W": problem.dilation[1],
-        "MASK_C": march.channels % config["BLOCK_C"] != 0, "PIXELS_LAST": last, "X_ALIGN": align(x), "X_RUN": x_run,
+        "MASK_C": march.channels % config["BLOCK_C"] != 0, "PIXELS_LAST": last, "X_ALIGN": align(x),
         "INDEX_64": index_64(problem, strides, splits * problem.params),
         "EMULATE_BF16": emulate_bf16(kernel, problem), **blocks,
     }  # fmt: skip
     if pass_ == "fprop":
-        scalars |= {**named_strides("y", y), **epilogue(problem), "Y_ALIGN": align(y), "Y_RUN": y_run}
+        scalars |= {**named_strides("y", y), **epilogue(problem), "X_RUN": x_run, "Y_ALIGN": align(y), "Y_RUN": y_run}
         launch = launcher.Launch(kernel, (tiles, segments), scalars, {"X_RUN": 0}, **options)
         return Forward(launch, problem, y)
     result = FilterGradient(problem, splits, dw if march.sums else None)
     scalars |= {
         **result.depthwise_arguments(), **named_strides("dy", dy), **named_strides("dx", dx),
         "DY_ALIGN": align(dy), "DX_ALIGN": align(dx),
-        "DY_RUN": y_run, "DX_RUN": _runs(problem, config["BLOCK_W"], dx)[0] if runs and pass_ != "wgrad" else 1,
+        "DY_RUN": y_run, "X_RUN": x_run if march.sums else 1,
+        "DX_RUN": _runs(problem, config["BLOCK_W"], dx)[0] if runs and pass_ != "wgrad" else 1,
         "WANT_DX": pass_ != "wgrad", "WANT_DW": pass_ != "dgrad",
     }  # fmt: skip
-    scalars["X_RUN"] = x_run if march.sums else 1
     given = {"DY_RUN": 0} | ({"X_RUN": 1} if march.sums else {})
     launch = launcher.Launch(kernel, (tiles, segments), scalars, given, **options)
     return call_of_backward(pass_, launch, problem, result, dx)
