@@ -105,15 +105,20 @@ class Launch:
     __slots__ = ("_of_aligned", "_run", "compiled", "grid", "kernel", "options", "scalars")
 
     def __init__(
-        self, kernel, grid: tuple[int, ...], scalars: dict, of_aligned: dict[str, int] | None = None, **options
+        self,
+        kernel,
+        grid: tuple[int, ...],
+        scalars: dict,
+        of_aligned: dict[str, tuple[int, ...]] | None = None,
+        **options,
     ):
-        """of_aligned: scalars that are 1 unless a tensor, the one at this place, begins at a multiple of 16 bytes."""
+        """of_aligned: scalars that are 1 unless the tensors at these places begin at multiples of 16 bytes."""
         names = kernel.arg_names[-len(scalars) :]
         assert set(names) == set(scalars), sorted(set(names) ^ set(scalars))
         self.kernel = kernel
         self.grid = (*grid, 1, 1)[:3]
         self.scalars = tuple(scalars[name] for name in names)
-        self._of_aligned = {names.index(name): place for name, place in (of_aligned or {}).items()}
+        self._of_aligned = {names.index(name): places for name, places in (of_aligned or {}).items()}
         self.options = {"enable_fp_fusion": True, **options}  # the default up to Triton 3.9; later ones differ
         self.compiled = None
         self._run: Callable | None = None
@@ -137,8 +142,9 @@ class Launch:
         """Compile, without a launch, so that the assembler makes what the PTX says. Miscompiled where it never does;
         None where a hook of Triton's keeps the kernel from being compiled.
         """
-        unaligned = {i for i, place in self._of_aligned.items() if tensors[place].data_ptr() & 15}
-        self.scalars = tuple(1 if i in unaligned else scalar for i, scalar in enumerate(self.scalars))
+        unaligned = {place for place, tensor in enumerate(tensors) if tensor is not None and tensor.data_ptr() & 15}
+        narrow = {i for i, places in self._of_aligned.items() if not unaligned.isdisjoint(places)}
+        self.scalars = tuple(1 if i in narrow else scalar for i, scalar in enumerate(self.scalars))
         compiled = self._made(tensors)
         if compiled is None:
             return None

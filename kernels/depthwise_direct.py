@@ -20,6 +20,7 @@ import triton
 import triton.language as tl
 
 from .epilogue import finish
+from .runs import columns_of, count, item, place, run_of, run_pointers, runs_met
 from .tiles import NOWHERE, below, cols, index, narrow, pointers, rows
 
 SIZES = ("batch", "h_in", "w_in", "h_out", "w_out", "steps", "CHANNELS")
@@ -29,36 +30,8 @@ SIZES = ("batch", "h_in", "w_in", "h_out", "w_out", "steps", "CHANNELS")
 
 
 @triton.constexpr_function
-def count(numbers):
-    return len(numbers)
-
-
-@triton.constexpr_function
-def item(numbers, i):
-    return numbers[i]
-
-
-@triton.constexpr_function
 def all_below(number):
     return tuple(range(number))
-
-
-@triton.constexpr_function
-def stages(run):
-    """How often a run of columns is halved until each is alone."""
-    return run.bit_length() - 1
-
-
-@triton.constexpr_function
-def runs_met(columns, first, run):
-    """The runs that have one of `columns`, which are counted from `first`."""
-    return tuple(sorted({(first + column) // run for column in columns}))
-
-
-@triton.constexpr_function
-def place(runs, column, run):
-    """Where a column is in the columns of these runs."""
-    return runs.index(column // run) * run + column % run
 
 
 @triton.constexpr_function
@@ -178,42 +151,6 @@ def plus_products(sums, tile, factors, WHICH: tl.constexpr):
 
 
 @triton.jit
-def apart(tile, RUN: tl.constexpr):
-    """The columns of a [channels, lanes, RUN] tile, whose last axis is in one thread: no data moves."""
-    tiles = (tile,)
-    for stage in tl.static_range(stages(RUN)):
-        even, odd = (), ()
-        for i in tl.static_range(1 << stage):
-            halves = tl.reshape(tiles[i], (tile.shape[0], tile.shape[1], RUN >> (stage + 1), 2))
-            first, second = tl.split(halves)
-            even, odd = even + (first,), odd + (second,)
-        tiles = even + odd
-    found = ()
-    for i in tl.static_range(RUN):
-        found = found + (tl.reshape(tiles[i], (tile.shape[0], tile.shape[1])),)
-    return found
-
-
-@triton.jit
-def together(tiles, RUN: tl.constexpr):
-    """RUN tiles as the columns of one; see `apart`."""
-    for stage in tl.static_range(stages(RUN)):
-        joined = ()
-        for i in tl.static_range(RUN >> (stage + 1)):
-            pair = tl.join(tiles[i], tiles[i + (RUN >> (stage + 1))])
-            joined = joined + (tl.reshape(pair, (pair.shape[0], pair.shape[1], 2 << stage)),)
-        tiles = joined
-    return tiles[0]
-
-
-@triton.jit
-def run_pointers(ptr, at, row, column, RUN: tl.constexpr):
-    """Pointers to the RUN columns from `column` on, of each lane, as the last axis."""
-    at = tl.multiple_of(at + tl.multiple_of(row + column, RUN), (RUN, RUN))
-    return ptr + (at[:, :, None] + tl.arange(0, RUN)[None, None, :])
-
-
-@triton.jit
 def row_columns(
     ptr, at, first_column, live_c, row, wanted, height, width, stride_h, stride_w,
     COLUMNS: tl.constexpr, FIRST: tl.constexpr, MASK_C: tl.constexpr, ALIGN: tl.constexpr, RUN: tl.constexpr,
@@ -232,7 +169,7 @@ def row_columns(
             if MASK_C:
                 inside &= live_c
             at_run = run_pointers(ptr, at, index(row, INDEX_64) * stride_h, item(RUNS, i) * RUN, RUN)
-            tiles = tiles + apart(tl.load(at_run, mask=inside[:, :, None], other=0.0), RUN)
+            tiles = tiles + columns_of(tl.load(at_run, mask=inside[:, :, None], other=0.0), RUN)
         met = ()
         for i in tl.static_range(count(COLUMNS)):
             met = met + (tiles[place(RUNS, FIRST + item(COLUMNS, i), RUN)],)
@@ -338,7 +275,7 @@ def fprop_kernel(
         for o in tl.static_range(0, BLOCK_W, Y_RUN):
             y = acc[o]
             if Y_RUN > 1:
-                y = together(acc[o : o + Y_RUN], Y_RUN)
+                y = run_of(acc[o : o + Y_RUN], Y_RUN)
             if HAS_BIAS:
                 y += bias[:, :, None] if Y_RUN > 1 else bias
             inside = below(ow + o, tl.where(oh >= first, w_out, 0))
@@ -520,7 +457,7 @@ def backward_kernel(
                         inside &= live_c
                     out = dx[i * WIDTH + z]
                     if DX_RUN > 1:
-                        out = together(dx[i * WIDTH + z : i * WIDTH + z + DX_RUN], DX_RUN)
+                        out = run_of(dx[i * WIDTH + z : i * WIDTH + z + DX_RUN], DX_RUN)
                     out = narrow(out, dx_ptr.dtype.element_ty, EMULATE_BF16)
                     if DX_RUN > 1:
                         to, inside = run_pointers(dx_ptr, dx_at, dx_row, z, DX_RUN), inside[:, :, None]

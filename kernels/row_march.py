@@ -24,6 +24,7 @@ import triton
 import triton.language as tl
 
 from .epilogue import finish
+from .runs import columns_of, count, item, place, run_of, run_pointers, runs_met
 from .tiles import NOWHERE, as_mask, below, cols, in_registers, index, mma, narrow, pointers, rows, touched, turned
 
 SIZES = ("batch", "h_in", "w_in", "h_out", "w_out", "segments", "steps", "GROUPS")
@@ -64,6 +65,91 @@ def apart(tile, ROWS: tl.constexpr, COUNT: tl.constexpr, COLS: tl.constexpr):
         halves = tl.permute(tl.reshape(tile, (ROWS, 2, COUNT // 2 * COLS)), (0, 2, 1))
         left, right = tl.split(halves)
         return apart(left, ROWS, COUNT // 2, COLS) + apart(right, ROWS, COUNT // 2, COLS)
+
+
+@triton.constexpr_function
+def columns_met(run, taps, stride, apart, first):
+    """The columns of the source, by those of a run of the result, that their taps meet, the first one `first` on."""
+    return tuple(column * stride + tap * apart + first for tap in range(taps) for column in range(run))
+
+
+@triton.jit
+def run_tile(ptr, at, first_column, live, width, row, NUMBER: tl.constexpr, RUN: tl.constexpr):
+    """Run NUMBER of each lane, counted from its first column, as it lies in memory: [channels, lanes, RUN].
+
+    width: by lane, the columns that there are.
+    """
+    inside = below(first_column + NUMBER * RUN, width) & live
+    return tl.load(run_pointers(ptr, at, row, NUMBER * RUN, RUN), mask=inside[:, :, None], other=0.0)
+
+
+@triton.jit
+def flat(tile):
+    """[channels, lanes, RUN] as [channels, columns]."""
+    return tl.reshape(tile, (tile.shape[0], tile.shape[1] * tile.shape[2]))
+
+
+@triton.jit
+def tap_tile(
+    columns, MET: tl.constexpr, RUN: tl.constexpr, FIRST: tl.constexpr, COUNT: tl.constexpr, TAPS: tl.constexpr
+):  # fmt: skip
+    """The columns that COUNT of TAPS taps meet, a power of two from number FIRST on: [taps and channels, columns].
+
+    columns: those of the runs that have the columns MET. Taps past the last have zeros.
+    """
+    RUNS: tl.constexpr = runs_met(MET, 0, RUN)
+    CHANNELS: tl.constexpr = columns[0].shape[0]
+    LANES: tl.constexpr = columns[0].shape[1]
+    met = ()
+    for i in tl.static_range(RUN):
+        aside = ()
+        for tap in tl.static_range(FIRST, FIRST + COUNT):
+            if tap < TAPS:
+                aside = aside + (columns[place(RUNS, item(MET, tap * RUN + i), RUN)],)
+            else:
+                aside = aside + (tl.zeros_like(columns[0]),)
+        if COUNT == 1:
+            met = met + aside
+        else:  # the taps between lanes and run, so that a run stays together in registers
+            met = met + (tl.reshape(run_of(aside, COUNT), (CHANNELS, LANES * COUNT)),)
+    tile = run_of(met, RUN)
+    if COUNT == 1:
+        return flat(tile)
+    else:
+        tile = tl.permute(tl.reshape(tile, (CHANNELS, LANES, COUNT, RUN)), (2, 0, 1, 3))
+        return tl.reshape(tile, (COUNT * CHANNELS, LANES * RUN))
+
+
+@triton.jit
+def all_columns(runs, COUNT: tl.constexpr, RUN: tl.constexpr):
+    """The columns of the first COUNT tiles of runs."""
+    columns = ()
+    for i in tl.static_range(COUNT):
+        columns = columns + columns_of(runs[i], RUN)
+    return columns
+
+
+@triton.jit
+def phase_tiles(tile, PHASES: tl.constexpr):
+    """Every PHASES-th (1 or 2) column of a [channels, lanes, columns] tile from each of its first ones on."""
+    if PHASES == 1:
+        return (flat(tile),)
+    else:
+        even, odd = tl.split(tl.reshape(tile, (tile.shape[0], tile.shape[1], tile.shape[2] // 2, 2)))
+        return (flat(even), flat(odd))
+
+
+@triton.jit
+def lane_runs(tiles, PHASES: tl.constexpr, RUN: tl.constexpr):
+    """What `phase_tiles` takes apart, of tiles [columns, channels]."""
+    LANES: tl.constexpr = tiles[0].shape[0] // RUN
+    CHANNELS: tl.constexpr = tiles[0].shape[1]
+    even = tl.reshape(tl.trans(tiles[0]), (CHANNELS, LANES, RUN))
+    if PHASES == 1:
+        return even
+    else:
+        odd = tl.reshape(tl.trans(tiles[1]), (CHANNELS, LANES, RUN))
+        return tl.reshape(tl.join(even, odd), (CHANNELS, LANES, RUN * 2))
 
 
 @triton.constexpr_function
@@ -124,15 +210,20 @@ def zeros(COUNT: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr):
 def store_output_row(
     y_ptr, residual_ptr, kept_ptr, y_at, live_y, y, u, column: tl.constexpr, first, last, row_class, h_out,
     stride_y_h, stride_y_w, ACTIVATION: tl.constexpr, DIL_H: tl.constexpr,
-    PIXELS_LAST: tl.constexpr, ALIGN: tl.constexpr, INDEX_64: tl.constexpr, EMULATE_BF16: tl.constexpr,
+    PIXELS_LAST: tl.constexpr, RUN: tl.constexpr, ALIGN: tl.constexpr, INDEX_64: tl.constexpr,
+    EMULATE_BF16: tl.constexpr,
 ):  # fmt: skip
     """`finish` y, [lanes, channels], as row u of each class, if that is one of the rows first to last - 1; of the
     lanes' columns as number `column`.
     """
     mask = as_mask(live_y & rows((u >= first) & (u < last) & (row_class + u * DIL_H < h_out), PIXELS_LAST))
     row = tl.multiple_of(index(u * DIL_H, INDEX_64) * stride_y_h, ALIGN)
-    to = pointers(y_ptr, y_at, row, column * stride_y_w, ALIGN)
-    finish(to, y, mask, y_ptr, residual_ptr, kept_ptr, ACTIVATION, PIXELS_LAST, EMULATE_BF16)
+    if RUN > 1:
+        to = run_pointers(y_ptr, y_at, row, 0, RUN)
+        finish(to, lane_runs((y,), 1, RUN), mask[:, :, None], y_ptr, residual_ptr, kept_ptr, ACTIVATION, False, EMULATE_BF16)
+    else:
+        to = pointers(y_ptr, y_at, row, column * stride_y_w, ALIGN)
+        finish(to, y, mask, y_ptr, residual_ptr, kept_ptr, ACTIVATION, PIXELS_LAST, EMULATE_BF16)
 
 
 @triton.constexpr_function
@@ -192,15 +283,22 @@ def stages(ahead):
 @triton.jit
 def source_tile(
     x_ptr, x_at, iw, read, number, row, in_row, h_in, w_in, stride_x_h, stride_x_w,
-    TAP: tl.constexpr, KW: tl.constexpr, DIL_H: tl.constexpr, DIL_W: tl.constexpr,
-    PIXELS_LAST: tl.constexpr, ALIGN: tl.constexpr, INDEX_64: tl.constexpr,
+    LOAD: tl.constexpr, BLOCK_S: tl.constexpr, KW: tl.constexpr, MET: tl.constexpr,
+    DIL_H: tl.constexpr, DIL_W: tl.constexpr,
+    PIXELS_LAST: tl.constexpr, RUN: tl.constexpr, ALIGN: tl.constexpr, INDEX_64: tl.constexpr,
 ):  # fmt: skip
-    """A row of each class of x as it lies in memory, from column tap TAP on."""
+    """A row of each class of x as it lies in memory: number LOAD of its chunks of BLOCK_S column taps, or of its runs
+    that have the columns MET.
+    """
+    TAP: tl.constexpr = LOAD * BLOCK_S
     width = rows(tl.where(below(in_row + row * DIL_H, h_in), w_in, 0), PIXELS_LAST)
     to_row = tl.multiple_of(index(row * DIL_H, INDEX_64) * stride_x_h, ALIGN)
-    inside = below(iw + TAP * DIL_W, width)
-    inside &= cols(read & (number < KW - TAP), PIXELS_LAST)
-    return tl.load(pointers(x_ptr, x_at, to_row, TAP * DIL_W * stride_x_w, ALIGN), mask=inside, other=0.0)
+    if RUN > 1:
+        return run_tile(x_ptr, x_at, iw, cols(read, PIXELS_LAST), width, to_row, item(runs_met(MET, 0, RUN), LOAD), RUN)
+    else:
+        inside = below(iw + TAP * DIL_W, width)
+        inside &= cols(read & (number < KW - TAP), PIXELS_LAST)
+        return tl.load(pointers(x_ptr, x_at, to_row, TAP * DIL_W * stride_x_w, ALIGN), mask=inside, other=0.0)
 
 
 @triton.jit(do_not_specialize=SIZES + ("begin", "end"))
@@ -213,7 +311,7 @@ def fprop_kernel(
     GROUPS, CIN_G: tl.constexpr, COUT_G: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr,
     CONV_STRIDE_H: tl.constexpr, CONV_STRIDE_W: tl.constexpr, PAD_H: tl.constexpr, PAD_W: tl.constexpr,
     DIL_H: tl.constexpr, DIL_W: tl.constexpr, HAS_BIAS: tl.constexpr, ACTIVATION: tl.constexpr,
-    X_PIXELS_LAST: tl.constexpr, Y_PIXELS_LAST: tl.constexpr,
+    X_PIXELS_LAST: tl.constexpr, Y_PIXELS_LAST: tl.constexpr, RUN: tl.constexpr,
     X_ALIGN: tl.constexpr, Y_ALIGN: tl.constexpr, C_ALIGN: tl.constexpr, INDEX_64: tl.constexpr,
     PRECISION: tl.constexpr, EMULATE_BF16: tl.constexpr,
     STEP_C: tl.constexpr, READ_C: tl.constexpr, BLOCK_K: tl.constexpr,
@@ -234,6 +332,8 @@ def fprop_kernel(
     CHUNKS: tl.constexpr = ceil_div(REACH, BLOCK_S)
     TAPS: tl.constexpr = ceil_div(KW, BLOCK_S)  # of the chunks, those that an output column meets
     PRODUCTS: tl.constexpr = ceil_div(LIVE, BLOCK_R)
+    MET: tl.constexpr = columns_met(RUN, KW, CONV_STRIDE_W, DIL_W, -PAD_W)
+    LOADS: tl.constexpr = CHUNKS if RUN == 1 else count(runs_met(MET, 0, RUN))  # of a row
     C_TILES = (GROUPS * COUT_G + STEP_C - 1) // STEP_C
     pid = tl.program_id(0)
     tile = pid % C_TILES
@@ -244,7 +344,7 @@ def fprop_kernel(
     c = first_channel(tile, STEP_C, COUT_G, CIN_G, C_ALIGN) + k % BLOCK_K
     number = k // BLOCK_K
     read = (k % BLOCK_K < READ_C) & (c < GROUPS * CIN_G)
-    p = index(pid // (C_TILES * segments), INDEX_64) * BLOCK_P + tl.arange(0, BLOCK_P)
+    p = index(pid // (C_TILES * segments), INDEX_64) * BLOCK_P + tl.arange(0, BLOCK_P // RUN) * RUN
     image, row_class, ow = lane(p, lane_columns(w_out, BLOCK_W), DIL_H)
     ow = ow * BLOCK_W
     first = segment * steps
@@ -264,7 +364,7 @@ def fprop_kernel(
     if HAS_BIAS:
         bias = tl.load(bias_ptr + o, mask=live_o, other=0.0).to(tl.float32)[None, :]
 
-    iw = ow * CONV_STRIDE_W - PAD_W
+    iw = ow * CONV_STRIDE_W - (PAD_W if RUN == 1 else 0)  # runs begin where lanes do
     in_row = row_class * CONV_STRIDE_H - PAD_H
     x_p = tl.multiple_of(image * stride_x_n + in_row * stride_x_h + iw * stride_x_w, X_ALIGN)
     x_k = index(c, INDEX_64) * stride_x_c
@@ -284,12 +384,12 @@ def fprop_kernel(
     ahead = ()
     for a in tl.static_range(BLOCK_A):
         for i in tl.static_range(ROWS):
-            for chunk in tl.static_range(CHUNKS):
+            for load in tl.static_range(LOADS):
                 ahead = ahead + (
                     source_tile(
                         x_ptr, x_at, iw, read, number, (start + a) * CONV_STRIDE_H + i, in_row,
                         h_in, w_in, stride_x_h, stride_x_w,
-                        chunk * BLOCK_S, REACH, DIL_H, DIL_W, X_PIXELS_LAST, X_ALIGN, INDEX_64,
+                        load, BLOCK_S, REACH, MET, DIL_H, DIL_W, X_PIXELS_LAST, RUN, X_ALIGN, INDEX_64,
                     ),
                 )  # fmt: skip
     for t in tl.range(start, stop, num_stages=stages(BLOCK_A)):
@@ -298,22 +398,37 @@ def fprop_kernel(
             own = acc[w * LIVE : (w + 1) * LIVE]
             sums = sums + (own if BLOCK_R == 1 else wide_zeros(LIVE, BLOCK_R, BLOCK_P, BLOCK_C),)
         for i in tl.static_range(ROWS):
+            if RUN > 1:
+                for load in tl.static_range(LOADS):
+                    ahead = ahead + (
+                        source_tile(
+                            x_ptr, x_at, iw, read, number, (t + BLOCK_A) * CONV_STRIDE_H + i, in_row,
+                            h_in, w_in, stride_x_h, stride_x_w,
+                            load, BLOCK_S, REACH, MET, DIL_H, DIL_W, X_PIXELS_LAST, RUN, X_ALIGN, INDEX_64,
+                        ),
+                    )  # fmt: skip
+                columns = all_columns(ahead[i * LOADS : (i + 1) * LOADS], LOADS, RUN)
             for chunk in tl.static_range(CHUNKS):
-                ahead = ahead + (
-                    source_tile(
-                        x_ptr, x_at, iw, read, number, (t + BLOCK_A) * CONV_STRIDE_H + i, in_row,
-                        h_in, w_in, stride_x_h, stride_x_w,
-                        chunk * BLOCK_S, REACH, DIL_H, DIL_W, X_PIXELS_LAST, X_ALIGN, INDEX_64,
-                    ),
-                )  # fmt: skip
+                if RUN == 1:
+                    ahead = ahead + (
+                        source_tile(
+                            x_ptr, x_at, iw, read, number, (t + BLOCK_A) * CONV_STRIDE_H + i, in_row,
+                            h_in, w_in, stride_x_h, stride_x_w,
+                            chunk, BLOCK_S, REACH, MET, DIL_H, DIL_W, X_PIXELS_LAST, RUN, X_ALIGN, INDEX_64,
+                        ),
+                    )  # fmt: skip
                 # Of several columns, the sums of one after another are made.
                 for w in tl.static_range(BLOCK_W):
                     if BLOCK_W == 1 or all_there(i, chunk, w, ROWS, CONV_STRIDE_W, TAPS):
                         met = sums[w]
                         for row in tl.static_range(i if BLOCK_W == 1 else 0, i + 1):
                             for tap in tl.static_range(chunk if BLOCK_W == 1 else 0, chunk + 1 - w * CONV_STRIDE_W):
+                                if RUN > 1:
+                                    x = tap_tile(columns, MET, RUN, tap, 1, KW)
+                                else:
+                                    x = ahead[row * CHUNKS + w * CONV_STRIDE_W + tap]
                                 met = joined(
-                                    turned(ahead[row * CHUNKS + w * CONV_STRIDE_W + tap], X_PIXELS_LAST),
+                                    turned(x, X_PIXELS_LAST),
                                     weights[(row * TAPS + tap) * PRODUCTS : (row * TAPS + tap + 1) * PRODUCTS],
                                     met, row, PRODUCTS, BLOCK_R, LIVE, CONV_STRIDE_H, KH, PRECISION, EMULATE_BF16,
                                 )  # fmt: skip
@@ -322,13 +437,13 @@ def fprop_kernel(
                             if BLOCK_R > 1:
                                 met = added(acc[w * LIVE : (w + 1) * LIVE], met, LIVE, BLOCK_R, BLOCK_P, BLOCK_C)
                             acc = acc[: w * LIVE] + met + acc[(w + 1) * LIVE :]
-        ahead = ahead[ROWS * CHUNKS :]
+        ahead = ahead[ROWS * LOADS :]
         kept = ()
         for w in tl.static_range(BLOCK_W):
             y = acc[w * LIVE] + bias if HAS_BIAS else acc[w * LIVE]
             store_output_row(
                 y_ptr, residual_ptr, kept_ptr, y_at, live_y[w], y, t - (LIVE - 1), w, first, last, row_class, h_out,
-                stride_y_h, stride_y_w, ACTIVATION, DIL_H, Y_PIXELS_LAST, Y_ALIGN, INDEX_64, EMULATE_BF16,
+                stride_y_h, stride_y_w, ACTIVATION, DIL_H, Y_PIXELS_LAST, RUN, Y_ALIGN, INDEX_64, EMULATE_BF16,
             )  # fmt: skip
             kept = kept + acc[w * LIVE + 1 : (w + 1) * LIVE] + zeros(1, BLOCK_P, BLOCK_C)
         acc = kept
@@ -337,7 +452,7 @@ def fprop_kernel(
             y = acc[w * LIVE + a] + bias if HAS_BIAS else acc[w * LIVE + a]
             store_output_row(
                 y_ptr, residual_ptr, kept_ptr, y_at, live_y[w], y, stop - (LIVE - 1) + a, w, first, last, row_class,
-                h_out, stride_y_h, stride_y_w, ACTIVATION, DIL_H, Y_PIXELS_LAST, Y_ALIGN, INDEX_64, EMULATE_BF16,
+                h_out, stride_y_h, stride_y_w, ACTIVATION, DIL_H, Y_PIXELS_LAST, RUN, Y_ALIGN, INDEX_64, EMULATE_BF16,
             )  # fmt: skip
 
 
@@ -345,20 +460,41 @@ def fprop_kernel(
 def input_rows(
     x_ptr, x_at, iw, live_c, in_row, from_row, until_row, h_in, w_in, stride_x_h, stride_x_w,
     first_row, COUNT: tl.constexpr, COLUMNS: tl.constexpr, DIL_H: tl.constexpr,
-    PIXELS_LAST: tl.constexpr, ALIGN: tl.constexpr, INDEX_64: tl.constexpr,
+    PIXELS_LAST: tl.constexpr, RUN: tl.constexpr, ALIGN: tl.constexpr, INDEX_64: tl.constexpr,
 ):  # fmt: skip
-    """Tiles of x as they lie in memory: COUNT rows of each class, COLUMNS of each; 0 where rows are others'."""
+    """Tiles of x as they lie in memory: COUNT rows of each class, COLUMNS of each; 0 where rows are others'.
+
+    One tile a row, of runs with their columns, where RUN is not 1.
+    """
     tiles = ()
     for i in tl.static_range(COUNT):
         v = first_row + i
         mine = (v >= from_row) & (v < until_row)
         width = rows(tl.where(mine & below(in_row + v * DIL_H, h_in), w_in, 0), PIXELS_LAST)
         row = tl.multiple_of(index(v * DIL_H, INDEX_64) * stride_x_h, ALIGN)
-        for column in tl.static_range(COLUMNS):
-            inside = below(iw + column, width) & live_c
-            at = pointers(x_ptr, x_at, row, column * stride_x_w, ALIGN)
-            tiles = tiles + (tl.load(at, mask=inside, other=0.0),)
+        if RUN > 1:
+            tiles = tiles + (run_tile(x_ptr, x_at, iw, live_c, width, row, 0, RUN * COLUMNS),)
+        else:
+            for column in tl.static_range(COLUMNS):
+                inside = below(iw + column, width) & live_c
+                at = pointers(x_ptr, x_at, row, column * stride_x_w, ALIGN)
+                tiles = tiles + (tl.load(at, mask=inside, other=0.0),)
     return tiles
+
+
+@triton.jit
+def turned_rows(tiles, COUNT: tl.constexpr, COLUMNS: tl.constexpr, PIXELS_LAST: tl.constexpr, RUN: tl.constexpr):
+    """The first COUNT rows of `input_rows` by row and column, lanes first."""
+    found = ()
+    if RUN > 1:
+        for i in tl.static_range(COUNT):
+            phases = phase_tiles(tiles[i], COLUMNS)
+            for column in tl.static_range(COLUMNS):
+                found = found + (turned(phases[column], PIXELS_LAST),)
+    else:
+        for i in tl.static_range(COUNT * COLUMNS):
+            found = found + (turned(tiles[i], PIXELS_LAST),)
+    return found
 
 
 @triton.jit
@@ -374,21 +510,28 @@ def gradient_row(
 @triton.jit
 def gradient_tile(
     dy_ptr, dy_at, ow, live_o, number, width, row, stride_dy_w,
-    SHIFT: tl.constexpr, COUNT: tl.constexpr, SHIFTS: tl.constexpr, SHIFT_STEP: tl.constexpr,
-    PIXELS_LAST: tl.constexpr, ALIGN: tl.constexpr,
+    LOAD: tl.constexpr, COUNT: tl.constexpr, SHIFTS: tl.constexpr, SHIFT_STEP: tl.constexpr, MET: tl.constexpr,
+    PIXELS_LAST: tl.constexpr, RUN: tl.constexpr, ALIGN: tl.constexpr,
 ):  # fmt: skip
-    """A row of dy as it lies in memory, COUNT of the SHIFTS column shifts from number SHIFT on."""
-    inside = below(ow + SHIFT * SHIFT_STEP, width) & live_o
-    if SHIFT + COUNT > SHIFTS:
-        inside &= cols(number < SHIFTS - SHIFT, PIXELS_LAST)
-    return tl.load(pointers(dy_ptr, dy_at, row, SHIFT * SHIFT_STEP * stride_dy_w, ALIGN), mask=inside, other=0.0)
+    """A row of dy as it lies in memory: number LOAD of its chunks of COUNT of the SHIFTS column shifts, or of its runs
+    that have the columns MET.
+    """
+    SHIFT: tl.constexpr = LOAD * COUNT
+    if RUN > 1:
+        return run_tile(dy_ptr, dy_at, ow, live_o, width, row, item(runs_met(MET, 0, RUN), LOAD), RUN)
+    else:
+        inside = below(ow + SHIFT * SHIFT_STEP, width) & live_o
+        if SHIFT + COUNT > SHIFTS:
+            inside &= cols(number < SHIFTS - SHIFT, PIXELS_LAST)
+        return tl.load(pointers(dy_ptr, dy_at, row, SHIFT * SHIFT_STEP * stride_dy_w, ALIGN), mask=inside, other=0.0)
 
 
 @triton.jit
 def store_input_rows(
     dx_ptr, dx_at, dx, iw, live_c, in_row, from_row, until_row, h_in, w_in, stride_dx_h, stride_dx_w,
     first_row, COUNT: tl.constexpr, FIRST: tl.constexpr, COLUMNS: tl.constexpr, DIL_H: tl.constexpr,
-    PIXELS_LAST: tl.constexpr, ALIGN: tl.constexpr, INDEX_64: tl.constexpr, EMULATE_BF16: tl.constexpr,
+    PIXELS_LAST: tl.constexpr, RUN: tl.constexpr, ALIGN: tl.constexpr, INDEX_64: tl.constexpr,
+    EMULATE_BF16: tl.constexpr,
 ):  # fmt: skip
     """Store the first tiles [lanes, channels] of dx: COUNT rows of each class, COLUMNS of each from number FIRST on."""
     for i in tl.static_range(COUNT):
@@ -396,7 +539,12 @@ def store_input_rows(
         mine = (v >= from_row) & (v < until_row)
         width = rows(tl.where(mine & below(in_row + v * DIL_H, h_in), w_in, 0), PIXELS_LAST)
         row = tl.multiple_of(index(v * DIL_H, INDEX_64) * stride_dx_h, ALIGN)
-        for column in tl.static_range(COLUMNS):
+        if RUN > 1:
+            out = lane_runs(dx[i * COLUMNS : (i + 1) * COLUMNS], COLUMNS, RUN)
+            at = run_pointers(dx_ptr, dx_at, row, 0, RUN * COLUMNS)
+            inside = (below(iw, width) & live_c)[:, :, None]
+            tl.store(at, narrow(out, dx_ptr.dtype.element_ty, EMULATE_BF16), mask=inside)
+        for column in tl.static_range(COLUMNS if RUN == 1 else 0):
             at = pointers(dx_ptr, dx_at, row, (FIRST + column) * stride_dx_w, ALIGN)
             out = turned(narrow(dx[i * COLUMNS + column], dx_ptr.dtype.element_ty, EMULATE_BF16), PIXELS_LAST)
             tl.store(at, out, mask=below(iw + (FIRST + column), width) & live_c)
@@ -480,7 +628,7 @@ def backward_kernel(
     GROUPS, CIN_G: tl.constexpr, COUT_G: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr,
     CONV_STRIDE_H: tl.constexpr, CONV_STRIDE_W: tl.constexpr, PAD_H: tl.constexpr, PAD_W: tl.constexpr,
     DIL_H: tl.constexpr, DIL_W: tl.constexpr, WANT_DX: tl.constexpr, WANT_DW: tl.constexpr,
-    DY_PIXELS_LAST: tl.constexpr, X_PIXELS_LAST: tl.constexpr, DX_PIXELS_LAST: tl.constexpr,
+    DY_PIXELS_LAST: tl.constexpr, X_PIXELS_LAST: tl.constexpr, DX_PIXELS_LAST: tl.constexpr, RUN: tl.constexpr,
     DY_ALIGN: tl.constexpr, X_ALIGN: tl.constexpr, DX_ALIGN: tl.constexpr, C_ALIGN: tl.constexpr,
     INDEX_64: tl.constexpr, PRECISION: tl.constexpr, EMULATE_BF16: tl.constexpr,
     STEP_C: tl.constexpr, READ_C: tl.constexpr, BLOCK_K: tl.constexpr,
@@ -514,6 +662,11 @@ def backward_kernel(
     CHUNKS: tl.constexpr = ceil_div(REACH, BLOCK_S)
     TAPS: tl.constexpr = ceil_div(SHIFTS, BLOCK_S)  # of the chunks, those that a tw meets
     COLUMNS: tl.constexpr = BLOCK_W * CONV_STRIDE_W  # of x
+    MET: tl.constexpr = columns_met(RUN, SHIFTS, 1, SHIFT_STEP, SHIFT)
+    DY_LOADS: tl.constexpr = CHUNKS if RUN == 1 else count(runs_met(MET, 0, RUN))  # of a row
+    X_LOADS: tl.constexpr = COLUMNS if RUN == 1 else 1
+    ASIDE: tl.constexpr = BLOCK_S if RUN == 1 else 1  # shifts that a load of dy has side by side
+    BEGIN: tl.constexpr = SHIFT if RUN == 1 else 0  # of loads of dy: runs begin where lanes do
     C_TILES = (GROUPS * CIN_G + STEP_C - 1) // STEP_C
     DW_TILES: tl.constexpr = KH * CONV_STRIDE_W * TAPS
     DX_TILES: tl.constexpr = LIVE * CONV_STRIDE_W
@@ -526,7 +679,10 @@ def backward_kernel(
     k = tl.arange(0, BLOCK_S * BLOCK_K)
     o = first_channel(tile, STEP_C, CIN_G, COUT_G, C_ALIGN) + k % BLOCK_K
     number = k // BLOCK_K
-    live_o = cols((k % BLOCK_K < READ_C) & (o < GROUPS * COUT_G), DY_PIXELS_LAST)
+    loaded = tl.arange(0, ASIDE * BLOCK_K)
+    loaded_o = first_channel(tile, STEP_C, CIN_G, COUT_G, C_ALIGN) + loaded % BLOCK_K
+    loaded_number = loaded // BLOCK_K
+    live_o = cols((loaded % BLOCK_K < READ_C) & (loaded_o < GROUPS * COUT_G), DY_PIXELS_LAST)
 
     if WANT_DX:
         weights = ()
@@ -549,18 +705,18 @@ def backward_kernel(
     start = tl.maximum(first - WARM_UP, 0)
     stop = tl.minimum(last, end)
     w_phase = lane_columns((w_in + CONV_STRIDE_W - 1) // CONV_STRIDE_W, BLOCK_W)
-    dy_k = index(o, INDEX_64) * stride_dy_c
-    dy_k += tl.multiple_of(number * (SHIFT_STEP * stride_dy_w), DY_ALIGN)
+    dy_k = index(loaded_o, INDEX_64) * stride_dy_c
+    dy_k += tl.multiple_of(loaded_number * (SHIFT_STEP * stride_dy_w), DY_ALIGN)
     group = index(pid // (C_TILES * segments), INDEX_64)
     for b in tl.range(0, blocks, num_stages=1):
-        p = (group * blocks + b) * BLOCK_P + tl.arange(0, BLOCK_P)
+        p = (group * blocks + b) * BLOCK_P + tl.arange(0, BLOCK_P // RUN) * RUN
         image, row_class, tw = lane(p, w_phase, DIL_H)
         tw = tw * BLOCK_W
         in_row = row_class * CONV_STRIDE_H - PAD_H
-        dy_p = image * stride_dy_n + row_class * stride_dy_h + (tw + SHIFT) * stride_dy_w
+        dy_p = image * stride_dy_n + row_class * stride_dy_h + (tw + BEGIN) * stride_dy_w
         dy_at = rows(tl.multiple_of(dy_p, DY_ALIGN), DY_PIXELS_LAST) + cols(dy_k, DY_PIXELS_LAST)
-        ow = rows(tl.where(image < batch, tw + SHIFT, NOWHERE).to(tl.int32), DY_PIXELS_LAST)
-        ow += cols(number * SHIFT_STEP, DY_PIXELS_LAST)
+        ow = rows(tl.where(image < batch, tw + BEGIN, NOWHERE).to(tl.int32), DY_PIXELS_LAST)
+        ow += cols(loaded_number * SHIFT_STEP, DY_PIXELS_LAST)
         iw = tl.where(image < batch, tw * CONV_STRIDE_W, NOWHERE).to(tl.int32)
         if WANT_DX:
             dx_p = image * stride_dx_n + in_row * stride_dx_h + tw * CONV_STRIDE_W * stride_dx_w
@@ -574,29 +730,27 @@ def backward_kernel(
             x_ahead = input_rows(
                 x_ptr, x_at, rows(iw, X_PIXELS_LAST), cols(in_tile, X_PIXELS_LAST), in_row,
                 first * CONV_STRIDE_H, last * CONV_STRIDE_H, h_in, w_in, stride_x_h, stride_x_w,
-                start * CONV_STRIDE_H, KH - FRESH, COLUMNS, DIL_H, X_PIXELS_LAST, X_ALIGN, INDEX_64,
+                start * CONV_STRIDE_H, KH - FRESH, COLUMNS, DIL_H, X_PIXELS_LAST, RUN, X_ALIGN, INDEX_64,
             )  # fmt: skip
-            xs = ()
-            for i in tl.static_range((KH - FRESH) * COLUMNS):
-                xs = xs + (turned(x_ahead[i], X_PIXELS_LAST),)
+            xs = turned_rows(x_ahead, KH - FRESH, COLUMNS, X_PIXELS_LAST, RUN)
             x_ahead = ()
             for a in tl.static_range(BLOCK_A):
                 x_ahead = x_ahead + input_rows(
                     x_ptr, x_at, rows(iw, X_PIXELS_LAST), cols(in_tile, X_PIXELS_LAST), in_row,
                     first * CONV_STRIDE_H, last * CONV_STRIDE_H, h_in, w_in, stride_x_h, stride_x_w,
                     (start + a) * CONV_STRIDE_H + KH - FRESH, FRESH, COLUMNS, DIL_H,
-                    X_PIXELS_LAST, X_ALIGN, INDEX_64,
+                    X_PIXELS_LAST, RUN, X_ALIGN, INDEX_64,
                 )  # fmt: skip
         dy_ahead = ()
         for a in tl.static_range(BLOCK_A):
             width, dy_row = gradient_row(
                 start + a, row_class, h_out, w_out, stride_dy_h, DIL_H, DY_PIXELS_LAST, DY_ALIGN, INDEX_64
             )
-            for chunk in tl.static_range(CHUNKS):
+            for load in tl.static_range(DY_LOADS):
                 dy_ahead = dy_ahead + (
                     gradient_tile(
-                        dy_ptr, dy_at, ow, live_o, number, width, dy_row, stride_dy_w,
-                        chunk * BLOCK_S, BLOCK_S, REACH, SHIFT_STEP, DY_PIXELS_LAST, DY_ALIGN,
+                        dy_ptr, dy_at, ow, live_o, loaded_number, width, dy_row, stride_dy_w,
+                        load, BLOCK_S, REACH, SHIFT_STEP, MET, DY_PIXELS_LAST, RUN, DY_ALIGN,
                     ),
                 )  # fmt: skip
         for t in tl.range(start, stop, num_stages=stages(BLOCK_A)):
@@ -608,25 +762,37 @@ def backward_kernel(
                     x_ptr, x_at, rows(iw, X_PIXELS_LAST), cols(in_tile, X_PIXELS_LAST), in_row,
                     first * CONV_STRIDE_H, last * CONV_STRIDE_H, h_in, w_in, stride_x_h, stride_x_w,
                     (t + BLOCK_A) * CONV_STRIDE_H + KH - FRESH, FRESH, COLUMNS, DIL_H,
-                    X_PIXELS_LAST, X_ALIGN, INDEX_64,
+                    X_PIXELS_LAST, RUN, X_ALIGN, INDEX_64,
                 )  # fmt: skip
-                for i in tl.static_range(FRESH * COLUMNS):
-                    xs = xs + (turned(x_ahead[i], X_PIXELS_LAST),)
-                x_ahead = x_ahead[FRESH * COLUMNS :]
+                xs = xs + turned_rows(x_ahead, FRESH, COLUMNS, X_PIXELS_LAST, RUN)
+                x_ahead = x_ahead[FRESH * X_LOADS :]
             if WANT_DX:
                 sums = ()
                 for w in tl.static_range(BLOCK_W):
                     own = dx[w * DX_TILES : (w + 1) * DX_TILES]
                     sums = sums + (own if BLOCK_R == 1 else wide_zeros(DX_TILES, BLOCK_R, BLOCK_P, BLOCK_C),)
+            if RUN > 1:
+                for load in tl.static_range(DY_LOADS):
+                    dy_ahead = dy_ahead + (
+                        gradient_tile(
+                            dy_ptr, dy_at, ow, live_o, loaded_number, width, dy_row, stride_dy_w,
+                            load, BLOCK_S, REACH, SHIFT_STEP, MET, DY_PIXELS_LAST, RUN, DY_ALIGN,
+                        ),
+                    )  # fmt: skip
+                columns = all_columns(dy_ahead, DY_LOADS, RUN)
             ds = ()
             for chunk in tl.static_range(CHUNKS):
-                dy_ahead = dy_ahead + (
-                    gradient_tile(
-                        dy_ptr, dy_at, ow, live_o, number, width, dy_row, stride_dy_w,
-                        chunk * BLOCK_S, BLOCK_S, REACH, SHIFT_STEP, DY_PIXELS_LAST, DY_ALIGN,
-                    ),
-                )  # fmt: skip
-                ds = ds + (in_registers(turned(dy_ahead[chunk], DY_PIXELS_LAST), WANT_DW and BLOCK_L),)
+                if RUN > 1:
+                    d = tap_tile(columns, MET, RUN, chunk * BLOCK_S, BLOCK_S, SHIFTS)
+                else:
+                    dy_ahead = dy_ahead + (
+                        gradient_tile(
+                            dy_ptr, dy_at, ow, live_o, loaded_number, width, dy_row, stride_dy_w,
+                            chunk, BLOCK_S, REACH, SHIFT_STEP, MET, DY_PIXELS_LAST, RUN, DY_ALIGN,
+                        ),
+                    )  # fmt: skip
+                    d = dy_ahead[chunk]
+                ds = ds + (in_registers(turned(d, DY_PIXELS_LAST), WANT_DW and BLOCK_L),)
                 if WANT_DX:
                     for w in tl.static_range(BLOCK_W):
                         if BLOCK_W == 1 or all_there(0, chunk, w, 1, 1, TAPS):
@@ -656,7 +822,7 @@ def backward_kernel(
                                 own = dx[w * DX_TILES : (w + 1) * DX_TILES]
                                 met = added(own, met, DX_TILES, BLOCK_R, BLOCK_P, BLOCK_C)
                             dx = dx[: w * DX_TILES] + met + dx[(w + 1) * DX_TILES :]
-            dy_ahead = dy_ahead[CHUNKS:]
+            dy_ahead = dy_ahead[DY_LOADS:]
             if WANT_DW and BLOCK_L:  # the next step writes registers that products read their left operand from
                 met = ()
                 for i in tl.static_range(DW_TILES):
@@ -670,7 +836,7 @@ def backward_kernel(
                         dx_ptr, dx_at, own, rows(iw, DX_PIXELS_LAST), cols(in_tile, DX_PIXELS_LAST), in_row,
                         first * CONV_STRIDE_H, last * CONV_STRIDE_H, h_in, w_in, stride_dx_h, stride_dx_w,
                         t * CONV_STRIDE_H, CONV_STRIDE_H, w * CONV_STRIDE_W, CONV_STRIDE_W, DIL_H,
-                        DX_PIXELS_LAST, DX_ALIGN, INDEX_64, EMULATE_BF16,
+                        DX_PIXELS_LAST, RUN, DX_ALIGN, INDEX_64, EMULATE_BF16,
                     )  # fmt: skip
                     left = left + own[DONE:] + zeros(DONE, BLOCK_P, BLOCK_C)
                 dx = left
@@ -686,7 +852,7 @@ def backward_kernel(
                     cols(in_tile, DX_PIXELS_LAST), in_row,
                     first * CONV_STRIDE_H, last * CONV_STRIDE_H, h_in, w_in, stride_dx_h, stride_dx_w,
                     stop * CONV_STRIDE_H, DRAIN * CONV_STRIDE_H, w * CONV_STRIDE_W, CONV_STRIDE_W, DIL_H,
-                    DX_PIXELS_LAST, DX_ALIGN, INDEX_64, EMULATE_BF16,
+                    DX_PIXELS_LAST, RUN, DX_ALIGN, INDEX_64, EMULATE_BF16,
                 )  # fmt: skip
 
     if WANT_DW:

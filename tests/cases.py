@@ -110,9 +110,9 @@ def format_strides(shape, *sources: torch.Tensor) -> tuple[int, ...]:
 
 
 def runs_of_columns(launch) -> dict[str, int]:
-    """By tensor, how many neighbouring columns a launch of depthwise_direct takes at once."""
+    """By argument of the kernel, how many neighbouring columns a launch takes at once."""
     scalars = dict(zip(launch.kernel.arg_names[-len(launch.scalars) :], launch.scalars, strict=True))
-    return {name.removesuffix("_RUN"): value for name, value in scalars.items() if name.endswith("_RUN")}
+    return {name.removesuffix("_RUN"): value for name, value in scalars.items() if name.endswith("RUN")}
 
 
 # --- Guarded memory --------------------------------------------------------------------------------------------------
@@ -297,8 +297,9 @@ def _tiles(algorithm, problem: ConvProblem, pass_: str, on, tiles: str) -> dict:
         lanes = min(256, max(16, triton.next_power_of_2(lanes)))
         beside = 1 if pass_ == "wgrad" else (1, 2, 4, 8)[(problem.h_in + problem.groups) % 4]
         ahead = (problem.w_in + problem.kw) % 3
+        in_runs = problem.layout == "nchw" and pass_ == "fprop"
         return {
-            "BLOCK_P": lanes, "BLOCK_C": 64, "BLOCK_S": 4 if abreast == 1 else 1, "BLOCK_R": beside,
+            "BLOCK_P": lanes, "BLOCK_C": 64, "BLOCK_S": 1 if abreast > 1 or in_runs else 4, "BLOCK_R": beside,
             "BLOCK_A": ahead, "BLOCK_L": 0, "BLOCK_W": abreast, "num_warps": 4, "num_stages": 1 if ahead else 2,
         }  # fmt: skip
 
@@ -651,11 +652,17 @@ def cover(name: str, on) -> list[dict]:
     return found
 
 
-# What takes more than two values to reach: filters taller than the map, and 1x1 layers whose pixels lie evenly apart.
+# What takes more than two values to reach: filters taller than the map, 1x1 layers whose pixels lie evenly apart, and
+# contiguous rows that are loaded in runs, of 8 columns or 4.
 UNREACHED = tuple(
     Case(_problem(1, 1, (11, 9), (7, 6), 9, 2, 1, (5, 4), 1, "bf16", layout, True), layout, "nchw", layout)
     for layout in ("nhwc", "nchw")
-) + (Case(_problem(8, 24, 1, (5, 4), 2, 3, 1, 0, 1, "fp16", "nhwc", True), w="nhwc"),)
+) + (
+    Case(_problem(8, 24, 1, (5, 4), 2, 3, 1, 0, 1, "fp16", "nhwc", True), w="nhwc"),
+    Case(_problem(4, 4, 3, (5, 16), 3, 2, 1, 1, 1, "bf16", "nchw", True), "nchw", "nchw", "nchw"),
+    Case(_problem(4, 8, 3, (6, 32), 2, 2, 2, 1, 1, "fp16", "nchw", False), "rows+8", "nchw", "nchw"),
+    Case(_problem(8, 4, (2, 5), (4, 24), 2, 1, 1, (1, 4), (1, 2), "tf32", "nchw", True), "nchw", "nchw", "rows+8"),
+)  # fmt: skip
 
 
 def covering_runs(on) -> list[tuple[Case, str, str]]:

@@ -45,6 +45,7 @@ from groupconv.problem import FINISHED, LAYOUTS, PLANNED, ConvProblem
 TARGETS = ("sm_90", "sm_80")
 SAMPLED = ("fp16", "tf32", "fp32", "bf16x3")  # dtypes of which every EVERY-th layer runs by default
 EVERY = 8
+RUNS = 16  # columns: two of the longest runs, for layers of stride 2
 FEW = 2  # multiprocessors
 
 
@@ -67,17 +68,20 @@ class Job:
 
 
 def shrunk(problem: ConvProblem, images: int = 2, pixels: int = 14, groups: int = 4) -> ConvProblem:
-    """Fewer images, smaller maps with sizes of the same parity, and fewer groups: more of narrow ones, less of wide."""
+    """Fewer images, smaller maps, and fewer groups: more of narrow ones, less of wide.
 
-    def size(whole, kernel, dilation):
+    Sizes keep their parity; rows of NCHW their remainder by RUNS, which as many columns are loaded at once by.
+    """
+
+    def size(whole, kernel, dilation, kept=2):
         least = max(pixels, (kernel - 1) * dilation // 2 + 1)
-        return whole if whole <= least + 1 else least + (whole - least) % 2
+        return whole if whole < least + kept else least + (whole - least) % kept
 
     kept = min(problem.groups, groups * 16 if problem.cin_g <= 4 else groups if problem.cin_g < 128 else 2)
     return dataclasses.replace(
         problem, batch=images, groups=kept, c_in=problem.cin_g * kept, c_out=problem.cout_g * kept,
         h_in=size(problem.h_in, problem.kh, problem.dilation[0]),
-        w_in=size(problem.w_in, problem.kw, problem.dilation[1]),
+        w_in=size(problem.w_in, problem.kw, problem.dilation[1], RUNS if problem.layout == "nchw" else 2),
     )  # fmt: skip
 
 

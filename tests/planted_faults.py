@@ -213,13 +213,13 @@ FAULTS = [
         "fprop starts with the first step's rows for all that are loaded ahead",
     ),
     Fault(
-        "kernels/depthwise_direct.py",
+        "kernels/runs.py",
         "return runs.index(column // run) * run + column % run",
         "return min(runs.index(column // run) * run + column % run, len(runs) * run - 2)",
         "the last column of the last run is taken for its neighbour",
     ),
     Fault(
-        "kernels/depthwise_direct.py",
+        "kernels/runs.py",
         "pair = tl.join(tiles[i], tiles[i + (RUN >> (stage + 1))])",
         "pair = tl.join(tiles[i + (RUN >> (stage + 1))], tiles[i])",
         "columns that are stored together change places",
@@ -229,6 +229,24 @@ FAULTS = [
         "return run(width * problem.stride[1], problem.w_in, x), run(width, problem.w_out, y)",
         "return run(width * problem.stride[1], problem.w_in, x), run(width, problem.w_out, y and (0, 0, 0, y[3]))",
         "runs of dy go by nothing but its columns' stride",
+    ),
+    Fault(
+        "groupconv/algorithms/row_march.py",
+        "read, *(source or ())[:3], lanes // step",
+        "read, lanes // step",
+        "row_march's runs go by the source's columns, whatever lies between rows",
+    ),
+    Fault(
+        "kernels/row_march.py",
+        "return tl.reshape(tl.join(even, odd), (CHANNELS, LANES, RUN * 2))",
+        "return tl.reshape(tl.join(odd, even), (CHANNELS, LANES, RUN * 2))",
+        "row_march stores the columns of dx's phases in one another's place",
+    ),
+    Fault(
+        "kernels/row_march.py",
+        "(columns[place(RUNS, item(MET, tap * RUN + i), RUN)],)",
+        "(columns[place(RUNS, item(MET, tap * RUN + i // 2 * 2), RUN)],)",
+        "row_march takes every second column of a run for its neighbour",
     ),
     # --- depthwise_plane ---
     Fault(

@@ -15,7 +15,7 @@ import softgpu
 import torch
 
 from groupconv import batch_norm, devices, dispatch
-from groupconv.algorithms import NAMES, depthwise_direct, lack
+from groupconv.algorithms import NAMES, REGISTRY, lack
 from groupconv.compiling import command, compiler
 from groupconv.perf_reports import counted, layers
 from groupconv.problem import FINISHED, PASSES, PLANNED, ConvProblem
@@ -113,27 +113,46 @@ def test_the_slice_has_every_algorithm_and_pass():
             assert there == able, (target, algorithm)
 
 
-RUNS = {"BLOCK_P": 32, "BLOCK_C": 1, "BLOCK_W": 8, "BLOCK_A": 1, "SEGMENTS": 1, "num_warps": 1, "num_stages": 1}
+RUNS = {
+    "depthwise_direct": {
+        "BLOCK_P": 32, "BLOCK_C": 1, "BLOCK_W": 8, "BLOCK_A": 1, "SEGMENTS": 1, "num_warps": 1, "num_stages": 1,
+    },
+    "row_march": {
+        "BLOCK_P": 64, "BLOCK_C": 16, "BLOCK_S": 1, "BLOCK_R": 1, "BLOCK_A": 2, "BLOCK_L": 0, "BLOCK_W": 1,
+        "SEGMENTS": 1, "LANE_BLOCKS": 1, "num_warps": 1, "num_stages": 1,
+    },
+}  # fmt: skip
+
+
+def of_runs(algorithm: str, **changes) -> ConvProblem:
+    """A layer that an algorithm serves, in NCHW, of rows in which runs are longest."""
+    width = {"depthwise_direct": 1, "row_march": 4}[algorithm]
+    given = {"pad": (1, 1, 1, 1), "groups": 3, "dtype": "bf16", "layout": "nchw", "out_layout": "nchw"} | changes
+    return ConvProblem(1, 3 * width, 3, 16 * (1 + given.get("stride", (1, 1))[1]) // 2, 3 * width, 3, 3, **given)
 
 
 @needs_a_compiler
 @pytest.mark.parametrize("gap", [1, 2, 8])
 @pytest.mark.parametrize(("pass_", "stride"), [("fprop", 2), ("dgrad", 1), ("backward", 2)])
-def test_runs_of_columns(pass_, stride, gap):
-    """depthwise_direct's accesses of several columns are aligned whatever lies between rows, of x and of dy."""
-    problem = ConvProblem(
-        1, 3, 3, 24, 3, 3, 3, (1, stride), (1, 1, 1, 1), groups=3, dtype="bf16", layout="nchw", out_layout="nchw"
-    )
+@pytest.mark.parametrize("algorithm", RUNS)
+def test_runs_of_columns(algorithm, pass_, stride, gap):
+    """Accesses of several columns are aligned whatever lies between rows, of x and of dy."""
+    problem = of_runs(algorithm, stride=(1, stride))
+    config = RUNS[algorithm] | ({"BLOCK_S": 4} if (algorithm, pass_) == ("row_march", "backward") else {})
     given = cases.operands(cases.Case(problem, x=f"rows+{gap}", w="nchw", dy=f"rows+{gap}"))
     with softgpu.active("sm_90"), cases.guarded():
-        call = depthwise_direct.prepare(problem, pass_, RUNS, devices.named("sm_90"), given.strides(problem))
+        call = REGISTRY[algorithm].prepare(problem, pass_, config, devices.named("sm_90"), given.strides(problem))
         out = call(*given.of(pass_))
     found = cases.runs_of_columns(call.launches[0])
     of_x, of_dy = math.gcd(8, gap), math.gcd(8, problem.w_out, problem.w_out + gap)
-    if pass_ == "fprop":
-        assert (found["X"], found["Y"]) == (of_x, math.gcd(8, problem.w_out))
+    of_y = math.gcd(8, problem.w_out)
+    if algorithm == "row_march":  # which has one for all, of x and dx as many times the stride
+        least = {"fprop": min(of_x, of_y), "dgrad": of_dy, "backward": min(of_dy, math.gcd(8, gap) // stride or 1)}
+        assert found == {"RUN": least[pass_]}
+    elif pass_ == "fprop":
+        assert found == {"X": of_x, "Y": of_y}
     else:
-        assert (found["DY"], found["X"], found["DX"]) == (of_dy, of_x if pass_ == "backward" else 1, 8)
+        assert found == {"DY": of_dy, "X": of_x if pass_ == "backward" else 1, "DX": 8}
     expected = cases.references(problem, given)
     produced = cases.PRODUCES.get(pass_, (pass_,))
     for each, result in zip(produced, out if isinstance(out, tuple) else (out,), strict=True):
@@ -141,16 +160,27 @@ def test_runs_of_columns(pass_, stride, gap):
 
 
 @needs_a_compiler
-def test_runs_want_aligned_tensors():
-    """Of one that begins elsewhere Triton knows of no alignment: its accesses are single, and move nothing about."""
-    problem = ConvProblem(1, 3, 3, 24, 3, 3, 3, pad=(1, 1, 1, 1), groups=3, layout="nchw", out_layout="nchw")
-    found = {}
-    for unaligned in ((), ("x",)):
-        (launch,) = compiler.launched(
-            compiler.Job("depthwise_direct", "fprop", RUNS, problem, "sm_90", unaligned=unaligned)
-        )
-        found[unaligned] = cases.runs_of_columns(launch), launch.compiled.metadata.shared
-    assert found == {(): ({"X": 8, "Y": 8}, 0), ("x",): ({"X": 1, "Y": 8}, 0)}
+@pytest.mark.parametrize("algorithm", RUNS)
+@pytest.mark.parametrize(("pass_", "unaligned"), [("fprop", "x"), ("wgrad", "dy"), ("wgrad", "x")])
+def test_runs_want_aligned_tensors(algorithm, pass_, unaligned):
+    """Of a tensor that begins elsewhere Triton knows of no alignment: its accesses are single."""
+    problem, found = of_runs(algorithm), {}
+    for which in ((), (unaligned,)):
+        job = compiler.Job(algorithm, pass_, RUNS[algorithm], problem, "sm_90", unaligned=which)
+        launch = compiler.launched(job)[0]
+        found[which] = cases.runs_of_columns(launch), launch.compiled.asm["ptx"].count(".v4.b32")
+    (aligned, wide), (single, narrow) = found.values()
+    name = "RUN" if algorithm == "row_march" else unaligned.upper()
+    assert (aligned[name], single[name]) == (8, 1)
+    assert wide > narrow
+
+
+@needs_a_compiler
+def test_runs_of_depthwise_direct_move_nothing_about():
+    (launch,) = compiler.launched(
+        compiler.Job("depthwise_direct", "fprop", RUNS["depthwise_direct"], of_runs("depthwise_direct"), "sm_90")
+    )
+    assert launch.compiled.metadata.shared == 0
 
 
 @needs_a_compiler

@@ -291,7 +291,7 @@ def prepare(problem: ConvProblem, pass_: str, config: dict, target: Target, stri
     }  # fmt: skip
     if pass_ == "fprop":
         scalars |= {**named_strides("y", y), **epilogue(problem), "X_RUN": x_run, "Y_ALIGN": align(y), "Y_RUN": y_run}
-        launch = launcher.Launch(kernel, (tiles, segments), scalars, {"X_RUN": 0}, **options)
+        launch = launcher.Launch(kernel, (tiles, segments), scalars, {"X_RUN": (0,)}, **options)
         return Forward(launch, problem, y)
     result = FilterGradient(problem, splits, dw if march.sums else None)
     scalars |= {
@@ -301,6 +301,6 @@ def prepare(problem: ConvProblem, pass_: str, config: dict, target: Target, stri
         "DX_RUN": _runs(problem, config["BLOCK_W"], dx)[0] if runs and pass_ != "wgrad" else 1,
         "WANT_DX": pass_ != "wgrad", "WANT_DW": pass_ != "dgrad",
     }  # fmt: skip
-    given = {"DY_RUN": 0} | ({"X_RUN": 1} if march.sums else {})
-    launch = launcher.Launch(kernel, (tiles, segments), scalars, given, **options)
+    aligned = {"DY_RUN": (0,), "X_RUN": (1,)}
+    launch = launcher.Launch(kernel, (tiles, segments), scalars, aligned, **options)
     return call_of_backward(pass_, launch, problem, result, dx)

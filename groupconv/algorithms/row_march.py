@@ -114,13 +114,20 @@ class _March:
     end: int  # and those from this one on
     warm_up: int  # steps that a segment, but the first of backward, spends on its neighbour's rows
     shifts: int  # column taps, or in backward distinct column shifts,
-    apart: int  # and the columns of the source between those that neighbouring columns meet
+    apart: int  # and the columns of the source between those that neighbouring columns meet,
+    least: int  # from this one on, counted from a lane's own,
+    spread: int  # so far apart
     rows_loaded: int  # of the source in a step
     products: int  # pairs of a source row and a result row (and phase) that meet in a step
     sums: int  # tiles of the result in fp32, carried from step to step
     stored: int  # tiles of the result that a step completes
     held: int  # tiles of x, in wgrad, of which
     fresh: int  # so many are new in each step
+
+    def met(self, run: int) -> set[int]:
+        """The columns of the source that a run of lanes meets."""
+        taps = [self.least + tap * self.spread for tap in range(self.shifts)]
+        return {column * self.apart + tap for column in range(run) for tap in taps}
 
     def blocks(self, config: dict) -> int:
         """Of lanes, each of which has BLOCK_W columns."""
@@ -139,17 +146,21 @@ def _march(problem: ConvProblem, pass_: str) -> _March:
         return _March(
             strips=problem.batch * dil_h, columns=problem.w_out, rows=rows,
             begin=min(max(0, above) // stride_h, live - 1), end=max(rows, end), warm_up=live - 1,
-            shifts=kw, apart=stride_w, rows_loaded=min(stride_h, kh), products=kh, sums=live, stored=1, held=0, fresh=0,
+            shifts=kw, apart=stride_w, least=-left, spread=problem.dilation[1], rows_loaded=min(stride_h, kh),
+            products=kh, sums=live, stored=1, held=0, fresh=0,
         )  # fmt: skip
     live = max(kh, stride_h)
     rows = ((problem.h_in - 1 + top) // dil_h + stride_h) // stride_h
-    shifts = kw if stride_w == 1 else (stride_w - 1 + left) // stride_w - (left - kw + 1) // stride_w + 1
+    shifts, spread = kw, problem.dilation[1]
+    least = (left - (kw - 1) * spread) // stride_w
+    if stride_w > 1:
+        shifts, spread = (stride_w - 1 + left) // stride_w - least + 1, 1
     want_dx, want_dw = pass_ != "wgrad", pass_ != "dgrad"
     return _March(
         strips=problem.batch * dil_h, columns=math.ceil(problem.w_in / stride_w), rows=rows,
         begin=0, end=max(math.ceil(problem.h_out / dil_h), rows - math.ceil((live - stride_h) / stride_h)),
-        warm_up=(kh - 1) // stride_h, shifts=shifts, apart=1, rows_loaded=1, products=kh * stride_w,
-        sums=want_dx * live * stride_w, stored=want_dx * stride_h * stride_w,
+        warm_up=(kh - 1) // stride_h, shifts=shifts, apart=1, least=least, spread=spread, rows_loaded=1,
+        products=kh * stride_w, sums=want_dx * live * stride_w, stored=want_dx * stride_h * stride_w,
         held=want_dw * kh * stride_w, fresh=want_dw * min(kh, stride_h) * stride_w,
     )  # fmt: skip
 
@@ -160,6 +171,29 @@ def _cut(problem: ConvProblem, pass_: str, block_c: int) -> _Channels:
     widths = (problem.cout_g, problem.cin_g) if pass_ == "fprop" else (problem.cin_g, problem.cout_g)
     source = problem.c_in if pass_ == "fprop" else problem.c_out
     return _channels(*widths, problem.groups, block_c, math.gcd(align, source))
+
+
+@functools.lru_cache(4096)
+def _longest_run(problem: ConvProblem, pass_: str, own=None, source=None) -> int:
+    """How many neighbours of a row an access takes, as the kernel has it, of the source; of x and dx as many times the
+    stride.
+
+    own, source: the strides of what the lanes are of (y, or x and dx) and of what they read (x, or dy); None if dense.
+    """
+    forward = pass_ == "fprop"
+    step = 1 if forward else problem.stride[1]
+    columns, read = (problem.w_out, problem.w_in) if forward else (problem.w_in, problem.w_out)
+    contiguous = all(pixels_last(strides) and strides[3] == 1 for strides in (own, source) if strides)
+    if problem.layout == "nhwc" or not contiguous or step > 2:
+        return 1
+    lanes = math.gcd(columns, *(own or ())[:3])
+    return math.gcd(16 // problem.element_bytes, read, *(source or ())[:3], lanes // step if lanes % step == 0 else 1)
+
+
+def _run(problem: ConvProblem, pass_: str, config: dict, own=None, source=None) -> int:
+    """The run of a configuration: 1 but for lanes of one column, and in fprop of one tap."""
+    alone = config["BLOCK_W"] == 1 and (config["BLOCK_S"] == 1 or pass_ != "fprop")
+    return _longest_run(problem, pass_, own, source) if alone else 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -173,17 +207,20 @@ class _Size:
     wide: int  # source channels of a tile, BLOCK_S taps side by side
     weight: int  # of a tile of dw, or of the weights for one tile of the result
     result: int  # of a tile of the result
-    loaded: int  # in a step
+    run: int  # neighbours of a row that an access takes, where they are contiguous
+    staged: int  # of the tiles that products read, new in a step,
+    loaded: int  # and of what is loaded for them,
+    accesses: int  # in so many accesses, but of channels side by side
 
 
 def _size(problem: ConvProblem, pass_: str, config: dict) -> _Size:
     names = ("BLOCK_P", "BLOCK_C", "BLOCK_S", "BLOCK_R", "BLOCK_W")
-    return _size_of(problem, pass_, *(config[name] for name in names))
+    return _size_of(problem, pass_, _run(problem, pass_, config), *(config[name] for name in names))
 
 
 @functools.lru_cache(4096)
 def _size_of(
-    problem: ConvProblem, pass_: str, block_p: int, block_c: int, block_s: int, most: int, abreast: int
+    problem: ConvProblem, pass_: str, run: int, block_p: int, block_c: int, block_s: int, most: int, abreast: int
 ) -> _Size:
     march, made = _march(problem, pass_), _cut(problem, pass_, block_c)
     chunks, wide = math.ceil(march.shifts / block_s), block_s * made.block_k
@@ -193,10 +230,15 @@ def _size_of(
     if most > 1:
         each = [kernels.beside(product, march.sums, most) for product in range(math.ceil(march.sums / most))]
         joint, tiles = march.rows_loaded * len(each), march.rows_loaded * sum(each)
-    loaded = sources * block_p * wide + abreast * march.fresh * result
+    staged = sources * block_p * wide + abreast * march.fresh * result
+    loaded = accesses = staged
+    if run > 1:  # those of a tap are moved in registers from the runs that all of a row meet
+        met, fresh = march.met(run), march.fresh * result
+        lanes = march.rows_loaded * block_p // run * made.block_k
+        loaded, accesses = lanes * len(met) + fresh, lanes * len({column // run for column in met}) + fresh // run
     return _Size(
         products=march.products * chunks, joint=joint * chunks, columns=tiles * chunks * block_c, sources=sources,
-        wide=wide, weight=wide * block_c, result=result, loaded=loaded,
+        wide=wide, weight=wide * block_c, result=result, run=run, staged=staged, loaded=loaded, accesses=accesses,
     )  # fmt: skip
 
 
@@ -209,11 +251,12 @@ def held(problem: ConvProblem, pass_: str, tile: dict, target: Target) -> Held:
     results = tile["BLOCK_W"] * size.result
     bytes_, beside = problem.element_bytes, tile["BLOCK_R"] if tile["BLOCK_R"] > 1 else 0
     weights = size.columns * size.wide if march.sums else 0
-    vector = math.gcd(_cut(problem, pass_, tile["BLOCK_C"]).step, 16 // bytes_) if problem.layout == "nhwc" else 1
+    nhwc = problem.layout == "nhwc"
+    vector = math.gcd(_cut(problem, pass_, tile["BLOCK_C"]).step, 16 // bytes_) if nhwc else 1
     if target.backend == "hip":  # each wave holds all weights
-        shared, in_registers = size.loaded * max(1, stages - 1), weights * tile["num_warps"]
+        shared, in_registers = size.staged * max(1, stages - 1), weights * tile["num_warps"]
     else:
-        shared = weights + size.loaded * max(1, stages) + (march.held - march.fresh) * results
+        shared = weights + size.staged * max(1, stages) + (march.held - march.fresh) * results
         shared += size.result * (march.held == 0)  # on its way from registers to memory
         in_registers = size.weight if march.sums else 0
     if target.matrix_unit == "tcgen05":
@@ -223,7 +266,7 @@ def held(problem: ConvProblem, pass_: str, tile: dict, target: Target) -> Held:
         shared * bytes_,
         sums=march.sums * results + beside * size.result + (march.held > 0) * size.products * size.weight,
         words=(size.loaded * (1 + tile["BLOCK_A"]) + march.held * results + in_registers) * bytes_ / 4,
-        accesses=(size.loaded + march.stored * results) / (16 // bytes_ if problem.layout == "nhwc" else 1),
+        accesses=(size.accesses + march.stored * results / size.run) / (16 // bytes_ if nhwc else 1),
         vector=vector,
     )
 
@@ -275,9 +318,12 @@ def tiles(problem: ConvProblem, pass_: str, target: Target) -> Iterator[list[dic
         if pass_ in ("wgrad", "backward") and not _by_multiply_adds(problem, target):
             spans = sorted({widest, max(widest, 64 // made.block_k)})  # 64 rows for four warps
         # (BLOCK_S, BLOCK_W, pairs of num_stages and BLOCK_A). What goes ahead by itself shares columns in L1.
-        shapes = []
+        shapes, ways = [], [(3, 0), (2, 0), *([(1, 1)] if cuda else [])]
+        if _longest_run(problem, pass_) > 1:
+            ways = [(1, 1), (1, 2)] if cuda else [(2, 0)]
+            spans = spans if pass_ in ("wgrad", "backward") else [1]
         if block_p > 16:
-            shapes = [(span, 1, [(3, 0), (2, 0), *([(1, 1)] if cuda else [])]) for span in spans]
+            shapes = [(span, 1, ways) for span in spans]
         if block_p < 128 and block_c < 64 and _shared_columns(problem, pass_):
             stages = 4 if cuda and block_p == 16 else 3  # of small tiles more are under way
             shapes += [(1, abreast, [(stages, 0)]) for abreast in ABREAST]
@@ -383,9 +429,10 @@ def tiling(problem: ConvProblem, pass_: str, config: dict, target: Target, fit: 
     # or 5 where taps share them, a product of 16 in K that warps share 5 of each, and sums and results are moved or
     # converted once.
     access = (8 if pipelined else 5) * bytes_ / 16 if nhwc else 5
+    moves = size.staged / 2 if size.run > 1 else 0  # between registers, that make tiles of taps
     rotated = march.sums + march.stored + (march.held if pipelined else 0)
     instructions = 40 * threads + rotated * results
-    instructions += access * (size.loaded + march.stored * results)
+    instructions += access * (size.accesses + march.stored * results / size.run) + moves
     flops = shared = 0.0
     for m, n, k, right, count in (  # right: columns of right operands that differ
         (block_p, abreast * size.columns, size.wide, size.columns, abreast * size.joint * (march.sums > 0)),
@@ -404,7 +451,7 @@ def tiling(problem: ConvProblem, pass_: str, config: dict, target: Target, fit: 
                 reads = m * k * size.sources + k * right * config["num_warps"]
                 shared += reads
                 instructions += (reads + m * k * n / 8) / 8
-    shared += size.loaded + 2 * march.stored * results + (march.held - march.fresh) * results
+    shared += size.staged + 2 * march.stored * results + (march.held - march.fresh) * results
     weights = max(size.columns * size.wide * (march.sums > 0), size.products * size.weight * (march.held > 0))
     once = weights * 6 + 100 * threads
     return Tiling(
@@ -444,8 +491,9 @@ def prepare(problem: ConvProblem, pass_: str, config: dict, target: Target, stri
         scalars |= {
             "begin": march.begin, **epilogue(problem), **named_strides("y", y),
             "Y_PIXELS_LAST": pixels_last(y), "Y_ALIGN": align(y),
+            "RUN": _run(problem, pass_, config, y, x),
         }  # fmt: skip
-        return Forward(launcher.Launch(kernel, programs, scalars, **options), problem, y)
+        return Forward(launcher.Launch(kernel, programs, scalars, {"RUN": (0,)}, **options), problem, y)
     result = FilterGradient(problem, splits, dw if march.held else None)
     scalars |= {
         "blocks": grid.blocks, "BLOCK_L": left, **result.arguments,
@@ -453,6 +501,7 @@ def prepare(problem: ConvProblem, pass_: str, config: dict, target: Target, stri
         "DY_PIXELS_LAST": pixels_last(dy), "DX_PIXELS_LAST": pixels_last(dx),
         "DY_ALIGN": align(dy), "DX_ALIGN": align(dx),
         "WANT_DX": pass_ != "wgrad", "WANT_DW": pass_ != "dgrad",
+        "RUN": min(_run(problem, pass_, config, own, dy) for own in ([dx] * (pass_ != "wgrad") + [x] * (pass_ != "dgrad"))),
     }  # fmt: skip
-    launch = launcher.Launch(kernel, programs, scalars, **options)
+    launch = launcher.Launch(kernel, programs, scalars, {"RUN": (0, 1)}, **options)
     return call_of_backward(pass_, launch, problem, result, dx)
