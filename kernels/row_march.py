@@ -220,17 +220,8 @@ def store_output_row(
     row = tl.multiple_of(index(u * DIL_H, INDEX_64) * stride_y_h, ALIGN)
     if RUN > 1:
         to = run_pointers(y_ptr, y_at, row, 0, RUN)
-        finish(
-            to,
-            lane_runs((y,), 1, RUN),
-            mask[:, :, None],
-            y_ptr,
-            residual_ptr,
-            kept_ptr,
-            ACTIVATION,
-            False,
-            EMULATE_BF16,
-        )
+        y, mask = lane_runs((y,), 1, RUN), mask[:, :, None]
+        finish(to, y, mask, y_ptr, residual_ptr, kept_ptr, ACTIVATION, False, EMULATE_BF16)
     else:
         to = pointers(y_ptr, y_at, row, column * stride_y_w, ALIGN)
         finish(to, y, mask, y_ptr, residual_ptr, kept_ptr, ACTIVATION, PIXELS_LAST, EMULATE_BF16)

@@ -32,16 +32,20 @@ FOLDERS = {
 }  # fmt: skip
 TRIALS = "tests/test_trials.py"
 NUMERIC = ("tests/test_numerics.py", "tests/test_descriptors.py", "tests/test_ops.py", "tests/test_properties.py")
+RUNS = ("tests/test_compiled_code.py", "-k", "runs")
 
 
 @dataclasses.dataclass(frozen=True)
 class Fault:
-    """`old`, which occurs once in a file of the checkout, becomes `new`."""
+    """`old`, which occurs once in a file of the checkout, becomes `new`. compiled: what kernels as compiled alone show,
+    the arguments of pytest by which they do.
+    """
 
     file: str
     old: str
     new: str
     name: str
+    compiled: tuple[str, ...] = ()
 
     def planted(self, text: str) -> str:
         """The file's text with the fault in it. Raises ValueError where the text to change is not there once."""
@@ -229,12 +233,14 @@ FAULTS = [
         "return run(width * problem.stride[1], problem.w_in, x), run(width, problem.w_out, y)",
         "return run(width * problem.stride[1], problem.w_in, x), run(width, problem.w_out, y and (0, 0, 0, y[3]))",
         "runs of dy go by nothing but its columns' stride",
+        compiled=RUNS,
     ),
     Fault(
         "groupconv/algorithms/row_march.py",
         "read, *(source or ())[:3], lanes // step",
         "read, lanes // step",
         "row_march's runs go by the source's columns, whatever lies between rows",
+        compiled=RUNS,
     ),
     Fault(
         "kernels/row_march.py",
@@ -380,7 +386,10 @@ def copied(fault: Fault | None):
 
 def first_failure(copy: pathlib.Path, *arguments: str) -> str | None:
     """The first test that fails in a copy, None where all pass."""
-    environment = os.environ | {"PYTHONPATH": str(copy), "PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1"}
+    interpreted = "0" if arguments == RUNS else "1"
+    environment = os.environ | {
+        "PYTHONPATH": str(copy), "PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1", "TRITON_INTERPRET": interpreted
+    }  # fmt: skip
     command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:xdist", *arguments]
     done = subprocess.run(command, cwd=copy, env=environment, capture_output=True, text=True)
     if done.returncode in (0, 5):  # all passed, or none was there
@@ -400,6 +409,8 @@ def seen_by(fault: Fault) -> str | None:
     algorithm = pathlib.Path(fault.file).stem
     own = ["-k", algorithm] if "algorithms/" in fault.file or fault.file.startswith("kernels/") else []
     with copied(fault) as copy:
+        if fault.compiled:
+            return first_failure(copy, *fault.compiled)
         first = TRIALS if algorithm in ("trial", "raced", "call") else NUMERIC[0]
         return first_failure(copy, first, *own) or first_failure(copy, *NUMERIC)
 

@@ -495,13 +495,14 @@ def prepare(problem: ConvProblem, pass_: str, config: dict, target: Target, stri
         }  # fmt: skip
         return Forward(launcher.Launch(kernel, programs, scalars, {"RUN": (0,)}, **options), problem, y)
     result = FilterGradient(problem, splits, dw if march.held else None)
+    marched = [dx] * (pass_ != "wgrad") + [x] * (pass_ != "dgrad")
     scalars |= {
         "blocks": grid.blocks, "BLOCK_L": left, **result.arguments,
         **named_strides("dy", dy), **named_strides("dx", dx),
         "DY_PIXELS_LAST": pixels_last(dy), "DX_PIXELS_LAST": pixels_last(dx),
         "DY_ALIGN": align(dy), "DX_ALIGN": align(dx),
         "WANT_DX": pass_ != "wgrad", "WANT_DW": pass_ != "dgrad",
-        "RUN": min(_run(problem, pass_, config, own, dy) for own in ([dx] * (pass_ != "wgrad") + [x] * (pass_ != "dgrad"))),
+        "RUN": min(_run(problem, pass_, config, own, dy) for own in marched),
     }  # fmt: skip
     launch = launcher.Launch(kernel, programs, scalars, {"RUN": (0, 1)}, **options)
     return call_of_backward(pass_, launch, problem, result, dx)
