@@ -142,9 +142,10 @@ class Launch:
         """Compile, without a launch, so that the assembler makes what the PTX says. Miscompiled where it never does;
         None where a hook of Triton's keeps the kernel from being compiled.
         """
-        unaligned = {place for place, tensor in enumerate(tensors) if tensor is not None and tensor.data_ptr() & 15}
-        narrow = {i for i, places in self._of_aligned.items() if not unaligned.isdisjoint(places)}
-        self.scalars = tuple(1 if i in narrow else scalar for i, scalar in enumerate(self.scalars))
+        for i, places in self._of_aligned.items():
+            given = (tensors[place] for place in places)
+            if any(tensor is not None and tensor.data_ptr() & 15 for tensor in given):
+                self.scalars = (*self.scalars[:i], 1, *self.scalars[i + 1 :])
         compiled = self._made(tensors)
         if compiled is None:
             return None
