@@ -126,8 +126,7 @@ class _March:
 
     def met(self, run: int) -> set[int]:
         """The columns of the source that a run of lanes meets."""
-        taps = [self.least + tap * self.spread for tap in range(self.shifts)]
-        return {column * self.apart + tap for column in range(run) for tap in taps}
+        return set(kernels.columns_met(run, self.shifts, self.apart, self.spread, self.least))
 
     def blocks(self, config: dict) -> int:
         """Of lanes, each of which has BLOCK_W columns."""
@@ -151,15 +150,13 @@ def _march(problem: ConvProblem, pass_: str) -> _March:
         )  # fmt: skip
     live = max(kh, stride_h)
     rows = ((problem.h_in - 1 + top) // dil_h + stride_h) // stride_h
-    shifts, spread = kw, problem.dilation[1]
-    least = (left - (kw - 1) * spread) // stride_w
-    if stride_w > 1:
-        shifts, spread = (stride_w - 1 + left) // stride_w - least + 1, 1
+    along = stride_w, left, problem.dilation[1], kw
     want_dx, want_dw = pass_ != "wgrad", pass_ != "dgrad"
     return _March(
         strips=problem.batch * dil_h, columns=math.ceil(problem.w_in / stride_w), rows=rows,
         begin=0, end=max(math.ceil(problem.h_out / dil_h), rows - math.ceil((live - stride_h) / stride_h)),
-        warm_up=(kh - 1) // stride_h, shifts=shifts, apart=1, least=least, spread=spread, rows_loaded=1,
+        warm_up=(kh - 1) // stride_h, shifts=kernels.shift_count(*along), apart=1, least=kernels.least_shift(*along),
+        spread=problem.dilation[1] if stride_w == 1 else 1, rows_loaded=1,
         products=kh * stride_w, sums=want_dx * live * stride_w, stored=want_dx * stride_h * stride_w,
         held=want_dw * kh * stride_w, fresh=want_dw * min(kh, stride_h) * stride_w,
     )  # fmt: skip
