@@ -63,10 +63,12 @@ def _function(name: str) -> Callable[..., Tensor]:
 
 def _is_torchs(input, weight, bias, padding, groups, axes: int) -> bool:
     """Whether a grouped call is PyTorch's to take: to trace, to hand to an override of its function, or to refuse."""
+    if torch_private.functions_are_overridden():  # first, since a mode sees what is read of tensors too
+        return True
     for tensor in (input, weight, bias):
         if not eager.knows_operators(tensor) or (tensor is not None and tensor.is_nested):
             return True
-    if isinstance(groups, (torch.SymInt, fx.Proxy)) or torch_private.functions_are_overridden():
+    if isinstance(groups, (torch.SymInt, fx.Proxy)):
         return True
     return isinstance(padding, (tuple, list)) and len(padding) > axes  # that of each side has no such function
 
@@ -83,7 +85,10 @@ def enable() -> contextlib.AbstractContextManager[None]:
 
     What escapes: torch.conv2d and its like by that name, `from torch.nn.functional import conv2d` before, and what is
     compiled already: TorchScript, and graphs of torch.compile made before. Tensor subclasses, and modes other than
-    torch.set_default_device's, which may override PyTorch's function, see that one.
+    torch.set_default_device's, which may override PyTorch's function, see that one: torch.conv2d, which is not F.conv2d
+    as long as this is on. So code that looks F.conv2d itself up meanwhile, or compares with it, misses: the name that
+    torch.overrides.resolve_name has for it is None, and PyTorch's gradients of each sample
+    (torch.nn.utils._per_sample_grad) raise.
 
     The switch is the process's: all threads go by it. As a context manager it is put back as it was at the end:
 
@@ -134,6 +139,8 @@ def _turn(on: bool) -> bool:
     """Turn the switch; how it was. A function that something else has wrapped stays where it is, and passes on."""
     global _on
     with _LOCK:
+        if on and not _replaced:
+            torch.overrides.get_overridable_functions()  # PyTorch names what stands there, once: its own functions
         before, _on = _on, on
         for name, function in _FUNCTIONS.items():
             if on and name not in _replaced:

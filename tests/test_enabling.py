@@ -3,6 +3,8 @@
 import concurrent.futures
 import copy
 import pickle
+import subprocess
+import sys
 
 import cases
 import pytest
@@ -269,6 +271,60 @@ def test_what_is_pytorchs_own_to_take():
         with pytest.raises(RuntimeError, match="expected padding to be a single integer value or a list of 2 values"):
             F.conv2d(x, w, padding=(1, 1, 1, 1), groups=2)
         assert pickle.loads(pickle.dumps(F.conv2d)) is F.conv2d
+
+
+def test_what_overrides_see(forced):
+    """PyTorch's function, as without enable(), and nothing of what we ask of tensors."""
+    seen = []
+
+    class Mode(torch.overrides.TorchFunctionMode):
+        def __torch_function__(self, function, types, arguments=(), keywords=None):
+            seen.append(function)
+            return function(*arguments, **keywords or {})
+
+    class Own(torch.Tensor):
+        @classmethod
+        def __torch_function__(cls, function, types, arguments=(), keywords=None):
+            seen.append(function)
+            return super().__torch_function__(function, types, arguments, keywords)
+
+    with groupconv.enable():
+        for name in NAMES:
+            x, w = random(1, 4, *[5] * int(name[-2])), random(4, 2, *[3] * int(name[-2]))
+            for weight, groups in ((w, 2), (torch.cat([w, w], 1), 1)):
+                with Mode():
+                    getattr(F, name)(x, weight, groups=groups)
+                getattr(F, name)(x.as_subclass(Own), weight, groups=groups)
+                getattr(F, name)(x, weight.as_subclass(Own), groups=groups)
+                assert seen == [getattr(torch, name)] * 3
+                seen.clear()
+    assert forced == []
+
+
+NAMED = """
+import torch, torch.nn.functional as F, groupconv
+of = lambda module: [torch.overrides.resolve_name(getattr(module, name)) for name in NAMES]
+with groupconv.enable():
+    assert of(torch) == ["torch.nn.functional." + name for name in NAMES], of(torch)
+    assert of(F) == [None] * 4
+assert of(F) == ["torch.nn.functional." + name for name in NAMES]
+"""
+
+
+def test_names():
+    """PyTorch's functions have theirs, even where nobody has asked before; ours have none."""
+    script = f"NAMES = {NAMES}{NAMED}"
+    subprocess.run([sys.executable, "-c", script], check=True)
+
+
+def test_what_looks_the_function_up():
+    """Finds ours in the place of what overrides see, as long as it is on."""
+    gradients = pytest.importorskip("torch.nn.utils._per_sample_grad")
+    model, x = nn.Conv2d(4, 4, 3), random(2, 4, 5, 5)
+    with groupconv.enable(), pytest.raises(AssertionError, match=r"Expected func to be F\.conv1d, F\.conv2d"):
+        gradients.call_for_per_sample_grads(model)(x)
+    gradients.call_for_per_sample_grads(model)(x).sum().backward()
+    assert model.weight.grad_sample.shape == (2, 4, 4, 3, 3)
 
 
 def test_a_default_device_is_no_override(forced):
