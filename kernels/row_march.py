@@ -18,8 +18,8 @@ A tile lies with its contiguous axis last: *_PIXELS_LAST says that this is the c
 (NHWC). *_ALIGN is the power of two that divides a tensor's strides of pixels, as in implicit_gemm.py, and C_ALIGN that
 of the first of the READ_C channels that a tile reads: it may read some of the neighbouring groups for wider loads.
 RUN: how many neighbours of a row an access takes (runs.py); of x and dx in backward, as many times the stride, 1 or 2.
-If it is not 1, the columns of all tensors are contiguous, and a lane has one. The runs that a row's taps meet are loaded
-once, and the columns of each tap are moved together in registers.
+If it is not 1, the columns of all tensors are contiguous, and a lane has one. The runs that a row's taps meet are
+loaded once, and the columns of each tap are moved together in registers.
 Source: own derivation, no code adapted.
 """
 

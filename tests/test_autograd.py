@@ -205,7 +205,7 @@ def scenes(draw):
     )  # fmt: skip
 
 
-@settings(max_examples=30, deadline=None, suppress_health_check=list(HealthCheck), phases=set(Phase) - {Phase.shrink})
+@settings(max_examples=10, deadline=None, suppress_health_check=list(HealthCheck), phases=set(Phase) - {Phase.shrink})
 @given(scenes())
 @example(Scene("nchw", "nchw", "dense", ("x", "bias"), ("bias",), "itself", "flat", "dense", "", False))
 def test_any_tensors_between_forward_and_backward(scene):

@@ -301,6 +301,5 @@ def prepare(problem: ConvProblem, pass_: str, config: dict, target: Target, stri
         "DX_RUN": _runs(problem, config["BLOCK_W"], dx)[0] if runs and pass_ != "wgrad" else 1,
         "WANT_DX": pass_ != "wgrad", "WANT_DW": pass_ != "dgrad",
     }  # fmt: skip
-    aligned = {"DY_RUN": (0,), "X_RUN": (1,)}
-    launch = launcher.Launch(kernel, (tiles, segments), scalars, aligned, **options)
+    launch = launcher.Launch(kernel, (tiles, segments), scalars, {"DY_RUN": (0,), "X_RUN": (1,)}, **options)
     return call_of_backward(pass_, launch, problem, result, dx)

@@ -249,6 +249,7 @@ def held(problem: ConvProblem, pass_: str, tile: dict, target: Target) -> Held:
     bytes_, beside = problem.element_bytes, tile["BLOCK_R"] if tile["BLOCK_R"] > 1 else 0
     weights = size.columns * size.wide if march.sums else 0
     nhwc = problem.layout == "nhwc"
+    ahead = tile["BLOCK_A"] + 1 if tile["BLOCK_A"] or not nhwc else 0  # steps whose loads are in registers
     vector = math.gcd(_cut(problem, pass_, tile["BLOCK_C"]).step, 16 // bytes_) if nhwc else 1
     if target.backend == "hip":  # each wave holds all weights
         shared, in_registers = size.staged * max(1, stages - 1), weights * tile["num_warps"]
@@ -262,7 +263,7 @@ def held(problem: ConvProblem, pass_: str, tile: dict, target: Target) -> Held:
         tile["num_warps"],
         shared * bytes_,
         sums=march.sums * results + beside * size.result + (march.held > 0) * size.products * size.weight,
-        words=(size.loaded * (1 + tile["BLOCK_A"]) + march.held * results + in_registers) * bytes_ / 4,
+        words=(size.loaded * ahead + march.held * results + in_registers) * bytes_ / 4,
         accesses=(size.accesses + march.stored * results / size.run) / (16 // bytes_ if nhwc else 1),
         vector=vector,
     )
