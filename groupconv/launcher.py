@@ -102,23 +102,25 @@ class Launch:
     AMD which tensors are under 2 GiB. `prepared` keys its calls by these.
     """
 
-    __slots__ = ("_of_aligned", "_run", "compiled", "grid", "kernel", "options", "scalars")
+    __slots__ = ("_places", "_run", "_unaligned", "compiled", "grid", "kernel", "options", "scalars")
 
     def __init__(
         self,
         kernel,
         grid: tuple[int, ...],
         scalars: dict,
-        of_aligned: dict[str, tuple[int, ...]] | None = None,
+        unaligned: dict[str, int] | None = None,
+        places: tuple[int, ...] = (),
         **options,
     ):
-        """of_aligned: scalars that are 1 unless the tensors at these places begin at multiples of 16 bytes."""
+        """unaligned: what scalars are instead, unless all tensors at these places begin at multiples of 16 bytes."""
         names = kernel.arg_names[-len(scalars) :]
         assert set(names) == set(scalars), sorted(set(names) ^ set(scalars))
         self.kernel = kernel
         self.grid = (*grid, 1, 1)[:3]
         self.scalars = tuple(scalars[name] for name in names)
-        self._of_aligned = {names.index(name): places for name, places in (of_aligned or {}).items()}
+        self._unaligned = {names.index(name): value for name, value in (unaligned or {}).items()}
+        self._places = places
         self.options = {"enable_fp_fusion": True, **options}  # the default up to Triton 3.9; later ones differ
         self.compiled = None
         self._run: Callable | None = None
@@ -142,10 +144,9 @@ class Launch:
         """Compile, without a launch, so that the assembler makes what the PTX says. Miscompiled where it never does;
         None where a hook of Triton's keeps the kernel from being compiled.
         """
-        for i, places in self._of_aligned.items():
-            given = (tensors[place] for place in places)
-            if any(tensor is not None and tensor.data_ptr() & 15 for tensor in given):
-                self.scalars = (*self.scalars[:i], 1, *self.scalars[i + 1 :])
+        given = (tensors[place] for place in self._places)
+        if any(tensor is not None and tensor.data_ptr() & 15 for tensor in given):
+            self.scalars = tuple(self._unaligned.get(i, scalar) for i, scalar in enumerate(self.scalars))
         compiled = self._made(tensors)
         if compiled is None:
             return None

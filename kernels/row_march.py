@@ -18,8 +18,8 @@ A tile lies with its contiguous axis last: *_PIXELS_LAST says that this is the c
 (NHWC). *_ALIGN is the power of two that divides a tensor's strides of pixels, as in implicit_gemm.py, and C_ALIGN that
 of the first of the READ_C channels that a tile reads: it may read some of the neighbouring groups for wider loads.
 RUN: how many neighbours of a row an access takes (runs.py); of x and dx in backward, as many times the stride, 1 or 2.
-If it is not 1, the columns of all tensors are contiguous, and a lane has one. The runs that a row's taps meet are
-loaded once, and the columns of each tap are moved together in registers.
+If it is not 1, the columns of all tensors are contiguous, and a lane has one; loads and stores go by RUN lanes. The
+runs that a row's taps meet are loaded once, and the columns of each tap are moved together in registers.
 Source: own derivation, no code adapted.
 """
 
@@ -548,10 +548,11 @@ def store_input_rows(
             at = run_pointers(dx_ptr, dx_at, row, 0, RUN * COLUMNS)
             inside = (below(iw, width) & live_c)[:, :, None]
             tl.store(at, narrow(out, dx_ptr.dtype.element_ty, EMULATE_BF16), mask=inside)
-        for column in tl.static_range(COLUMNS if RUN == 1 else 0):
-            at = pointers(dx_ptr, dx_at, row, (FIRST + column) * stride_dx_w, ALIGN)
-            out = turned(narrow(dx[i * COLUMNS + column], dx_ptr.dtype.element_ty, EMULATE_BF16), PIXELS_LAST)
-            tl.store(at, out, mask=below(iw + (FIRST + column), width) & live_c)
+        else:
+            for column in tl.static_range(COLUMNS):
+                at = pointers(dx_ptr, dx_at, row, (FIRST + column) * stride_dx_w, ALIGN)
+                out = turned(narrow(dx[i * COLUMNS + column], dx_ptr.dtype.element_ty, EMULATE_BF16), PIXELS_LAST)
+                tl.store(at, out, mask=below(iw + (FIRST + column), width) & live_c)
 
 
 @triton.constexpr_function

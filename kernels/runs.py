@@ -1,7 +1,7 @@
 """Runs: neighbours of a row, contiguous in memory, loaded and stored at once and moved in registers.
 
-A run is a power of two of columns, up to 16 bytes, that begins at a multiple of its own length: the last axis of a
-tile, all of it in one thread. Columns shifted by a tap are then in registers, none of them loaded alone.
+A run is a power of two of columns that begins at a multiple of its own length, or of 16 bytes if it is longer: the
+last axis of a tile, all of it in one thread. Columns shifted by a tap are then in registers, none of them loaded alone.
 Source: own derivation, no code adapted.
 """
 

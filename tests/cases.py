@@ -18,7 +18,7 @@ from torch import nn
 from torch._prims_common import suggest_memory_format
 
 from groupconv import launcher, prepared, triton_conv
-from groupconv.algorithms import REGISTRY, calls, candidates, divided, lack, tiling
+from groupconv.algorithms import REGISTRY, calls, candidates, divided, lack, row_march, tiling
 from groupconv.common.numerics import TORCH_DTYPES
 from groupconv.kernels import implicit_gemm as general_kernels
 from groupconv.problem import PASSES, ConvProblem
@@ -293,15 +293,16 @@ def _tiles(algorithm, problem: ConvProblem, pass_: str, on, tiles: str) -> dict:
 
     if algorithm.NAME == "row_march" and INTERPRETED and tiles == "few":
         abreast = (1, 1, 2, 4)[(problem.h_out + problem.kh) % 4]
-        abreast = abreast if problem.dilation[1] == 1 and problem.layout == "nhwc" else 1
+        in_runs = row_march._longest_run(problem, pass_) > 1
+        abreast = abreast if problem.dilation[1] == 1 and not in_runs else 1
         lanes = problem.batch * problem.dilation[0] * math.ceil(max(problem.w_in, problem.w_out) / abreast)
         lanes = min(256, max(16, triton.next_power_of_2(lanes)))
         beside = 1 if pass_ == "wgrad" else (1, 2, 4, 8)[(problem.h_in + problem.groups) % 4]
         ahead = (problem.w_in + problem.kw) % 3
-        in_runs = problem.layout == "nchw" and pass_ == "fprop"
         return {
-            "BLOCK_P": lanes, "BLOCK_C": 64, "BLOCK_S": 1 if abreast > 1 or in_runs else 4, "BLOCK_R": beside,
-            "BLOCK_A": ahead, "BLOCK_L": 0, "BLOCK_W": abreast, "num_warps": 4, "num_stages": 1 if ahead else 2,
+            "BLOCK_P": lanes, "BLOCK_C": 64, "BLOCK_S": 1 if abreast > 1 or (in_runs and pass_ == "fprop") else 4,
+            "BLOCK_R": beside, "BLOCK_A": ahead, "BLOCK_L": 0, "BLOCK_W": abreast,
+            "num_warps": 4, "num_stages": 1 if ahead else 2,
         }  # fmt: skip
 
     def programs(candidate):

@@ -384,11 +384,11 @@ def copied(fault: Fault | None):
         yield copy
 
 
-def first_failure(copy: pathlib.Path, *arguments: str) -> str | None:
+def first_failure(copy: pathlib.Path, *arguments: str, compiled: bool = False) -> str | None:
     """The first test that fails in a copy, None where all pass."""
-    interpreted = "0" if arguments == RUNS else "1"
     environment = os.environ | {
-        "PYTHONPATH": str(copy), "PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1", "TRITON_INTERPRET": interpreted
+        "PYTHONPATH": str(copy), "PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1",
+        "TRITON_INTERPRET": "0" if compiled else "1",
     }  # fmt: skip
     command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:xdist", *arguments]
     done = subprocess.run(command, cwd=copy, env=environment, capture_output=True, text=True)
@@ -410,7 +410,7 @@ def seen_by(fault: Fault) -> str | None:
     own = ["-k", algorithm] if "algorithms/" in fault.file or fault.file.startswith("kernels/") else []
     with copied(fault) as copy:
         if fault.compiled:
-            return first_failure(copy, *fault.compiled)
+            return first_failure(copy, *fault.compiled, compiled=True)
         first = TRIALS if algorithm in ("trial", "raced", "call") else NUMERIC[0]
         return first_failure(copy, first, *own) or first_failure(copy, *NUMERIC)
 

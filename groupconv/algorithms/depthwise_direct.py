@@ -81,11 +81,11 @@ class _March:
 def _runs(problem: ConvProblem, width: int, x=None, y=None) -> tuple[int, int]:
     """How many neighbours an access takes, as the kernel has it, of x and of y in lanes of `width` output columns.
 
-    x, y: strides; None of tensors that are dense in the problem's layout.
+    x, y: strides; None of tensors that are dense in the problem's layouts.
     """
 
     def run(lane, columns, strides):
-        if problem.layout == "nhwc" or (strides and strides[3] != 1):
+        if "nhwc" in (problem.layout, problem.out_layout) or (strides and strides[3] != 1):
             return 1
         return math.gcd(16 // problem.element_bytes, lane, columns, *(strides or ())[:3])
 
@@ -291,7 +291,7 @@ def prepare(problem: ConvProblem, pass_: str, config: dict, target: Target, stri
     }  # fmt: skip
     if pass_ == "fprop":
         scalars |= {**named_strides("y", y), **epilogue(problem), "X_RUN": x_run, "Y_ALIGN": align(y), "Y_RUN": y_run}
-        launch = launcher.Launch(kernel, (tiles, segments), scalars, {"X_RUN": (0,)}, **options)
+        launch = launcher.Launch(kernel, (tiles, segments), scalars, {"X_RUN": 1}, (0,), **options)
         return Forward(launch, problem, y)
     result = FilterGradient(problem, splits, dw if march.sums else None)
     scalars |= {
@@ -301,5 +301,5 @@ def prepare(problem: ConvProblem, pass_: str, config: dict, target: Target, stri
         "DX_RUN": _runs(problem, config["BLOCK_W"], dx)[0] if runs and pass_ != "wgrad" else 1,
         "WANT_DX": pass_ != "wgrad", "WANT_DW": pass_ != "dgrad",
     }  # fmt: skip
-    launch = launcher.Launch(kernel, (tiles, segments), scalars, {"DY_RUN": (0,), "X_RUN": (1,)}, **options)
+    launch = launcher.Launch(kernel, (tiles, segments), scalars, {"DY_RUN": 1, "X_RUN": 1}, (0, 1), **options)
     return call_of_backward(pass_, launch, problem, result, dx)

@@ -44,6 +44,7 @@ MOST_TAPS = 49
 FEWEST_TAPS = 20  # of depthwise convolution: fewer multiply-adds take less than products of diagonals, modelled
 MOST_COLUMNS = 256  # of a product of a warp group
 ABREAST = (2, 4)  # columns of a lane, where it has several
+SINGLE = {"RUN": 1, "BLOCK_A": 0}  # where no runs are: more is loaded, which would fill the registers if it went ahead
 ENOUGH = 8  # programs for each multiprocessor: no more are made by cutting the rows
 
 
@@ -181,7 +182,7 @@ def _longest_run(problem: ConvProblem, pass_: str, own=None, source=None) -> int
     step = 1 if forward else problem.stride[1]
     columns, read = (problem.w_out, problem.w_in) if forward else (problem.w_in, problem.w_out)
     contiguous = all(pixels_last(strides) and strides[3] == 1 for strides in (own, source) if strides)
-    if problem.layout == "nhwc" or not contiguous or step > 2:
+    if "nhwc" in (problem.layout, problem.out_layout) or not contiguous or step > 2:
         return 1
     lanes = math.gcd(columns, *(own or ())[:3])
     return math.gcd(16 // problem.element_bytes, read, *(source or ())[:3], lanes // step if lanes % step == 0 else 1)
@@ -206,8 +207,8 @@ class _Size:
     result: int  # of a tile of the result
     run: int  # neighbours of a row that an access takes, where they are contiguous
     staged: int  # of the tiles that products read, new in a step,
-    loaded: int  # and of what is loaded for them,
-    accesses: int  # in so many accesses, but of channels side by side
+    loaded: int  # and of what is used of all that is loaded for them,
+    accesses: int  # in so many accesses, if not of channels side by side
 
 
 def _size(problem: ConvProblem, pass_: str, config: dict) -> _Size:
@@ -232,7 +233,7 @@ def _size_of(
     if run > 1:  # those of a tap are moved in registers from the runs that all of a row meet
         met, fresh = march.met(run), march.fresh * result
         lanes = march.rows_loaded * block_p // run * made.block_k
-        loaded, accesses = lanes * len(met) + fresh, lanes * len({column // run for column in met}) + fresh // run
+        loaded, accesses = lanes * len(met) + fresh, lanes * len(kernels.runs_met(met, 0, run)) + fresh // run
     return _Size(
         products=march.products * chunks, joint=joint * chunks, columns=tiles * chunks * block_c, sources=sources,
         wide=wide, weight=wide * block_c, result=result, run=run, staged=staged, loaded=loaded, accesses=accesses,
@@ -249,7 +250,6 @@ def held(problem: ConvProblem, pass_: str, tile: dict, target: Target) -> Held:
     bytes_, beside = problem.element_bytes, tile["BLOCK_R"] if tile["BLOCK_R"] > 1 else 0
     weights = size.columns * size.wide if march.sums else 0
     nhwc = problem.layout == "nhwc"
-    ahead = tile["BLOCK_A"] + 1 if tile["BLOCK_A"] or not nhwc else 0  # steps whose loads are in registers
     vector = math.gcd(_cut(problem, pass_, tile["BLOCK_C"]).step, 16 // bytes_) if nhwc else 1
     if target.backend == "hip":  # each wave holds all weights
         shared, in_registers = size.staged * max(1, stages - 1), weights * tile["num_warps"]
@@ -263,7 +263,7 @@ def held(problem: ConvProblem, pass_: str, tile: dict, target: Target) -> Held:
         tile["num_warps"],
         shared * bytes_,
         sums=march.sums * results + beside * size.result + (march.held > 0) * size.products * size.weight,
-        words=(size.loaded * ahead + march.held * results + in_registers) * bytes_ / 4,
+        words=(size.loaded * (1 + tile["BLOCK_A"]) + march.held * results + in_registers) * bytes_ / 4,
         accesses=(size.accesses + march.stored * results / size.run) / (16 // bytes_ if nhwc else 1),
         vector=vector,
     )
@@ -409,8 +409,8 @@ def tiling(problem: ConvProblem, pass_: str, config: dict, target: Target, fit: 
     def moved(channels):  # bytes of a lane's channels in whole sectors
         return math.ceil(channels * bytes_ / 32) * 32 if nhwc else channels * bytes_
 
-    # Pipelined loads bypass L1, and share only what lies side by side in one instruction; those of NCHW are too narrow
-    # for the pipeline, and share in L1 as those do that go ahead.
+    # Pipelined loads bypass L1, and share only what lies side by side in one instruction; those of NCHW, if they are
+    # wide enough for the pipeline, mostly share in L1, as those do that go ahead.
     ahead, span = config["BLOCK_A"], config["BLOCK_S"]
     pipelined = nhwc and not ahead
     if pipelined:
@@ -462,7 +462,7 @@ def tiling(problem: ConvProblem, pass_: str, config: dict, target: Target, fit: 
         launches=1 + (splits > 1),
         shared_bytes=walked * shared * bytes_,
         trips=walked / max(1, programs),
-        ahead=config["num_stages"] - 1 if pipelined else ahead,
+        ahead=config["num_stages"] - 1 if not ahead and (nhwc or size.run > 1) else ahead,
     )
 
 
@@ -485,22 +485,26 @@ def prepare(problem: ConvProblem, pass_: str, config: dict, target: Target, stri
         "STEP_C": made.step, "READ_C": made.read, "BLOCK_K": made.block_k, **blocks,
     }  # fmt: skip
     programs = (made.tiles * splits,)
+    own, source = {
+        "fprop": ([y], x), "dgrad": ([dx], dy), "wgrad": ([x], dy), "backward": ([x, dx], dy),
+    }[pass_]  # fmt: skip
+    scalars["RUN"] = run = min(_run(problem, pass_, config, each, source) for each in own)
+    if run == 1 < _run(problem, pass_, config):
+        scalars |= SINGLE
+    unaligned = SINGLE if run > 1 else {}
     if pass_ == "fprop":
         scalars |= {
             "begin": march.begin, **epilogue(problem), **named_strides("y", y),
             "Y_PIXELS_LAST": pixels_last(y), "Y_ALIGN": align(y),
-            "RUN": _run(problem, pass_, config, y, x),
         }  # fmt: skip
-        return Forward(launcher.Launch(kernel, programs, scalars, {"RUN": (0,)}, **options), problem, y)
+        return Forward(launcher.Launch(kernel, programs, scalars, unaligned, (0,), **options), problem, y)
     result = FilterGradient(problem, splits, dw if march.held else None)
-    marched = [dx] * (pass_ != "wgrad") + [x] * (pass_ != "dgrad")
     scalars |= {
         "blocks": grid.blocks, "BLOCK_L": left, **result.arguments,
         **named_strides("dy", dy), **named_strides("dx", dx),
         "DY_PIXELS_LAST": pixels_last(dy), "DX_PIXELS_LAST": pixels_last(dx),
         "DY_ALIGN": align(dy), "DX_ALIGN": align(dx),
         "WANT_DX": pass_ != "wgrad", "WANT_DW": pass_ != "dgrad",
-        "RUN": min(_run(problem, pass_, config, own, dy) for own in marched),
     }  # fmt: skip
-    launch = launcher.Launch(kernel, programs, scalars, {"RUN": (0, 1)}, **options)
+    launch = launcher.Launch(kernel, programs, scalars, unaligned, (0, 1), **options)
     return call_of_backward(pass_, launch, problem, result, dx)
