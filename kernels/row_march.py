@@ -284,6 +284,12 @@ def stages(ahead):
     return 1 if ahead else None
 
 
+@triton.constexpr_function
+def loaded_before(chunk, loads, run):
+    """How many of a row's loads come before a chunk's own: one a chunk, or with the first one all runs."""
+    return chunk if run == 1 else loads if chunk else 0
+
+
 @triton.jit
 def source_tile(
     x_ptr, x_at, iw, read, number, row, in_row, h_in, w_in, stride_x_h, stride_x_w,
@@ -402,8 +408,8 @@ def fprop_kernel(
             own = acc[w * LIVE : (w + 1) * LIVE]
             sums = sums + (own if BLOCK_R == 1 else wide_zeros(LIVE, BLOCK_R, BLOCK_P, BLOCK_C),)
         for i in tl.static_range(ROWS):
-            if RUN > 1:
-                for load in tl.static_range(LOADS):
+            for chunk in tl.static_range(CHUNKS):
+                for load in tl.static_range(loaded_before(chunk, LOADS, RUN), loaded_before(chunk + 1, LOADS, RUN)):
                     ahead = ahead + (
                         source_tile(
                             x_ptr, x_at, iw, read, number, (t + BLOCK_A) * CONV_STRIDE_H + i, in_row,
@@ -411,16 +417,8 @@ def fprop_kernel(
                             load, BLOCK_S, REACH, MET, DIL_H, DIL_W, X_PIXELS_LAST, RUN, X_ALIGN, INDEX_64,
                         ),
                     )  # fmt: skip
-                columns = all_columns(ahead[i * LOADS : (i + 1) * LOADS], LOADS, RUN)
-            for chunk in tl.static_range(CHUNKS):
-                if RUN == 1:
-                    ahead = ahead + (
-                        source_tile(
-                            x_ptr, x_at, iw, read, number, (t + BLOCK_A) * CONV_STRIDE_H + i, in_row,
-                            h_in, w_in, stride_x_h, stride_x_w,
-                            chunk, BLOCK_S, REACH, MET, DIL_H, DIL_W, X_PIXELS_LAST, RUN, X_ALIGN, INDEX_64,
-                        ),
-                    )  # fmt: skip
+                if RUN > 1 and chunk == 0:
+                    columns = all_columns(ahead[i * LOADS : (i + 1) * LOADS], LOADS, RUN)
                 # Of several columns, the sums of one after another are made.
                 for w in tl.static_range(BLOCK_W):
                     if BLOCK_W == 1 or all_there(i, chunk, w, ROWS, CONV_STRIDE_W, TAPS):
@@ -776,27 +774,20 @@ def backward_kernel(
                 for w in tl.static_range(BLOCK_W):
                     own = dx[w * DX_TILES : (w + 1) * DX_TILES]
                     sums = sums + (own if BLOCK_R == 1 else wide_zeros(DX_TILES, BLOCK_R, BLOCK_P, BLOCK_C),)
-            if RUN > 1:
-                for load in tl.static_range(DY_LOADS):
+            ds = ()
+            for chunk in tl.static_range(CHUNKS):
+                for load in tl.static_range(
+                    loaded_before(chunk, DY_LOADS, RUN), loaded_before(chunk + 1, DY_LOADS, RUN)
+                ):
                     dy_ahead = dy_ahead + (
                         gradient_tile(
                             dy_ptr, dy_at, ow, live_o, loaded_number, width, dy_row, stride_dy_w,
                             load, BLOCK_S, REACH, SHIFT_STEP, MET, DY_PIXELS_LAST, RUN, DY_ALIGN,
                         ),
                     )  # fmt: skip
-                columns = all_columns(dy_ahead, DY_LOADS, RUN)
-            ds = ()
-            for chunk in tl.static_range(CHUNKS):
-                if RUN > 1:
-                    d = tap_tile(columns, MET, RUN, chunk * BLOCK_S, BLOCK_S, SHIFTS)
-                else:
-                    dy_ahead = dy_ahead + (
-                        gradient_tile(
-                            dy_ptr, dy_at, ow, live_o, loaded_number, width, dy_row, stride_dy_w,
-                            chunk, BLOCK_S, REACH, SHIFT_STEP, MET, DY_PIXELS_LAST, RUN, DY_ALIGN,
-                        ),
-                    )  # fmt: skip
-                    d = dy_ahead[chunk]
+                if RUN > 1 and chunk == 0:
+                    columns = all_columns(dy_ahead, DY_LOADS, RUN)
+                d = tap_tile(columns, MET, RUN, chunk * BLOCK_S, BLOCK_S, SHIFTS) if RUN > 1 else dy_ahead[chunk]
                 ds = ds + (in_registers(turned(d, DY_PIXELS_LAST), WANT_DW and BLOCK_L),)
                 if WANT_DX:
                     for w in tl.static_range(BLOCK_W):

@@ -292,9 +292,9 @@ def _tiles(algorithm, problem: ConvProblem, pass_: str, on, tiles: str) -> dict:
         return blocks | {"num_warps": 4, "num_stages": 1}
 
     if algorithm.NAME == "row_march" and INTERPRETED and tiles == "few":
-        abreast = (1, 1, 2, 4)[(problem.h_out + problem.kh) % 4]
         in_runs = row_march._longest_run(problem, pass_) > 1
-        abreast = abreast if problem.dilation[1] == 1 and not in_runs else 1
+        alone = in_runs or problem.dilation[1] > 1
+        abreast = 1 if alone else (1, 1, 2, 4)[(problem.h_out + problem.kh) % 4]
         lanes = problem.batch * problem.dilation[0] * math.ceil(max(problem.w_in, problem.w_out) / abreast)
         lanes = min(256, max(16, triton.next_power_of_2(lanes)))
         beside = 1 if pass_ == "wgrad" else (1, 2, 4, 8)[(problem.h_in + problem.groups) % 4]
