@@ -9,9 +9,12 @@ NEWEST_TRITON := $(VENV)/triton-3.9.0
 # Of the numeric tests, those of two sizes of kernels: every algorithm has some of them in every pass.
 NEWEST_SLICE := test_pass and (k3x3 or k9x9)
 OLDEST_SLICE := test_pass and fp16 and (k3x3 or (k9x9 and (map or toeplitz)))
+# Gluon is experimental: what it can do is tried with each version.
+GLUON := tests/test_depthwise_mma.py
+GLUON_SLICE := (numbers and (7x7 or stride)) or silu
 
 # What compiles kernels in its own process, and so cannot be where they are interpreted.
-COMPILED := tests/softgpu tests/test_compiled_code.py tests/test_compiled_fuzz.py
+COMPILED := tests/softgpu tests/test_compiled_code.py tests/test_compiled_fuzz.py $(GLUON)
 # What a change is tried with first: how calls are planned, differentiated, converted, packed.
 SHORT := $(foreach name,problem devices planning configs package torch_private ops autograd modules,tests/test_$(name).py)
 WHEELS := dist
@@ -46,7 +49,9 @@ test-newest: $(INSTALLED) $(NEWEST_TRITON) $(OLDEST_TRITON)
 	PYTHONPATH=$(abspath $(NEWEST_TRITON)) $(BIN)/python -m pytest -n auto tests/test_numerics.py -k "$(NEWEST_SLICE)"
 	PYTHONPATH=$(abspath $(NEWEST_TRITON)) $(BIN)/python -m pytest -n auto tests/test_compile.py -k "vectorised or wide"
 	PYTHONPATH=$(abspath $(NEWEST_TRITON)) TRITON_INTERPRET=0 $(BIN)/python -m pytest -n auto tests/softgpu
+	PYTHONPATH=$(abspath $(NEWEST_TRITON)) TRITON_INTERPRET=0 $(BIN)/python -m pytest -n auto $(GLUON) -k "$(GLUON_SLICE)"
 	PYTHONPATH=$(abspath $(OLDEST_TRITON)) $(BIN)/python -m pytest -n auto tests/test_numerics.py -k "$(OLDEST_SLICE)"
+	PYTHONPATH=$(abspath $(OLDEST_TRITON)) TRITON_INTERPRET=0 $(BIN)/python -m pytest -n auto $(GLUON) -k "$(GLUON_SLICE)"
 
 # A slice with every version of torch and Triton that there is for CPUs: a line for each pair.
 versions: $(INSTALLED)

@@ -14,7 +14,7 @@ from concurrent.futures import Future
 from typing import Any
 
 from groupconv import batch_norm, cost, dispatch
-from groupconv.algorithms import able, tiling
+from groupconv.algorithms import able, interpretable, tiling
 from groupconv.common import Layer
 from groupconv.common.files import ENVIRONMENT
 from groupconv.compiling import command
@@ -291,19 +291,23 @@ def modelled(layers: list[Layer], target: Target) -> Generator[Fields, None, Non
     dtype = layers[0].problem.dtype
     yield from limit_rows(Limits(target.copy_gbps, target.matrix_rate(dtype)), dtype, target.source)
     with Workers("groupconv.compiling.interpreter", interpret=True) as interpreter, Compiler(1) as compiler:
-        pending: list[tuple[Fields, tuple[Job, Future[Fields]] | None]] = []
+        pending: list[tuple[Fields, tuple[Job, Future[Fields] | None] | None]] = []
         for layer in layers:
             for pass_, names in reported(layer.problem, target):
                 for name in names:
                     row, job = _modelled(layer, pass_, name, target)
                     compiler.submit(job)
-                    small = dataclasses.asdict(dataclasses.replace(job, problem=shrunk(layer.problem)))
-                    pending.append((row, (job, interpreter.submit(small))))
+                    checked = None
+                    if interpretable(name):
+                        small = dataclasses.replace(job, problem=shrunk(layer.problem))
+                        row["err_on"] = f"interpreter {small.problem}"
+                        checked = interpreter.submit(dataclasses.asdict(small))
+                    pending.append((row, (job, checked)))
                 pending += [(_prior(layer, pass_, target), None), (_auto(layer, pass_, target), None)]
         for row, tried in pending:
             if tried is not None:
                 job, interpreted = tried
-                row |= _outcome(compiler.answer(job), interpreted.result())
+                row |= _outcome(compiler.answer(job), interpreted and interpreted.result())
             yield row
 
 
@@ -314,7 +318,7 @@ def _modelled(layer: Layer, pass_: str, name: str, target: Target) -> tuple[Fiel
     row = row_with_floors(layer, pass_, name, target)
     row |= timing_fields(problem, pass_, row["floor_us"], estimate.time_us)
     row |= {"source": "modelled", "config": config, "bound": estimate.bound}
-    row |= {"err_on": f"interpreter {shrunk(problem)}", "compiled_for": target.arch_name}
+    row |= {"compiled_for": target.arch_name}
     return row, Job(name, pass_, config, problem, target.arch_name)
 
 
@@ -342,13 +346,13 @@ def _auto(layer: Layer, pass_: str, target: Target) -> Fields:
     return {**row, "source": plan.source, "config": plan.config, "note": f"takes {takes}"}
 
 
-def _outcome(compiled: Compiled, interpreted: Fields) -> Fields:
-    """A row's fields of what was compiled and interpreted, with a note of what is wrong with it."""
+def _outcome(compiled: Compiled, interpreted: Fields | None) -> Fields:
+    """A row's fields of what was compiled and, if it can be, interpreted, with a note of what is wrong with it."""
     notes = []
     fields: Fields = {**compiled.kernels[0].fields()} if compiled.kernels else {}
-    if "failed" in interpreted:
+    if interpreted is not None and "failed" in interpreted:
         notes.append(f"not interpreted: {interpreted['failed']}")
-    else:
+    elif interpreted is not None:
         checked = Checked(interpreted["error"], interpreted["bound"])
         fields |= {"max_rel_err": checked.error, "err_bound": checked.bound}
         notes.append(checked.fault)

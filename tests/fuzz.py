@@ -38,6 +38,7 @@ FITTING = {
     "row_block_tma": {"widths": ALIGNED, "dtypes": ("fp16", "bf16"), "layouts": ("nhwc",)},
     "row_march": {"dtypes": ("fp16", "bf16", "tf32", "fp32")},
     "depthwise_direct": {"widths": DEPTHWISE},
+    "depthwise_mma": {"widths": ((1, 1),), "dtypes": ("fp16", "bf16"), "layouts": ("nhwc",)},
     "depthwise_map": {
         "widths": DEPTHWISE[:3],
         "dtypes": ("fp16", "bf16"),

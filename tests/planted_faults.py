@@ -33,6 +33,7 @@ FOLDERS = {
 TRIALS = "tests/test_trials.py"
 NUMERIC = ("tests/test_numerics.py", "tests/test_descriptors.py", "tests/test_ops.py", "tests/test_properties.py")
 RUNS = ("tests/test_compiled_code.py", "-k", "runs")
+GLUON = ("tests/test_depthwise_mma.py", "-k", "numbers")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -272,6 +273,42 @@ FAULTS = [
         "for first in tl.static_range(0, KH, TAP_ROWS):",
         "for first in tl.static_range(0, KH - 1, TAP_ROWS):",
         "wgrad loses the taps of a ragged last block",
+    ),
+    # --- depthwise_mma ---
+    Fault(
+        "kernels/depthwise_mma.py",
+        "        in_col = block * (BLOCK_W * CONV_STRIDE_W) - LEFT",
+        "        in_col = block * BLOCK_W - LEFT",
+        "fragments of fprop ignore the stride of columns",
+        compiled=GLUON,
+    ),
+    Fault(
+        "kernels/depthwise_mma.py",
+        "n = (t - first) * IN + i\n            async_copy.wait_group(STAGES - 2)",
+        "n = (t - first) * IN + i\n            async_copy.wait_group(STAGES - 1)",
+        "fragments are read before they are copied",
+        compiled=GLUON,
+    ),
+    Fault(
+        "kernels/depthwise_mma.py",
+        "low | (high << 16)",
+        "high | (low << 16)",
+        "rows of dy that are carried change places",
+        compiled=GLUON,
+    ),
+    Fault(
+        "kernels/depthwise_mma.py",
+        "(c + v < CHANNELS) & (first_tap + r < KH)",
+        "c + v < CHANNELS",
+        "fragments of wgrad store filter rows past the last",
+        compiled=GLUON,
+    ),
+    Fault(
+        "groupconv/algorithms/depthwise_mma.py",
+        'scalars, {"X_VECTOR": 1}, (0,)',
+        'scalars, {}, (0,)',
+        "copies of 16 bytes from anywhere",
+        compiled=("tests/test_depthwise_mma.py", "-k", "begin_anywhere"),
     ),
     # --- depthwise_toeplitz ---
     Fault(

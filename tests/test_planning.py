@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from groupconv import cost, devices, dispatch, occupancy
-from groupconv.algorithms import REGISTRY, able, candidates, divided, tiling
+from groupconv.algorithms import REGISTRY, able, candidates, divided, interpretable, tiling
 from groupconv.perf_reports import layers
 from groupconv.problem import PLANNED, ConvProblem, dense_strides
 
@@ -102,7 +102,7 @@ def test_offsets_of_partial_sums_beyond_32_bits(name, width, side):
     ("name", "layout"),
     [
         (name, layout)
-        for name in REGISTRY
+        for name in filter(interpretable, REGISTRY)
         for layout in ("nhwc", "nchw")
         if name != "depthwise_map" and (name, layout) != ("row_block_tma", "nchw")
     ],

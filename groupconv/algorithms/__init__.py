@@ -12,6 +12,7 @@ Each is a module with
     divisions(problem, pass_, tile, target, fit) -> list[dict]   of a tile's work, the likely best first
     tiling(problem, pass_, config, target, fit) -> Tiling        what a launch asks of the machine, for the model
     prepare(problem, pass_, config, target, strides) -> callable
+    INTERPRETABLE                                      False if Triton's interpreter cannot run its kernels
 `fit` is how many programs share a multiprocessor.
 `prepare` binds a pass to its launches. `strides` are element strides of x, w, y, dx and dw by name, and of dy in the
 backward passes. The callable takes the operands, (x, w, bias or None), (dy, w) or (dy, x), and returns a new tensor;
@@ -39,7 +40,7 @@ from ..problem import PASSES, ConvProblem
 
 NAMES = (
     "implicit_gemm", "row_block", "row_block_tma", "row_march",
-    "depthwise_direct", "depthwise_toeplitz", "depthwise_map", "depthwise_plane",
+    "group_mma", "depthwise_direct", "depthwise_mma", "depthwise_toeplitz", "depthwise_map", "depthwise_plane",
 )  # fmt: skip
 TESTED_TRITON = ("3.6.0", "3.9.0")  # the oldest that can serve, and the newest that was tried
 
@@ -98,6 +99,11 @@ def lack(name: str, problem: ConvProblem, pass_: str, target: Target) -> str | N
     if unsupported is None and not fitting(name, problem, pass_, target):
         return f"no tile fits the registers and the shared memory of {target.arch_name}"
     return unsupported
+
+
+def interpretable(name: str) -> bool:
+    """Whether Triton's interpreter can run an algorithm's kernels: it has no Gluon."""
+    return getattr(REGISTRY[name], "INTERPRETABLE", True)
 
 
 def able(problem: ConvProblem, pass_: str, target: Target) -> list[str]:

@@ -67,20 +67,25 @@ class Lanes:
     count: int
 
 
+def columns(problem: ConvProblem, pass_: str, block_w: int) -> tuple[int, int, int]:
+    """(blocks of columns, columns by which a lane's window begins before its block's own first, width of a window)."""
+    w_in, w_out = (problem.w_out, problem.w_in) if pass_ == "dgrad" else (problem.w_in, problem.w_out)
+    stride, pad = problem.stride[1], problem.pad[2]
+    col_blocks = math.ceil(w_out / block_w)
+    reach = (problem.kw - 1) * problem.dilation[1]
+    if col_blocks == 1:
+        return 1, 0, w_in
+    if pass_ == "dgrad":
+        left = -((pad - reach) // stride)
+        return col_blocks, left, (block_w - 1 + pad) // stride + left + 1
+    return col_blocks, pad, (block_w - 1) * stride + reach + 1
+
+
 def lanes(problem: ConvProblem, pass_: str, block_w: int, block_h: int, taps: int) -> Lanes:
     transposed = pass_ == "dgrad"
-    h_in, w_in = (problem.h_out, problem.w_out) if transposed else (problem.h_in, problem.w_in)
-    h_out, w_out = (problem.h_in, problem.w_in) if transposed else (problem.h_out, problem.w_out)
-    (stride_h, stride_w), (dil_h, dil_w), (top, _, pad, _) = problem.stride, problem.dilation, problem.pad
-    col_blocks = math.ceil(w_out / block_w)
-    reach = (problem.kw - 1) * dil_w
-    if col_blocks == 1:
-        left, window = 0, w_in
-    elif transposed:
-        left = -((pad - reach) // stride_w)
-        window = (block_w - 1 + pad) // stride_w + left + 1
-    else:
-        left, window = pad, (block_w - 1) * stride_w + reach + 1
+    h_in, h_out = (problem.h_out, problem.h_in) if transposed else (problem.h_in, problem.h_out)
+    stride_h, dil_h, top = problem.stride[0], problem.dilation[0], problem.pad[0]
+    col_blocks, left, window = columns(problem, pass_, block_w)
     chunks = math.ceil(window / BLOCK_K)
     # A window that begins a little earlier, where wider loads begin, if it takes no more chunks.
     for run in (8, 4, 2):
@@ -146,11 +151,11 @@ class Launched:
 
 
 def _launched(problem: ConvProblem, pass_: str, config: dict) -> Launched:
-    return _launched_of(problem, pass_, *(config[f"BLOCK_{axis}"] for axis in "CMWHT"))
+    return launched(problem, pass_, *(config[f"BLOCK_{axis}"] for axis in "CMWHT"))
 
 
 @functools.lru_cache(4096)
-def _launched_of(
+def launched(
     problem: ConvProblem, pass_: str, block_c: int, block_m: int, block_w: int, block_h: int, block_t: int
 ) -> Launched:
     taps = min(problem.kh, block_t) if pass_ == "wgrad" else problem.kh

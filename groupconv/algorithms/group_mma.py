@@ -1,0 +1,180 @@
+"""Narrow groups of channels_last maps on matrix units, by fragments (kernels/group_mma.py)."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterator
+
+from .. import launcher
+from ..cost import Tiling
+from ..devices import Target
+from ..kernels.reduce import sum_splits_kernel
+from ..occupancy import Held
+from ..problem import ConvProblem
+from .calls import NO_EPILOGUE, Forward, Single, epilogue, index_64, known, named_strides, split_config
+from .depthwise_mma import FIXED, LEAST_ARCH, NO_GLUON, l2_bytes, steps_of, vector
+from .depthwise_toeplitz import Launched, launched
+
+if NO_GLUON is None:
+    from ..kernels import group_mma as kernels
+
+NAME = "group_mma"
+INTERPRETABLE = False
+BLOCKS = {"BLOCK_J": (1, 8), "BLOCK_I": (1, 4), "BLOCK_C": (8, 128), "BLOCK_M": (16, 64), "BLOCK_H": (4, 1024)}
+# BLOCK_J: eights of outputs of a group and lane. BLOCK_I: groups of a warp. BLOCK_H: the most output rows of a segment,
+# about.
+DIVISION: dict[str, tuple[int, ...]] = {}
+
+GROUPS = (2, 4, 8, 16)  # channels
+MOST_COLUMNS = 32  # of a step
+BUILT = 12  # instructions for each element of a thread's matrices, by counts of compiled code
+
+
+def supports(problem: ConvProblem, pass_: str, target: Target) -> str | None:
+    group = problem.cin_g
+    if group != problem.cout_g or group not in GROUPS:
+        return f"it serves groups of {', '.join(map(str, GROUPS))} channels, in and out"
+    if problem.dtype not in ("fp16", "bf16"):
+        return "it multiplies fp16 and bf16"
+    if problem.layout != "nhwc" or problem.out_layout != "nhwc":
+        return "it serves channels_last maps"
+    if target.backend != "cuda" or int(target.arch) < LEAST_ARCH:
+        return f"{target.arch_name} has no mma.sync of bf16, or no asynchronous copies"
+    if NO_GLUON is not None:
+        return NO_GLUON
+    if launcher.interpreting(sum_splits_kernel):
+        return "Gluon has no interpreter"
+    if pass_ not in ("fprop", "dgrad"):
+        return "no kernel for the filter's gradient"
+    if problem.stride[0] > 1 and problem.dilation[0] > 1:
+        return "rows with a stride and a dilation"
+    if pass_ == "dgrad" and problem.stride != (1, 1):
+        return "dgrad takes strides of 1"
+    if problem.c_out % 8 or min(problem.x_shape + problem.w_shape) < 1:
+        return "channels that are no multiple of 8, or no pixels"
+    return None
+
+
+def _columns(problem: ConvProblem, pass_: str, block_j: int) -> tuple[int, int, int, int]:
+    """(columns of a lane, blocks of them, columns by which a window begins before them, width of a window)."""
+    wide = 8 * block_j // problem.cin_g
+    reach = (problem.kw - 1) * problem.dilation[1]
+    pad = problem.pad[2]
+    if pass_ == "dgrad":
+        return wide, math.ceil(problem.w_in / wide), reach - pad, wide + reach
+    return wide, math.ceil(problem.w_out / wide), pad, (wide - 1) * problem.stride[1] + reach + 1
+
+
+def _launched(problem: ConvProblem, pass_: str, config: dict) -> Launched:
+    wide = _columns(problem, pass_, config["BLOCK_J"])[0]
+    return launched(problem, pass_, config["BLOCK_C"], config["BLOCK_M"], wide, config["BLOCK_H"], problem.kh)
+
+
+def _block_k(problem: ConvProblem, pass_: str, block_j: int) -> int:
+    """Columns of a step, a power of two, at least as many as a product has."""
+    window = _columns(problem, pass_, block_j)[3]
+    return max(16 // problem.cin_g, 1 << (window - 1).bit_length())
+
+
+def _products(problem: ConvProblem) -> int:
+    """Of 8 outputs and a kernel row: products of 16 inputs."""
+    columns = max(1, 8 // problem.cin_g)
+    reach = (columns - 1) * problem.stride[1] + (problem.kw - 1) * problem.dilation[1] + 1
+    return math.ceil(reach * problem.cin_g / 16)
+
+
+def held(problem: ConvProblem, pass_: str, tile: dict, target: Target) -> Held:
+    """In registers sums, matrices and the rows of a step; in shared memory rows on their way in and, once, out."""
+    made, size, warps = _launched(problem, pass_, tile), problem.element_bytes, tile["num_warps"]
+    block_j, block_i, block_c, block_m = (tile[f"BLOCK_{axis}"] for axis in "JICM")
+    x = block_c * block_m * _block_k(problem, pass_, block_j)
+    result = block_c * block_m * 8 * block_j // problem.cin_g
+    matrices = warps * block_i * made.taps * max(1, problem.cin_g // 8) * _products(problem) * 16 * 8
+    out_bytes = 4 if problem.residual or problem.keeps else size
+    return Held(
+        warps,
+        tile["num_stages"] * x * size + result * out_bytes,
+        sums=(made.warm + 1) * result,
+        words=(matrices + x) * size / 4,
+        accesses=(x + result) / 8,
+    )
+
+
+def tiles(problem: ConvProblem, pass_: str, target: Target) -> Iterator[list[dict]]:
+    group, steps = problem.cin_g, problem.h_in if pass_ == "dgrad" else problem.h_out
+    heights = [1024] + [height for height in (32, 16, 8) if height < steps]
+    least = max(1, group // 8)
+    for block_j, block_i, across, lanes in itertools.product((2, 4, 8), (1, 2, 4), (1, 2, 4, 8), (1, 2)):
+        block_c, warps = group * block_i * across, across * lanes
+        if block_j < least or not 16 <= block_c <= 64 or not 2 <= warps <= 8 or block_i * block_j > 8:
+            continue
+        if 8 * block_j // group < 1 or _block_k(problem, pass_, block_j) > MOST_COLUMNS:
+            continue
+        for stages, height in itertools.product((4, 8), heights):
+            yield [
+                {
+                    "BLOCK_J": block_j, "BLOCK_I": block_i, "BLOCK_C": block_c, "BLOCK_M": 16 * lanes,
+                    "BLOCK_H": height, "num_warps": warps, "num_stages": stages,
+                }
+            ]  # fmt: skip
+
+
+def divisions(problem: ConvProblem, pass_: str, config: dict, target: Target, fit: int) -> list[dict[str, int]]:
+    return [{}]
+
+
+def tiling(problem: ConvProblem, pass_: str, config: dict, target: Target, fit: int) -> Tiling:
+    made = _launched(problem, pass_, config)
+    cut, size, warps = made.cut, problem.element_bytes, config["num_warps"]
+    block_j, block_i, block_c, block_m = (config[f"BLOCK_{axis}"] for axis in "JICM")
+    programs, march = made.m_blocks * made.c_blocks, steps_of(pass_, made)
+    wide, *window = _columns(problem, pass_, block_j)
+    x = march * made.read * block_c * block_m * _block_k(problem, pass_, block_j)  # elements of a program
+    results = (march + cut.drain) * block_c * block_m * wide
+    products = march * made.taps * _products(problem) * 16 * block_c * block_m * wide
+    matrices = warps * block_i * made.taps * max(1, problem.cin_g // 8) * _products(problem) * 16 * 8
+    return Tiling(
+        programs=programs,
+        matrix_flops=2.0 * programs * products * (2 if target.has_warpgroups else 1),
+        l2_bytes=l2_bytes(problem, pass_, made, block_c, tuple(window), wide),
+        instructions=programs
+        * (products / 64 + x * 1.25 + results * 1.5 + BUILT * matrices + FIXED * 32 * warps * march * made.read),
+        dram_bytes=problem.min_bytes(pass_),
+        resident=fit,
+        shared_bytes=programs * size * (x * (2 if problem.cin_g >= 8 else 3) + 2 * results),
+        trips=march * made.read,
+        ahead=config["num_stages"] - 1,
+    )
+
+
+def prepare(problem: ConvProblem, pass_: str, config: dict, target: Target, strides: dict):
+    top, _, pad, _ = problem.pad
+    tiles, options = split_config(config)
+    del tiles["BLOCK_H"]
+    transposed = pass_ == "dgrad"
+    made = _launched(problem, pass_, config)
+    cut = made.cut
+    _, _, left, window = _columns(problem, pass_, config["BLOCK_J"])
+    maps = [problem.h_in, problem.w_in], [problem.h_out, problem.w_out]
+    (h_in, w_in), (h_out, w_out) = reversed(maps) if transposed else maps
+    source, result = ("dy", "dx") if transposed else ("x", "y")
+    scalars = {
+        "batch": problem.batch, "h_in": h_in, "w_in": w_in, "h_out": h_out, "w_out": w_out,
+        "segments": cut.segments, "col_blocks": cut.col_blocks, "rows": cut.rows,
+        "first": cut.first, "last": cut.last, "DRAIN": cut.drain,
+        "CHANNELS": known(problem, problem.c_out), "GROUP": problem.cin_g, "KH": problem.kh, "KW": problem.kw,
+        "CONV_STRIDE_H": problem.stride[0], "CONV_STRIDE_W": problem.stride[1],
+        "PAD_H": top, "PAD_W": pad, "DIL_H": problem.dilation[0], "DIL_W": problem.dilation[1],
+        "TRANSPOSED": transposed, **(NO_EPILOGUE if transposed else epilogue(problem)),
+        "LEFT": left, "WINDOW": window, "BLOCK_K": _block_k(problem, pass_, config["BLOCK_J"]),
+        "STAGES": config["num_stages"], "INDEX_64": index_64(problem, strides),
+        "X_VECTOR": vector(problem, strides[source]), "Y_VECTOR": vector(problem, strides[result]),
+        **named_strides("x", strides[source]), **named_strides("wgt", strides["w"]),
+        **named_strides("y", strides[result]), **tiles,
+    }  # fmt: skip
+    grid = (made.m_blocks * made.c_blocks,)
+    launch = launcher.Launch(kernels.march_kernel, grid, scalars, {"X_VECTOR": 1}, (0,), **options)
+    if transposed:
+        return Single(launch, problem.x_shape, strides["dx"], lambda dy, w, dx: launch(dy, w, None, None, None, dx))
+    return Forward(launch, problem, strides["y"])

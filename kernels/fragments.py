@@ -1,0 +1,106 @@
+"""What kernels in Gluon share: vectors along the axes of tiles, lanes, copies ahead, and what ends fprop.
+
+Tiles are [lanes, columns, channels]: a lane is one (image, class of rows, segment of rows, block of columns), as in
+depthwise_toeplitz.py.
+"""
+
+import triton
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.ampere import async_copy
+
+from .epilogue import activated as activated_
+from .epilogue import beside as beside_
+
+# Triton 3.9 has another name for it.
+async_load = getattr(async_copy, "async_load", async_copy.async_copy_global_to_shared)
+activated = gluon.jit(activated_.fn)
+beside = gluon.jit(beside_.fn)
+
+
+@triton.constexpr_function
+def result_layout(shape, vector, warps):
+    """Of a [lanes, columns, channels] tile on its way to memory, `vector` channels of a pixel at once."""
+    channels = min(32, shape[2] // vector)
+    columns = min(shape[1], 32 // channels)
+    return gl.BlockedLayout([1, 1, vector], [32 // (channels * columns), columns, channels], [warps, 1, 1], [2, 1, 0])
+
+
+@triton.constexpr_function
+def sliced(layout, axis):
+    """The layout of a vector along an axis of tiles of a layout."""
+    for other in (2, 1, 0):
+        if other != axis:
+            layout = gl.SliceLayout(other, layout)
+    return layout
+
+
+@gluon.jit
+def along(size: gl.constexpr, layout: gl.constexpr, AXIS: gl.constexpr):
+    """0, 1, ... along an axis of tiles of a layout, as a vector."""
+    return gl.arange(0, size, layout=sliced(layout, AXIS))
+
+
+@gluon.jit
+def spread(v, AXIS: gl.constexpr):
+    """A vector along an axis of a tile."""
+    return v[:, None, None] if AXIS == 0 else v[None, :, None] if AXIS == 1 else v[None, None, :]
+
+
+@gluon.jit
+def below(i, size):
+    """0 <= i < size, as one comparison."""
+    return gl.cast(i, gl.uint32) < gl.cast(size, gl.uint32)
+
+
+@gluon.jit
+def index(i, INDEX_64: gl.constexpr):
+    """`i` in the type of an element offset: int64 only where a tensor reaches past 2^31 elements."""
+    return gl.cast(i, gl.int64) if INDEX_64 else i
+
+
+@gluon.jit
+def strides(n, h, w, VECTOR: gl.constexpr):
+    """The strides, which VECTOR divides, so that the compiler sees it."""
+    return n // VECTOR * VECTOR, h // VECTOR * VECTOR, w // VECTOR * VECTOR
+
+
+@gluon.jit
+def lane(m, segments, col_blocks, DIL_H: gl.constexpr):
+    """(image, class of rows, segment of rows, block of columns) of a lane number."""
+    image = m // (col_blocks * segments * DIL_H)
+    return image, m // (col_blocks * segments) % DIL_H, m // col_blocks % segments, m % col_blocks
+
+
+@gluon.jit
+def copy(to, source, row, height, live, inside, ASYNC: gl.constexpr):
+    """Begin to copy a row of each lane into shared memory: zeros where a lane is not live, or has no such row.
+
+    What is too narrow to be copied asynchronously is copied now.
+    """
+    mask = spread(live & below(row, height), 0) & inside
+    if ASYNC:
+        async_load(to, source, mask=mask)
+    else:
+        to.store(gl.load(source, mask=mask, other=0.0))
+
+
+@gluon.jit
+def finish(
+    to, total, row, height, live, inside, y_ptr, residual_ptr, kept_ptr,
+    ACTIVATION: gl.constexpr, RESULT: gl.constexpr,
+):  # fmt: skip
+    """Store a row of each lane that is live and has it: activation(total + residual) where `to` points into y, and
+    total + residual there in `kept`, as epilogue.py's. total: fp32, in any layout; RESULT: that of `to` and `inside`.
+    """
+    mask = spread(live & below(row, height), 0) & inside
+    dtype: gl.constexpr = y_ptr.dtype.element_ty
+    if residual_ptr is None and kept_ptr is None:
+        gl.store(to, gl.convert_layout(activated(total, ACTIVATION).to(dtype), RESULT), mask=mask)
+    else:
+        total = gl.convert_layout(total, RESULT)
+        if residual_ptr is not None:
+            total += gl.load(beside(to, y_ptr, residual_ptr), mask=mask, other=0.0).to(gl.float32)
+        if kept_ptr is not None:
+            gl.store(beside(to, y_ptr, kept_ptr), total.to(dtype), mask=mask)
+        gl.store(to, activated(total, ACTIVATION).to(dtype), mask=mask)

@@ -1,0 +1,222 @@
+"""The kernels in Gluon, which no interpreter runs: as compiled, on the software GPU, against float64.
+
+Runs with TRITON_INTERPRET=0 (`make test-compiled`).
+"""
+
+import dataclasses
+import re
+
+import cases
+import compiled_code
+import pytest
+import reliability
+import softgpu
+import torch
+
+from groupconv import devices
+from groupconv.activations import ACTIVATIONS
+from groupconv.algorithms import candidates, depthwise_mma, divided, lack, possible, tiling
+from groupconv.compiling import compiler, resources
+from groupconv.perf_reports import layers
+from groupconv.problem import PASSES, ConvProblem
+
+pytestmark = pytest.mark.skipif(
+    softgpu.compiler() is None, reason="no C compiler: neither $CC nor cc nor gcc; the software GPU is in C"
+)
+NAME = depthwise_mma.NAME
+
+
+def layer(channels=24, kernel=(3, 3), hw=(9, 17), batch=2, **changes) -> ConvProblem:
+    given = {"pad": (kernel[0] // 2,) * 2 + (kernel[1] // 2,) * 2, "dtype": "bf16", "groups": channels} | changes
+    return ConvProblem(batch, channels, *hw, channels, *kernel, layout="nhwc", out_layout="nhwc", **given)
+
+
+def tile(v=4, channels=16, lanes=16, warps=4, stages=4, **changes) -> dict[str, int]:
+    return {
+        "BLOCK_V": v, "BLOCK_C": channels, "BLOCK_M": lanes, "BLOCK_H": 1024, "BLOCK_T": 16, "BLOCK_U": 1,
+        "num_warps": warps, "num_stages": stages, "SPLITS": 1,
+    } | changes  # fmt: skip
+
+
+# What the problem is, how x and dy lie, the tile.
+CASES = {
+    "7x7": (layer(32, (7, 7), (14, 14)), "nhwc", tile()),
+    "7x7 of a map as narrow": (layer(16, (7, 7), (7, 7), batch=17), "nhwc", tile(BLOCK_U=3, BLOCK_T=4, SPLITS=2)),
+    "more lanes than there are": (layer(48, (5, 5), (6, 20), batch=1), "nhwc", tile(lanes=32, warps=8, stages=2)),
+    "two tiles of lanes a warp": (layer(16, (3, 3), (9, 30), batch=3), "nhwc", tile(lanes=32, BLOCK_U=4, SPLITS=2)),
+    "8 channels a thread": (layer(64, (3, 3), (11, 9)), "nhwc", tile(8, 32)),
+    "2 channels a thread": (layer(40, (9, 9), (10, 12)), "nhwc", tile(2, 16, warps=8, BLOCK_H=4, SPLITS=3)),
+    "64 channels": (layer(72, (2, 3), (5, 9)), "nhwc", tile(8, 64, warps=8, stages=2)),
+    "stride 2": (layer(24, (5, 5), (13, 22), stride=(2, 2)), "nhwc", tile(BLOCK_U=2, BLOCK_H=4)),
+    "stride 2, 3x3, same": (layer(24, stride=(2, 2), hw=(12, 18), pad=(0, 1, 0, 1)), "nhwc", tile(BLOCK_T=4)),
+    "strides 3 and 2": (layer(16, (4, 3), (14, 33), stride=(3, 2), pad=(1, 2, 0, 1)), "nhwc", tile()),
+    "dilation": (layer(16, (3, 5), (12, 19), dilation=(2, 3), pad=(2, 2, 6, 6)), "nhwc", tile(BLOCK_U=4)),
+    "rows of a stride, columns of a dilation": (
+        layer(16, (3, 3), (9, 21), stride=(2, 1), dilation=(1, 2), pad=(1, 1, 2, 2)), "nhwc", tile(),
+    ),
+    "11x1": (layer(24, (11, 1), (14, 14), dtype="fp16"), "nhwc", tile(2, 16, warps=8)),
+    "1x11": (layer(24, (1, 11), (6, 30), dtype="fp16"), "nhwc", tile(SPLITS=2)),
+    "all of the padding's": (layer(8, (7, 7), (1, 2), pad=(6, 6, 6, 6)), "nhwc", tile()),
+    "58 channels": (layer(58, hw=(6, 14)), "nhwc", tile(BLOCK_H=4)),
+    "57 channels": (layer(57, (5, 5), (6, 14)), "nhwc", tile()),
+    "12 of 28 channels": (layer(12, hw=(6, 14)), "nhwc-padded", tile()),
+    "an odd pixel stride": (layer(16, (7, 7), (6, 14)), "nhwc-slice", tile()),
+}  # fmt: skip
+
+
+def run(problem: ConvProblem, pass_: str, view: str, config: dict, target: str, **options):
+    """One pass, its results guarded: (result, operands, the software GPU's session, the prepared call)."""
+    given = cases.operands(cases.Case(problem, x=view, dy=view))
+    call = depthwise_mma.prepare(problem, pass_, config, devices.named(target), given.strides(problem))
+    with softgpu.active(target, **options) as session, cases.guarded():
+        out = call(*given.of(pass_))
+    return out, given, session, call
+
+
+@pytest.mark.parametrize("pass_", PASSES)
+@pytest.mark.parametrize("name", CASES)
+def test_numbers(name, pass_):
+    """No fault, and the numbers of float64; half of the cases on sm_80, half with late reads."""
+    problem, view, config = CASES[name]
+    number = list(CASES).index(name) + PASSES.index(pass_)
+    target = compiled_code.TARGETS[number % 2]
+    assert depthwise_mma.supports(problem, pass_, devices.named(target)) is None
+    if pass_ != "wgrad":
+        config = config | {"SPLITS": 1, "BLOCK_T": 16, "BLOCK_U": 1}
+    else:  # all warps have channels of their own
+        config = config | {"num_warps": config["BLOCK_C"] // config["BLOCK_V"]}
+    out, given, session, _ = run(problem, pass_, view, config, target, late=number // 2 % 2 == 0)
+    assert cases.error(out, cases.references(problem, given)[pass_]) <= cases.bound(
+        problem.dtype, cases.terms(problem, pass_)
+    )
+    assert not any(result.findings for result in session.results)
+
+
+@pytest.mark.parametrize("activation", sorted(ACTIVATIONS))
+def test_what_follows(activation):
+    """Bias, a residual and every activation, and what the activation is of."""
+    problem = layer(24, hw=(5, 9), bias=True, activation=activation, residual=True, keeps=True)
+    errors, _ = compiled_code.run_pass(problem, "fprop", NAME, tile(), "sm_90")
+    assert set(errors) == {"fprop", "kept"}
+    assert max(errors.values()) <= 1
+
+
+def test_an_activation_alone():
+    """Which is applied before results move."""
+    problem = layer(24, hw=(5, 9), activation="relu")
+    out, given, _, _ = run(problem, "fprop", "nhwc", tile(), "sm_90")
+    assert cases.error(out, cases.references(problem, given)["fprop"].relu()) <= cases.bound("bf16", 9)
+
+
+@pytest.mark.parametrize(("pass_", "unaligned"), [("fprop", "x"), ("dgrad", "dy"), ("wgrad", "x"), ("wgrad", "dy")])
+def test_tensors_that_begin_anywhere(pass_, unaligned):
+    """Copied an element at a time, and so before a step and not ahead of it, is what begins between 16 bytes."""
+    problem, found = layer(16), []
+    for which in ((), (unaligned,)):
+        job = compiler.Job(NAME, pass_, tile(), problem, "sm_90", unaligned=which)
+        found.append(compiler.launched(job)[0].compiled.asm["ptx"])
+    assert re.search(r"cp\.async\.cg\.shared\.global \[[^]]*\], \[[^]]*\], 0x10", found[0])
+    assert "cp.async.c" not in found[1].replace("cp.async.commit", "")
+
+
+@pytest.mark.parametrize("start", [1, 2, 8])
+def test_numbers_of_tensors_that_begin_anywhere(start):
+    problem = layer(16, hw=(5, 12))
+    given = cases.operands(cases.Case(problem))
+    memory = torch.full((given.x.numel() + start,), float("nan"), dtype=given.x.dtype)
+    x = memory[start:].as_strided(given.x.shape, given.x.stride()).copy_(given.x)
+    with softgpu.active("sm_90"), cases.guarded():
+        call = depthwise_mma.prepare(problem, "fprop", tile(), devices.named("sm_90"), given.strides(problem))
+        out = call(x, given.w, None)
+    assert cases.error(out, cases.references(problem, given)["fprop"]) <= cases.bound("bf16", 9)
+
+
+def test_operands_go_from_memory_to_fragments():
+    """wgrad stores nothing to shared memory, and fprop only its results; a thread reads all its channels at once."""
+    for v, width in ((2, "v2.b16"), (4, "v4.b16"), (8, "v4.b32")):
+        for pass_ in PASSES:
+            job = compiler.Job(NAME, pass_, tile(v, 8 * v, warps=8), layer(64, hw=(9, 9)), "sm_90")
+            ptx = compiler.launched(job)[0].compiled.asm["ptx"]
+            assert ptx.count("mma.sync.aligned.m16n8k16") >= 3 * v
+            assert "ldmatrix" not in ptx
+            assert (ptx.count("st.shared") == 0) == (pass_ == "wgrad")
+            assert f"ld.shared.{width} " in ptx.replace("\t", " ")
+
+
+@pytest.mark.parametrize(("v", "conflicts"), [(2, 4), (4, 2), (8, 1)])
+@pytest.mark.parametrize("pass_", PASSES)
+def test_bank_conflicts(pass_, v, conflicts):
+    """Copies have none, and reads as many as there are such parts in 16 bytes."""
+    problem = layer(64, hw=(9, 9), batch=4)
+    _, _, session, _ = run(problem, pass_, "nhwc", tile(v, 8 * v, warps=8), "sm_90")
+    counts = softgpu.totals(session.results[0])
+    assert counts["wavefronts cp.async"] == counts["ideal cp.async"]
+    if pass_ == "wgrad":
+        assert counts["wavefronts ld.shared"] <= 1.05 * conflicts * counts["ideal ld.shared"]
+
+
+@pytest.mark.parametrize("pass_", ["fprop", "dgrad"])
+def test_an_image_is_the_same_at_every_place_of_a_batch(pass_):
+    problem = layer(24, (5, 5), (7, 11), batch=5)
+    given = cases.operands(cases.Case(problem))
+    one = given.x if pass_ == "fprop" else given.dy
+    one[1:] = one[:1]
+    with softgpu.active("sm_90"):
+        call = depthwise_mma.prepare(problem, pass_, tile(), devices.named("sm_90"), given.strides(problem))
+        result = call(*given.of(pass_))
+    assert torch.equal(result, result[:1].expand_as(result))
+
+
+def test_the_table_of_nan_is_what_it_does():
+    with softgpu.active("sm_90"):
+        row = reliability.spread_row(NAME)
+        assert reliability.spread_row(NAME, float("inf")) == row
+    assert row in reliability.DOCUMENT.read_text().splitlines()
+
+
+@pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100", "sm_120"])
+def test_compiles_without_spills(target):
+    """For GPUs that the software GPU does not know, too."""
+    (problem,) = (row.problem for row in layers.suite("bf16", "nhwc") if row.name == "convnext_tiny.s0")
+    for pass_ in PASSES:
+        on = devices.named(target)
+        config = divided(NAME, problem, pass_, tile() | {"num_stages": 4}, on)[0]
+        launch = compiler.launched(compiler.Job(NAME, pass_, config, problem, target))[0]
+        found = resources.of(launch.compiled)
+        assert found.spill_bytes == 0
+        assert found.shared_bytes <= depthwise_mma.held(problem, pass_, config, on).shared_bytes
+
+
+@pytest.mark.parametrize(
+    ("changes", "why"),
+    [
+        ({"channels": 7}, "fewer than 8 channels"),
+        ({"dtype": "fp32"}, "fp16 and bf16"),
+        ({"layout": "nchw"}, "channels_last"),
+        ({"groups": 12}, "depthwise"),
+        ({"stride": (2, 2), "dilation": (2, 1)}, "a stride and a dilation"),
+        ({"kernel": (31, 31), "hw": (56, 56)}, "meet more than 32"),
+    ],
+)
+def test_what_it_does_not_serve(changes, why):
+    shape = {name: changes[name] for name in ("channels", "kernel", "hw") if name in changes}
+    others = {name: value for name, value in changes.items() if name not in shape}
+    problem = dataclasses.replace(layer(**shape), **others)
+    assert why in lack(NAME, problem, "fprop", devices.named("sm_90"))
+    assert lack(NAME, layer(), "fprop", devices.named("sm_75")) is not None
+    assert lack(NAME, layer(), "fprop", devices.named("gfx942")) is not None
+
+
+def test_its_plans_are_possible():
+    """Every layer of the suite that it serves has tiles that fit, each with divisions that make programs."""
+    on, served = devices.named("h200"), 0
+    for row in layers.suite("bf16", "nhwc"):
+        for pass_ in PASSES:
+            if lack(NAME, row.problem, pass_, on) is not None:
+                continue
+            served += 1
+            for chosen in candidates(NAME, row.problem, pass_, on):
+                assert possible(NAME, row.problem, pass_, chosen, on)
+                for config in divided(NAME, row.problem, pass_, chosen, on):
+                    assert tiling(NAME, row.problem, pass_, config, on).programs > 0
+    assert served >= 60
