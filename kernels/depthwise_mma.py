@@ -13,7 +13,20 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy, mma_v2
 
-from .fragments import along, below, copy, finish, index, lane, result_layout, spread, strides
+from .fragments import (
+    along,
+    below,
+    copy,
+    even_and_odd,
+    finish,
+    index,
+    lane,
+    packed,
+    result_layout,
+    spread,
+    strides,
+    unpacked,
+)
 
 SIZES = ("batch", "h_in", "w_in", "h_out", "w_out", "segments", "col_blocks", "rows", "CHANNELS", "first", "last")
 
@@ -57,15 +70,6 @@ def list_from(first, last):
 
 
 @gluon.jit
-def even_and_odd(tile, COUNT: gl.constexpr):
-    """The halves of the last of four axes, of length COUNT: its even and its odd elements."""
-    if COUNT > 2:
-        return gl.split(tile.reshape([tile.shape[0], tile.shape[1], tile.shape[2], COUNT // 2, 2]))
-    else:
-        return gl.split(tile)
-
-
-@gluon.jit
 def channels_apart(tile, V: gl.constexpr, SWAP: gl.constexpr, OPERAND: gl.constexpr):
     """A [lanes, columns, channels] tile as V operands [warps' channels, lanes, columns], or, SWAP, [.., columns,
     lanes]: the first has channels 0, V, 2 V, ... Nothing moves between threads.
@@ -84,32 +88,6 @@ def channels_apart(tile, V: gl.constexpr, SWAP: gl.constexpr, OPERAND: gl.conste
     for v in gl.static_range(V):
         operands = operands + (gl.convert_layout(tiles[v], OPERAND, assert_trivial=True),)
     return operands
-
-
-@gluon.jit
-def packed(operands, V: gl.constexpr):
-    """Of V right operands [.., K, N] the pairs of rows that fragments have in a register, as int32 [.., K // 2, N].
-
-    What a loop carries as pairs, it need not sort anew.
-    """
-    pairs = ()
-    for v in gl.static_range(V):
-        tile = operands[v]
-        tile = tile.reshape([tile.shape[0], tile.shape[1] // 2, 2, tile.shape[2]]).permute([0, 1, 3, 2])
-        low, high = gl.split(tile.to(gl.uint16, bitcast=True).to(gl.uint32))
-        pairs = pairs + (low | (high << 16),)
-    return pairs
-
-
-@gluon.jit
-def unpacked(pair, dtype: gl.constexpr, OPERAND: gl.constexpr):
-    """A right operand of its `packed` pairs."""
-    low = pair.to(gl.uint16).to(dtype, bitcast=True)
-    high = (pair >> 16).to(gl.uint16).to(dtype, bitcast=True)
-    tile = gl.join(low, high).permute([0, 1, 3, 2])
-    return gl.convert_layout(
-        tile.reshape([pair.shape[0], 2 * pair.shape[1], pair.shape[2]]), OPERAND, assert_trivial=True
-    )
 
 
 @gluon.jit
@@ -399,8 +377,8 @@ def wgrad_kernel(
                 for i in gl.static_range(CONV_STRIDE_H):
                     step = ahead * CONV_STRIDE_H + i
                     copy(
-                        x_buffers.index(ahead % STAGES * CONV_STRIDE_H + i), x_lane + step * x_step, x_row + step * DIL_H,
-                        h_in, x_live & (ahead < last), in_x, X_VECTOR > 1,
+                        x_buffers.index(ahead % STAGES * CONV_STRIDE_H + i), x_lane + step * x_step,
+                        x_row + step * DIL_H, h_in, x_live & (ahead < last), in_x, X_VECTOR > 1,
                     )  # fmt: skip
                 async_copy.commit_group()
                 slot = t % STAGES

@@ -86,6 +86,41 @@ def copy(to, source, row, height, live, inside, ASYNC: gl.constexpr):
 
 
 @gluon.jit
+def even_and_odd(tile, COUNT: gl.constexpr):
+    """The halves of the last of four axes, of length COUNT: its even and its odd elements."""
+    if COUNT > 2:
+        return gl.split(tile.reshape([tile.shape[0], tile.shape[1], tile.shape[2], COUNT // 2, 2]))
+    else:
+        return gl.split(tile)
+
+
+@gluon.jit
+def packed(operands, V: gl.constexpr):
+    """Of V right operands [.., K, N] the pairs of rows that fragments have in a register, as int32 [.., K // 2, N].
+
+    What a loop carries as pairs, it need not sort anew.
+    """
+    pairs = ()
+    for v in gl.static_range(V):
+        tile = operands[v]
+        tile = tile.reshape([tile.shape[0], tile.shape[1] // 2, 2, tile.shape[2]]).permute([0, 1, 3, 2])
+        low, high = gl.split(tile.to(gl.uint16, bitcast=True).to(gl.uint32))
+        pairs = pairs + (low | (high << 16),)
+    return pairs
+
+
+@gluon.jit
+def unpacked(pair, dtype: gl.constexpr, OPERAND: gl.constexpr):
+    """A right operand of its `packed` pairs."""
+    low = pair.to(gl.uint16).to(dtype, bitcast=True)
+    high = (pair >> 16).to(gl.uint16).to(dtype, bitcast=True)
+    tile = gl.join(low, high).permute([0, 1, 3, 2])
+    return gl.convert_layout(
+        tile.reshape([pair.shape[0], 2 * pair.shape[1], pair.shape[2]]), OPERAND, assert_trivial=True
+    )
+
+
+@gluon.jit
 def finish(
     to, total, row, height, live, inside, y_ptr, residual_ptr, kept_ptr,
     ACTIVATION: gl.constexpr, RESULT: gl.constexpr,

@@ -1,10 +1,10 @@
 """Narrow groups of channels_last maps on matrix units, operands going from memory to fragments untouched.
 
-Of a group of 2, 4, 8 or 16 channels a stretch of an input row, columns and channels as they lie in memory, is a vector of
-which each stretch of 8 outputs, columns and channels again, meets a part: the product with a banded matrix
+Of a group of 2, 4, 8 or 16 channels a stretch of an input row, columns and channels as they lie in memory, is a vector
+of which each stretch of 8 outputs, columns and channels again, meets a part: the product with a banded matrix
 T_r[(w', ci), (w, co)] = w[co, ci, r, s] where column w' meets w through tap s, the same for all stretches. So lanes are
-M, as in depthwise_toeplitz.py, which also has the march; 16 inputs K, 8 outputs N. A thread of NVIDIA's mma.sync holds
-2 neighbouring channels of a register: nothing is sorted, and what is loaded once serves all taps of all rows.
+M, as in depthwise_toeplitz.py, which also has the march; 16 inputs K, 8 outputs N. A thread of NVIDIA's mma.sync has 2
+neighbouring channels in a register: nothing is sorted, and what is loaded once serves all taps of all rows.
 Source: own derivation, no code adapted; the fragments are those of the PTX ISA's mma.m16n8k16.
 """
 
@@ -13,7 +13,20 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy, mma_v2
 
-from .fragments import along, below, copy, finish, index, lane, result_layout, spread, strides
+from .fragments import (
+    along,
+    below,
+    copy,
+    even_and_odd,
+    finish,
+    index,
+    lane,
+    packed,
+    result_layout,
+    spread,
+    strides,
+    unpacked,
+)
 
 SIZES = ("batch", "h_in", "w_in", "h_out", "w_out", "segments", "col_blocks", "rows", "CHANNELS", "first", "last")
 
@@ -50,12 +63,18 @@ def tile_layouts(lanes, columns, channels, group, across, warps, vector):
 
 
 @gluon.jit
-def even_and_odd(tile, COUNT: gl.constexpr):
-    """The halves of the last of four axes, of length COUNT: its even and its odd elements."""
-    if COUNT > 2:
-        return gl.split(tile.reshape([tile.shape[0], tile.shape[1], tile.shape[2], COUNT // 2, 2]))
-    else:
-        return gl.split(tile)
+def parts(tile, COUNT: gl.constexpr):
+    """COUNT tiles of one that has them along the last of four axes."""
+    tiles = (tile,)
+    for level in gl.static_range(COUNT.bit_length() - 1):
+        even = ()
+        odd = ()
+        for i in gl.static_range(1 << level):
+            pair = even_and_odd(tiles[i], COUNT >> level)
+            even = even + (pair[0],)
+            odd = odd + (pair[1],)
+        tiles = even + odd
+    return tiles
 
 
 @gluon.jit
@@ -65,16 +84,7 @@ def eights(tile, GROUP: gl.constexpr, INNER: gl.constexpr, EIGHTS: gl.constexpr)
     WARPS: gl.constexpr = tile.shape[2] // (GROUP * INNER)
     tile = tile.reshape([LANES, tile.shape[1], WARPS, INNER, GROUP]).permute([2, 0, 3, 1, 4])
     tile = tile.reshape([WARPS, LANES, INNER, EIGHTS, 8]).permute([0, 1, 4, 2, 3])
-    tiles = (tile.reshape([WARPS, LANES, 8, INNER * EIGHTS]),)
-    for level in gl.static_range((INNER * EIGHTS).bit_length() - 1):
-        even = ()
-        odd = ()
-        for i in gl.static_range(1 << level):
-            pair = even_and_odd(tiles[i], INNER * EIGHTS >> level)
-            even = even + (pair[0],)
-            odd = odd + (pair[1],)
-        tiles = even + odd
-    return tiles
+    return parts(tile.reshape([WARPS, LANES, 8, INNER * EIGHTS]), INNER * EIGHTS)
 
 
 @gluon.jit
@@ -98,6 +108,62 @@ def results_together(tiles, GROUP: gl.constexpr, INNER: gl.constexpr, BLOCKS: gl
     tile = tiles[0].reshape([WARPS, LANES, 8, INNER, BLOCKS]).permute([1, 4, 2, 0, 3])
     tile = tile.reshape([LANES, COLUMNS, GROUP, WARPS, INNER]).permute([0, 1, 3, 4, 2])
     return tile.reshape([LANES, COLUMNS, WARPS * INNER * GROUP])
+
+
+@triton.constexpr_function
+def sum_layouts(lanes, columns, channels, group, across, vector):
+    """As `tile_layouts`, of an operand of a sum over lanes: a register has two lanes of a channel."""
+    shape = [lanes, columns, channels]
+
+    def bits(axis):
+        return [[1 << i if axis == a else 0 for a in range(3)] for i in range(shape[axis].bit_length() - 1)]
+
+    m, c = bits(0), bits(2)
+    own = group.bit_length() - 1
+    values, groups = c[:own] + bits(1), c[own:]  # of a group, as they lie in memory
+    inner = len(groups) - (across.bit_length() - 1)
+    threads = m[1:3] + values[1:4]
+    held = [values[0], m[0]] + m[3:] + values[4:] + groups[:inner]
+    registers = gl.DistributedLinearLayout(held, threads, groups[inner:], [], shape)
+    order = c[:3] + [base for base in threads if base not in c[:3]][:3]
+    order += [base for base in c + bits(1) + m if base not in order]
+    width, count = vector.bit_length() - 1, 5 + len(groups) - inner
+    copied = order[width:]
+    copies = gl.DistributedLinearLayout(order[:width] + copied[count:], copied[:5], copied[5:count], [], shape)
+    return registers, copies, gl.SharedLinearLayout(order)
+
+
+@gluon.jit
+def inputs_by_16(tile, GROUP: gl.constexpr, INNER: gl.constexpr, COUNT: gl.constexpr, OPERAND: gl.constexpr):
+    """A [lanes, columns, channels] tile as left operands [warps, 16 inputs, lanes], COUNT for each of INNER groups.
+
+    Even inputs come before odd ones: a thread loads them in pairs.
+    """
+    LANES: gl.constexpr = tile.shape[0]
+    WARPS: gl.constexpr = tile.shape[2] // (GROUP * INNER)
+    tile = tile.reshape([LANES, tile.shape[1], WARPS, INNER, GROUP]).permute([2, 3, 1, 4, 0])
+    tile = tile.reshape([WARPS, INNER, COUNT, 8, 2, LANES]).permute([0, 4, 3, 5, 1, 2])
+    found = parts(tile.reshape([WARPS, 16, LANES, INNER * COUNT]), INNER * COUNT)
+    operands = ()
+    for i in gl.static_range(INNER * COUNT):
+        operands = operands + (gl.convert_layout(found[i], OPERAND),)
+    return operands
+
+
+@gluon.jit
+def outputs_by_8(tile, GROUP: gl.constexpr, INNER: gl.constexpr, COUNT: gl.constexpr, OPERAND: gl.constexpr):
+    """A [lanes, columns, channels] tile as right operands [warps, lanes, 8 outputs], two for each of COUNT sixteens of
+    INNER groups: even ones, and odd ones.
+    """
+    LANES: gl.constexpr = tile.shape[0]
+    WARPS: gl.constexpr = tile.shape[2] // (GROUP * INNER)
+    tile = tile.reshape([LANES, tile.shape[1], WARPS, INNER, GROUP]).permute([2, 3, 1, 4, 0])
+    tile = tile.reshape([WARPS, INNER, COUNT, 8, 2, LANES]).permute([0, 5, 3, 1, 2, 4])
+    found = parts(tile.reshape([WARPS, LANES, 8, INNER * COUNT * 2]), INNER * COUNT * 2)
+    operands = ()
+    for i in gl.static_range(INNER * COUNT * 2):
+        operands = operands + (gl.convert_layout(found[i], OPERAND),)
+    return operands
 
 
 @gluon.jit
@@ -288,3 +354,204 @@ def march_kernel(
             y_at + step * y_step, total, out_row + step * DIL_H, h_out, in_batch, in_y,
             y_ptr, residual_ptr, kept_ptr, ACTIVATION, RESULT,
         )  # fmt: skip
+
+
+@gluon.jit(do_not_specialize=(*SIZES[:-2], "blocks"))
+def wgrad_kernel(
+    dy_ptr, x_ptr, dw_ptr,
+    batch, h_in, w_in, h_out, w_out, segments, col_blocks, rows, blocks,
+    stride_dy_n, stride_dy_c, stride_dy_h, stride_dy_w,
+    stride_x_n, stride_x_c, stride_x_h, stride_x_w,
+    stride_dw_split, stride_dw_o: gl.constexpr, stride_dw_c: gl.constexpr,
+    stride_dw_h: gl.constexpr, stride_dw_w: gl.constexpr,
+    CHANNELS, GROUP: gl.constexpr, KH: gl.constexpr, KW: gl.constexpr,
+    CONV_STRIDE_H: gl.constexpr, CONV_STRIDE_W: gl.constexpr, PAD_H: gl.constexpr, PAD_W: gl.constexpr,
+    DIL_H: gl.constexpr, DIL_W: gl.constexpr,
+    WINDOW: gl.constexpr, X_VECTOR: gl.constexpr, DY_VECTOR: gl.constexpr, INDEX_64: gl.constexpr,
+    BLOCK_J: gl.constexpr, BLOCK_I: gl.constexpr, BLOCK_C: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_K: gl.constexpr,
+    UNROLL: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    """One program: the sums of dw for BLOCK_C channels over `blocks` blocks of lanes.
+
+    A lane has BLOCK_J times 8 outputs of a group, in pairs of eights, and a warp BLOCK_I groups. Per group and filter row
+    M = 16 inputs, of as many sixteens as 16 outputs meet, N = 8 outputs, K = lanes, steps and sixteens of outputs: the
+    accumulators are the gradients of the banded matrices, and their diagonals' sums those of the filter. A step has one
+    row of dy and CONV_STRIDE_H of x, of which WINDOW columns count, and carries the last rows of dy. dw: [splits,
+    channels, GROUP, KH, KW] by strides, the filter gradient itself or partial sums.
+    """
+    WARM: gl.constexpr = (KH - 1) // CONV_STRIDE_H
+    COLUMNS: gl.constexpr = 8 * BLOCK_J // GROUP
+    PAIRS: gl.constexpr = BLOCK_J // 2
+    ACROSS: gl.constexpr = BLOCK_C // (BLOCK_I * GROUP)
+    WIDE: gl.constexpr = 16 // GROUP  # columns of 16 outputs
+    REACH: gl.constexpr = (WIDE - 1) * CONV_STRIDE_W + (KW - 1) * DIL_W + 1
+    MET: gl.constexpr = (REACH * GROUP + 15) // 16  # sixteens of inputs
+    SIXTEENS: gl.constexpr = BLOCK_K * GROUP // 16
+    EACH: gl.constexpr = MET * 2  # accumulators of a group and filter row
+    MMA: gl.constexpr = gl.NVMMADistributedLayout([2, 0], [ACROSS, 1, 1], [1, 16, 8])
+    LEFT_OPERAND: gl.constexpr = gl.DotOperandLayout(0, MMA, 2)
+    RIGHT_OPERAND: gl.constexpr = gl.DotOperandLayout(1, MMA, 2)
+    X_LAYOUTS: gl.constexpr = sum_layouts(BLOCK_M, BLOCK_K, BLOCK_C, GROUP, ACROSS, X_VECTOR)
+    DY_LAYOUTS: gl.constexpr = sum_layouts(BLOCK_M, COLUMNS, BLOCK_C, GROUP, ACROSS, DY_VECTOR)
+    X_HELD: gl.constexpr = X_LAYOUTS[0]
+    X_COPIED: gl.constexpr = X_LAYOUTS[1]
+    X_SHARED: gl.constexpr = X_LAYOUTS[2]
+    DY_HELD: gl.constexpr = DY_LAYOUTS[0]
+    DY_COPIED: gl.constexpr = DY_LAYOUTS[1]
+    DY_SHARED: gl.constexpr = DY_LAYOUTS[2]
+    dtype: gl.constexpr = x_ptr.dtype.element_ty
+    stride_dy_n, stride_dy_h, stride_dy_w = strides(stride_dy_n, stride_dy_h, stride_dy_w, DY_VECTOR)
+    stride_x_n, stride_x_h, stride_x_w = strides(stride_x_n, stride_x_h, stride_x_w, X_VECTOR)
+    c_blocks = (CHANNELS + BLOCK_C - 1) // BLOCK_C
+    pid = gl.program_id(0)
+    first_channel = pid % c_blocks * BLOCK_C
+    split = index(pid // c_blocks, INDEX_64)
+
+    x_c = first_channel + along(BLOCK_C, X_COPIED, 2)
+    x_k = along(BLOCK_K, X_COPIED, 1)
+    x_known = spread(x_k < WINDOW, 1) & spread(x_c < CHANNELS // X_VECTOR * X_VECTOR, 2)
+    x_at = spread(x_k * stride_x_w, 1) + spread(index(x_c, INDEX_64) * stride_x_c, 2)
+    dy_c = first_channel + along(BLOCK_C, DY_COPIED, 2)
+    dy_j = along(COLUMNS, DY_COPIED, 1)
+    dy_known = spread(dy_c < CHANNELS // DY_VECTOR * DY_VECTOR, 2)
+    dy_at = spread(dy_j * stride_dy_w, 1) + spread(index(dy_c, INDEX_64) * stride_dy_c, 2)
+    x_step = index(DIL_H, INDEX_64) * stride_x_h
+    dy_step = index(DIL_H, INDEX_64) * stride_dy_h
+
+    # Steps whose rows of x all lie below the map are left out where every lane starts at its top.
+    last = gl.where(segments == 1, (h_in + PAD_H + CONV_STRIDE_H * DIL_H - 1) // (CONV_STRIDE_H * DIL_H), rows + WARM)
+    last = gl.minimum(last, rows + WARM)
+    x_buffers = gl.allocate_shared_memory(dtype, [STAGES * CONV_STRIDE_H, BLOCK_M, BLOCK_K, BLOCK_C], X_SHARED)
+    dy_buffers = gl.allocate_shared_memory(dtype, [STAGES, BLOCK_M, COLUMNS, BLOCK_C], DY_SHARED)
+    OUTPUTS: gl.constexpr = BLOCK_I * BLOCK_J
+    none = ()
+    for _ in gl.static_range(OUTPUTS):
+        none = none + (gl.zeros([ACROSS, BLOCK_M, 8], dtype, layout=RIGHT_OPERAND),)
+    acc = ()
+    for _ in gl.static_range(BLOCK_I * KH * EACH):
+        acc = acc + (gl.zeros([ACROSS, 16, 8], gl.float32, layout=MMA),)
+    for b in range(blocks):
+        first_lane = (split * blocks + b) * BLOCK_M
+        image, row_class, segment, block = lane(first_lane + along(BLOCK_M, X_COPIED, 0), segments, col_blocks, DIL_H)
+        x_row = (row_class + segment * (rows * DIL_H)) * CONV_STRIDE_H - PAD_H
+        x_col = block * (COLUMNS * CONV_STRIDE_W) - PAD_W
+        x_live = image < batch
+        in_x = below(spread(x_col, 0) + spread(x_k, 1), w_in) & x_known
+        at = image * stride_x_n + x_row * stride_x_h + x_col * stride_x_w
+        x_lane = x_ptr + (spread(at, 0) + x_at)
+        image, row_class, segment, block = lane(first_lane + along(BLOCK_M, DY_COPIED, 0), segments, col_blocks, DIL_H)
+        dy_row = row_class + segment * (rows * DIL_H)
+        dy_col = block * COLUMNS
+        dy_live = image < batch
+        in_dy = (spread(dy_col, 0) + spread(dy_j, 1) < w_out) & dy_known
+        at = image * stride_dy_n + dy_row * stride_dy_h + dy_col * stride_dy_w
+        dy_lane = dy_ptr + (spread(at, 0) + dy_at)
+
+        dy = ()
+        for _ in gl.static_range(WARM):
+            dy = dy + packed(none, OUTPUTS)
+        for s in gl.static_range(STAGES - 1):
+            copy(
+                dy_buffers.index(s), dy_lane + s * dy_step, dy_row + s * DIL_H, h_out,
+                dy_live & (s < rows), in_dy, DY_VECTOR > 1,
+            )  # fmt: skip
+            for i in gl.static_range(CONV_STRIDE_H):
+                first = s * CONV_STRIDE_H + i
+                copy(
+                    x_buffers.index(first), x_lane + first * x_step, x_row + first * DIL_H, h_in,
+                    x_live & (s < last), in_x, X_VECTOR > 1,
+                )  # fmt: skip
+            async_copy.commit_group()
+        for start in range(0, last, UNROLL):
+            for u in gl.static_range(UNROLL):
+                t = start + u
+                async_copy.wait_group(STAGES - 2)
+                ahead = t + STAGES - 1
+                copy(
+                    dy_buffers.index(ahead % STAGES), dy_lane + ahead * dy_step, dy_row + ahead * DIL_H, h_out,
+                    dy_live & (ahead < rows), in_dy, DY_VECTOR > 1,
+                )  # fmt: skip
+                for i in gl.static_range(CONV_STRIDE_H):
+                    step = ahead * CONV_STRIDE_H + i
+                    copy(
+                        x_buffers.index(ahead % STAGES * CONV_STRIDE_H + i), x_lane + step * x_step,
+                        x_row + step * DIL_H, h_in, x_live & (ahead < last), in_x, X_VECTOR > 1,
+                    )  # fmt: skip
+                async_copy.commit_group()
+                slot = t % STAGES
+                tile = dy_buffers.index(slot).load(DY_HELD)
+                dy = packed(outputs_by_8(tile, GROUP, BLOCK_I, PAIRS, RIGHT_OPERAND), OUTPUTS) + dy
+                x = ()
+                for i in gl.static_range(CONV_STRIDE_H):
+                    if i < KH:
+                        row = x_buffers.index(slot * CONV_STRIDE_H + i).load(X_HELD)
+                        x = x + inputs_by_16(row, GROUP, BLOCK_I, SIXTEENS, LEFT_OPERAND)
+                met = ()
+                for a in gl.static_range(BLOCK_I * KH * EACH):
+                    total = acc[a]
+                    for j in gl.static_range(PAIRS):
+                        left = x[sum_input(a, j, KH, EACH, CONV_STRIDE_H, CONV_STRIDE_W, SIXTEENS, BLOCK_I)]
+                        right = dy[sum_output(a, j, KH, EACH, CONV_STRIDE_H, PAIRS, OUTPUTS)]
+                        total = mma_v2(left, unpacked(right, dtype, RIGHT_OPERAND), total)
+                    met = met + (total,)
+                acc = met
+                dy = dy[: WARM * OUTPUTS]
+        async_copy.wait_group(0)
+
+    # Diagonals: row i of a block is tap s and input ci, 16 at a time; summed over the columns of 16 outputs.
+    dw_ptr += split * stride_dw_split
+    row = along(16, MMA, 1)
+    for g in gl.static_range(BLOCK_I):
+        for r in gl.static_range(KH):
+            for q in gl.static_range(2):
+                for first_out in gl.static_range(0, KW * GROUP, 16):
+                    out = first_out + row
+                    e = along(8, MMA, 2) * 2 + q
+                    column = spread(out // GROUP * DIL_W, 1) + spread(e // GROUP * CONV_STRIDE_W, 2)
+                    at = column * GROUP + spread(out % GROUP, 1) + gl.zeros([ACROSS, 16, 8], gl.int32, layout=MMA)
+                    diagonal = gl.zeros([ACROSS, 16, 8], gl.float32, layout=MMA)
+                    for f in gl.static_range(MET):
+                        here = at // 16 == f
+                        place = at % 16 // 2 + at % 2 * 8
+                        moved = gl.gather(acc[(g * KH + r) * EACH + f * 2 + q], place, 1)
+                        diagonal += gl.where(here, moved, 0.0)
+                    store_sums(
+                        dw_ptr, diagonal, first_channel + g * GROUP, first_out, r, q, stride_dw_o, stride_dw_c,
+                        stride_dw_h, stride_dw_w, CHANNELS, GROUP, KW, BLOCK_I, INDEX_64,
+                    )  # fmt: skip
+
+
+@triton.constexpr_function
+def sum_input(a, j, kh, each, stride_h, stride_w, sixteens, inner):
+    """The operand of x that accumulator a's product with the j-th 16 outputs has. Past the last of a window nothing
+    that counts is summed.
+    """
+    row, part = a // each % kh % stride_h, a % each // 2
+    return row * inner * sixteens + a // (each * kh) * sixteens + min(j * stride_w + part, sixteens - 1)
+
+
+@triton.constexpr_function
+def sum_output(a, j, kh, each, stride_h, pairs, outputs):
+    """And that of dy."""
+    back = a // each % kh // stride_h
+    return back * outputs + (a // (each * kh) * pairs + j) * 2 + a % 2
+
+
+@gluon.jit
+def store_sums(
+    dw_ptr, diagonal, first_channel, FIRST: gl.constexpr, R: gl.constexpr, Q: gl.constexpr,
+    stride_o: gl.constexpr, stride_c: gl.constexpr, stride_h: gl.constexpr, stride_w: gl.constexpr,
+    CHANNELS, GROUP: gl.constexpr, KW: gl.constexpr, INNER: gl.constexpr, INDEX_64: gl.constexpr,
+):  # fmt: skip
+    """Store the sums over columns of a tile [warps, taps and inputs from FIRST on, columns and outputs 2 n + Q]."""
+    OUT: gl.constexpr = GROUP // 2
+    tile = diagonal.reshape([diagonal.shape[0], 16, 8 // OUT, OUT])
+    SUM: gl.constexpr = gl.SliceLayout(2, tile.type.layout)
+    total = gl.sum(tile, 2)
+    co = spread(along(OUT, SUM, 2) * 2 + Q, 2)
+    i = FIRST + along(16, SUM, 1)
+    c = first_channel + along(diagonal.shape[0], SUM, 0) * (INNER * GROUP)
+    at = spread(index(c, INDEX_64) * stride_o, 0) + co * stride_o + R * stride_h
+    at = at + spread(i % GROUP * stride_c + i // GROUP * stride_w, 1)
+    mask = spread(c < CHANNELS, 0) & spread(i < KW * GROUP, 1) & (co < GROUP)
+    gl.store(dw_ptr + at, total.to(dw_ptr.dtype.element_ty), mask=mask)

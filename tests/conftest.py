@@ -23,7 +23,7 @@ if ON_GPU:
 else:
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when groupconv.kernels is imported
 # What compiles kernels in its own process runs in another one than what interprets them: `make test-compiled`.
-COMPILED = ["softgpu", "test_compiled_code.py", "test_compiled_fuzz.py", "test_depthwise_mma.py"]
+COMPILED = ["softgpu", "test_compiled_code.py", "test_compiled_fuzz.py", "test_fragments.py"]
 collect_ignore = COMPILED if os.environ.get("TRITON_INTERPRET") == "1" else []
 
 

@@ -33,7 +33,7 @@ FOLDERS = {
 TRIALS = "tests/test_trials.py"
 NUMERIC = ("tests/test_numerics.py", "tests/test_descriptors.py", "tests/test_ops.py", "tests/test_properties.py")
 RUNS = ("tests/test_compiled_code.py", "-k", "runs")
-GLUON = ("tests/test_depthwise_mma.py", "-k", "numbers")
+GLUON = ("tests/test_fragments.py", "-k", "numbers")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -290,7 +290,7 @@ FAULTS = [
         compiled=GLUON,
     ),
     Fault(
-        "kernels/depthwise_mma.py",
+        "kernels/fragments.py",
         "low | (high << 16)",
         "high | (low << 16)",
         "rows of dy that are carried change places",
@@ -308,7 +308,29 @@ FAULTS = [
         'scalars, {"X_VECTOR": 1}, (0,)',
         'scalars, {}, (0,)',
         "copies of 16 bytes from anywhere",
-        compiled=("tests/test_depthwise_mma.py", "-k", "begin_anywhere"),
+        compiled=("tests/test_fragments.py", "-k", "begin_anywhere"),
+    ),
+    # --- group_mma ---
+    Fault(
+        "kernels/group_mma.py",
+        "        d = spread(n // GROUP + OFFSET, 2) - spread(k // GROUP, 1)",
+        "        d = spread(n // GROUP, 2) - spread(k // GROUP, 1)",
+        "dgrad of narrow groups ignores the padding",
+        compiled=GLUON,
+    ),
+    Fault(
+        "kernels/group_mma.py",
+        "place = at % 16 // 2 + at % 2 * 8",
+        "place = at % 16",
+        "wgrad of narrow groups takes inputs for their neighbours",
+        compiled=GLUON,
+    ),
+    Fault(
+        "kernels/group_mma.py",
+        "j * stride_w + part, sixteens - 1",
+        "j + part, sixteens - 1",
+        "wgrad of narrow groups ignores the stride of columns",
+        compiled=GLUON,
     ),
     # --- depthwise_toeplitz ---
     Fault(

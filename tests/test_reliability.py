@@ -15,7 +15,7 @@ from torch import nn
 
 import groupconv
 from groupconv import prepared, triton_conv
-from groupconv.algorithms import REGISTRY, lack
+from groupconv.algorithms import REGISTRY, interpretable, lack
 from groupconv.perf_reports import layers
 from groupconv.problem import ConvProblem
 
@@ -30,14 +30,18 @@ IN_SHORT = ("depthwise_map", "depthwise_toeplitz", "row_block_tma", "row_march")
 
 @pytest.mark.filterwarnings("ignore:invalid value")
 @pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=() if name in IN_SHORT else pytest.mark.full) for name in sorted(REGISTRY)]
+    "name",
+    [
+        pytest.param(name, marks=() if name in IN_SHORT else pytest.mark.full)
+        for name in filter(interpretable, sorted(REGISTRY))
+    ],
 )
 def test_the_table_of_nan_and_inf_is_what_algorithms_do(name):
     """Results that F.conv2d has finite are not, where an algorithm multiplies zeros too."""
     assert reliability.spread_row(name) in reliability.DOCUMENT.read_text().splitlines()
 
 
-@pytest.mark.parametrize("name", sorted(REGISTRY))
+@pytest.mark.parametrize("name", filter(interpretable, sorted(REGISTRY)))
 def test_an_image_is_the_same_at_every_place_of_a_batch(name):
     """To the bit, as is each of twenty runs."""
     on = cases.machine("cpu", "many")

@@ -151,17 +151,17 @@ def tiles(problem: ConvProblem, pass_: str, target: Target) -> Iterator[list[dic
                 "BLOCK_U": 1, "num_warps": warps, "num_stages": stages,
             }  # fmt: skip
             if pass_ == "wgrad":
-                yield [tile | {"BLOCK_U": unroll} for unroll in _unrolls(problem, tile)]
+                unrolls = turns(steps_of(pass_, _launched(problem, pass_, tile)), BLOCKS["BLOCK_U"][1])
+                yield [tile | {"BLOCK_U": unroll} for unroll in unrolls]
             else:
                 yield [tile]
 
 
-def _unrolls(problem: ConvProblem, tile: dict) -> list[int]:
-    """What wgrad's BLOCK_U may be, that with the least work first: a turn of the loop moves the rows of dy it carries,
-    which takes about as long as a third of a step.
+def turns(steps: int, most: int) -> list[int]:
+    """How many of wgrad's steps a turn of its loop may have, that with the least work first: a turn moves the rows of dy
+    that it carries, which takes about as long as a third of a step.
     """
-    steps = steps_of("wgrad", _launched(problem, "wgrad", tile))
-    return sorted(range(1, BLOCKS["BLOCK_U"][1] + 1), key=lambda unroll: math.ceil(steps / unroll) * (3 * unroll + 1))
+    return sorted(range(1, most + 1), key=lambda unroll: math.ceil(steps / unroll) * (3 * unroll + 1))
 
 
 def _split(problem: ConvProblem, config: dict, made: Launched) -> tuple[int, int]:

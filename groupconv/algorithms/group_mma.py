@@ -10,21 +10,46 @@ from .. import launcher
 from ..cost import Tiling
 from ..devices import Target
 from ..kernels.reduce import sum_splits_kernel
-from ..occupancy import Held
+from ..occupancy import Held, largest_splits, most_splits, partial_bytes, shares
 from ..problem import ConvProblem
-from .calls import NO_EPILOGUE, Forward, Single, epilogue, index_64, known, named_strides, split_config
-from .depthwise_mma import FIXED, LEAST_ARCH, NO_GLUON, l2_bytes, steps_of, vector
-from .depthwise_toeplitz import Launched, launched
+from .calls import (
+    NO_EPILOGUE,
+    FilterGradient,
+    Forward,
+    Single,
+    SplitK,
+    epilogue,
+    index_64,
+    known,
+    named_strides,
+    split_config,
+)
+from .depthwise_mma import (
+    FIXED,
+    LEAST_ARCH,
+    LEAST_CHANNELS,
+    NO_GLUON,
+    STEP_CHANNELS,
+    SUMMED,
+    l2_bytes,
+    steps_of,
+    turns,
+    vector,
+)
+from .depthwise_toeplitz import MOST_SPLITS, MOST_WAVES, Launched, fewest_rounds, launched
 
 if NO_GLUON is None:
     from ..kernels import group_mma as kernels
 
 NAME = "group_mma"
 INTERPRETABLE = False
-BLOCKS = {"BLOCK_J": (1, 8), "BLOCK_I": (1, 4), "BLOCK_C": (8, 128), "BLOCK_M": (16, 64), "BLOCK_H": (4, 1024)}
+BLOCKS = {
+    "BLOCK_J": (1, 8), "BLOCK_I": (1, 4), "BLOCK_C": (8, 128), "BLOCK_M": (16, 64), "BLOCK_H": (4, 1024),
+    "BLOCK_U": (1, 4, 1),
+}  # fmt: skip
 # BLOCK_J: eights of outputs of a group and lane. BLOCK_I: groups of a warp. BLOCK_H: the most output rows of a segment,
-# about.
-DIVISION: dict[str, tuple[int, ...]] = {}
+# about. BLOCK_U: steps of a turn of wgrad's loop.
+DIVISION = {"SPLITS": (1, MOST_SPLITS, 1)}  # of wgrad's blocks of lanes
 
 GROUPS = (2, 4, 8, 16)  # channels
 MOST_COLUMNS = 32  # of a step
@@ -45,14 +70,14 @@ def supports(problem: ConvProblem, pass_: str, target: Target) -> str | None:
         return NO_GLUON
     if launcher.interpreting(sum_splits_kernel):
         return "Gluon has no interpreter"
-    if pass_ not in ("fprop", "dgrad"):
-        return "no kernel for the filter's gradient"
+    if pass_ == "backward":
+        return "no kernel for both gradients"
     if problem.stride[0] > 1 and problem.dilation[0] > 1:
         return "rows with a stride and a dilation"
     if pass_ == "dgrad" and problem.stride != (1, 1):
         return "dgrad takes strides of 1"
-    if problem.c_out % 8 or min(problem.x_shape + problem.w_shape) < 1:
-        return "channels that are no multiple of 8, or no pixels"
+    if problem.c_out < LEAST_CHANNELS or problem.c_out % STEP_CHANNELS or min(problem.x_shape + problem.w_shape) < 1:
+        return f"fewer than {LEAST_CHANNELS} channels, no multiple of {STEP_CHANNELS}, or no pixels"
     return None
 
 
@@ -84,12 +109,27 @@ def _products(problem: ConvProblem) -> int:
     return math.ceil(reach * problem.cin_g / 16)
 
 
+def _met(problem: ConvProblem) -> int:
+    """Sixteens of inputs that 16 outputs meet."""
+    columns = 16 // problem.cin_g
+    reach = (columns - 1) * problem.stride[1] + (problem.kw - 1) * problem.dilation[1] + 1
+    return math.ceil(reach * problem.cin_g / 16)
+
+
 def held(problem: ConvProblem, pass_: str, tile: dict, target: Target) -> Held:
     """In registers sums, matrices and the rows of a step; in shared memory rows on their way in and, once, out."""
     made, size, warps = _launched(problem, pass_, tile), problem.element_bytes, tile["num_warps"]
     block_j, block_i, block_c, block_m = (tile[f"BLOCK_{axis}"] for axis in "JICM")
     x = block_c * block_m * _block_k(problem, pass_, block_j)
     result = block_c * block_m * 8 * block_j // problem.cin_g
+    if pass_ == "wgrad":
+        return Held(
+            warps,
+            tile["num_stages"] * (made.read * x + result) * size,
+            sums=warps * block_i * made.taps * _met(problem) * 16 * 16,
+            words=((made.warm + tile["BLOCK_U"]) * result + made.read * x) * size / 4,
+            accesses=(x + result) / 8,
+        )
     matrices = warps * block_i * made.taps * max(1, problem.cin_g // 8) * _products(problem) * 16 * 8
     out_bytes = 4 if problem.residual or problem.keeps else size
     return Held(
@@ -104,45 +144,73 @@ def held(problem: ConvProblem, pass_: str, tile: dict, target: Target) -> Held:
 def tiles(problem: ConvProblem, pass_: str, target: Target) -> Iterator[list[dict]]:
     group, steps = problem.cin_g, problem.h_in if pass_ == "dgrad" else problem.h_out
     heights = [1024] + [height for height in (32, 16, 8) if height < steps]
-    least = max(1, group // 8)
+    sums = pass_ == "wgrad"  # whose warps share no channels, and which takes eights in pairs
+    least = max(2 if sums else 1, group // 8)
     for block_j, block_i, across, lanes in itertools.product((2, 4, 8), (1, 2, 4), (1, 2, 4, 8), (1, 2)):
-        block_c, warps = group * block_i * across, across * lanes
+        block_c, warps = group * block_i * across, across * (1 if sums else lanes)
         if block_j < least or not 16 <= block_c <= 64 or not 2 <= warps <= 8 or block_i * block_j > 8:
             continue
-        if 8 * block_j // group < 1 or _block_k(problem, pass_, block_j) > MOST_COLUMNS:
+        if _block_k(problem, pass_, block_j) > MOST_COLUMNS:
             continue
         for stages, height in itertools.product((4, 8), heights):
-            yield [
-                {
-                    "BLOCK_J": block_j, "BLOCK_I": block_i, "BLOCK_C": block_c, "BLOCK_M": 16 * lanes,
-                    "BLOCK_H": height, "num_warps": warps, "num_stages": stages,
-                }
-            ]  # fmt: skip
+            tile = {
+                "BLOCK_J": block_j, "BLOCK_I": block_i, "BLOCK_C": block_c, "BLOCK_M": 16 * lanes,
+                "BLOCK_H": height, "BLOCK_U": 1, "num_warps": warps, "num_stages": stages,
+            }  # fmt: skip
+            if sums:
+                unrolls = turns(steps_of(pass_, _launched(problem, pass_, tile)), BLOCKS["BLOCK_U"][1])
+                yield [tile | {"BLOCK_U": unroll} for unroll in unrolls]
+            else:
+                yield [tile]
+
+
+def _split(problem: ConvProblem, config: dict, made: Launched) -> tuple[int, int]:
+    """(splits, blocks of lanes of each); fewer where partial sums would take more memory than the operands."""
+    return shares(made.m_blocks, min(config["SPLITS"], largest_splits(problem, "wgrad")))
 
 
 def divisions(problem: ConvProblem, pass_: str, config: dict, target: Target, fit: int) -> list[dict[str, int]]:
-    return [{}]
+    if pass_ != "wgrad":
+        return [{"SPLITS": 1}]
+    made, slots = _launched(problem, pass_, config), target.multiprocessors * fit
+    most = min(math.ceil(MOST_WAVES * slots / made.c_blocks), most_splits(problem, pass_), MOST_SPLITS)
+    return [{"SPLITS": splits} for splits in fewest_rounds(made.m_blocks, made.c_blocks, slots, most)]
 
 
 def tiling(problem: ConvProblem, pass_: str, config: dict, target: Target, fit: int) -> Tiling:
     made = _launched(problem, pass_, config)
     cut, size, warps = made.cut, problem.element_bytes, config["num_warps"]
     block_j, block_i, block_c, block_m = (config[f"BLOCK_{axis}"] for axis in "JICM")
-    programs, march = made.m_blocks * made.c_blocks, steps_of(pass_, made)
+    programs, splits, blocks = made.m_blocks * made.c_blocks, 1, 1
+    if pass_ == "wgrad":
+        splits, blocks = _split(problem, config, made)
+        programs = splits * made.c_blocks
+    partials = partial_bytes(problem, splits)
+    unroll = config["BLOCK_U"]
+    march = math.ceil(steps_of(pass_, made) / unroll) * unroll * blocks  # steps of a program
     wide, *window = _columns(problem, pass_, block_j)
     x = march * made.read * block_c * block_m * _block_k(problem, pass_, block_j)  # elements of a program
-    results = (march + cut.drain) * block_c * block_m * wide
-    products = march * made.taps * _products(problem) * 16 * block_c * block_m * wide
-    matrices = warps * block_i * made.taps * max(1, problem.cin_g // 8) * _products(problem) * 16 * 8
+    y = (march + cut.drain) * block_c * block_m * wide
+    if pass_ == "wgrad":
+        products = march * made.taps * _met(problem) * 16 * block_c * block_m * wide
+        sums = warps * block_i * made.taps * _met(problem) * 16 * 16
+        instructions = (
+            x * 1.5 + y * (1.5 + made.warm / (2 * unroll)) + SUMMED * sums * math.ceil(problem.kw * problem.cin_g / 16)
+        )
+    else:
+        products = march * made.taps * _products(problem) * 16 * block_c * block_m * wide
+        matrices = warps * block_i * made.taps * max(1, problem.cin_g // 8) * _products(problem) * 16 * 8
+        instructions = x * 1.5 + y * 1.5 + BUILT * matrices
+    instructions += products / 64 + FIXED * 32 * warps * march * made.read
     return Tiling(
         programs=programs,
         matrix_flops=2.0 * programs * products * (2 if target.has_warpgroups else 1),
-        l2_bytes=l2_bytes(problem, pass_, made, block_c, tuple(window), wide),
-        instructions=programs
-        * (products / 64 + x * 1.25 + results * 1.5 + BUILT * matrices + FIXED * 32 * warps * march * made.read),
-        dram_bytes=problem.min_bytes(pass_),
+        l2_bytes=l2_bytes(problem, pass_, made, block_c, (window[0], window[1], window[2]), wide) + partials,
+        instructions=programs * instructions,
+        dram_bytes=problem.min_bytes(pass_) + partials,
         resident=fit,
-        shared_bytes=programs * size * (x * (2 if problem.cin_g >= 8 else 3) + 2 * results),
+        launches=1 + (splits > 1),
+        shared_bytes=programs * size * (x * (2 if problem.cin_g >= 8 and pass_ != "wgrad" else 3) + 2 * y),
         trips=march * made.read,
         ahead=config["num_stages"] - 1,
     )
@@ -151,27 +219,37 @@ def tiling(problem: ConvProblem, pass_: str, config: dict, target: Target, fit: 
 def prepare(problem: ConvProblem, pass_: str, config: dict, target: Target, strides: dict):
     top, _, pad, _ = problem.pad
     tiles, options = split_config(config)
-    del tiles["BLOCK_H"]
+    del tiles["BLOCK_H"], tiles["BLOCK_U"]
     transposed = pass_ == "dgrad"
     made = _launched(problem, pass_, config)
     cut = made.cut
     _, _, left, window = _columns(problem, pass_, config["BLOCK_J"])
     maps = [problem.h_in, problem.w_in], [problem.h_out, problem.w_out]
     (h_in, w_in), (h_out, w_out) = reversed(maps) if transposed else maps
-    source, result = ("dy", "dx") if transposed else ("x", "y")
+    source, result = {"fprop": ("x", "y"), "dgrad": ("dy", "dx"), "wgrad": ("x", "dy")}[pass_]
     scalars = {
         "batch": problem.batch, "h_in": h_in, "w_in": w_in, "h_out": h_out, "w_out": w_out,
         "segments": cut.segments, "col_blocks": cut.col_blocks, "rows": cut.rows,
-        "first": cut.first, "last": cut.last, "DRAIN": cut.drain,
         "CHANNELS": known(problem, problem.c_out), "GROUP": problem.cin_g, "KH": problem.kh, "KW": problem.kw,
         "CONV_STRIDE_H": problem.stride[0], "CONV_STRIDE_W": problem.stride[1],
         "PAD_H": top, "PAD_W": pad, "DIL_H": problem.dilation[0], "DIL_W": problem.dilation[1],
+        "WINDOW": window, "BLOCK_K": _block_k(problem, pass_, config["BLOCK_J"]), "STAGES": config["num_stages"],
+        "X_VECTOR": vector(problem, strides[source]), "INDEX_64": index_64(problem, strides),
+        **named_strides("x", strides[source]), **tiles,
+    }  # fmt: skip
+    if pass_ == "wgrad":
+        splits, blocks = _split(problem, config, made)
+        gradient = FilterGradient(problem, splits, strides["dw"])
+        scalars |= gradient.arguments | named_strides("dy", strides["dy"])
+        scalars |= {"blocks": blocks, "UNROLL": config["BLOCK_U"], "DY_VECTOR": vector(problem, strides["dy"])}
+        scalars["INDEX_64"] = index_64(problem, strides, splits * problem.params)
+        alone, grid = {"X_VECTOR": 1, "DY_VECTOR": 1}, (splits * made.c_blocks,)
+        return SplitK(launcher.Launch(kernels.wgrad_kernel, grid, scalars, alone, (0, 1), **options), gradient)
+    scalars |= {
+        "first": cut.first, "last": cut.last, "DRAIN": cut.drain, "LEFT": left,
         "TRANSPOSED": transposed, **(NO_EPILOGUE if transposed else epilogue(problem)),
-        "LEFT": left, "WINDOW": window, "BLOCK_K": _block_k(problem, pass_, config["BLOCK_J"]),
-        "STAGES": config["num_stages"], "INDEX_64": index_64(problem, strides),
-        "X_VECTOR": vector(problem, strides[source]), "Y_VECTOR": vector(problem, strides[result]),
-        **named_strides("x", strides[source]), **named_strides("wgt", strides["w"]),
-        **named_strides("y", strides[result]), **tiles,
+        "Y_VECTOR": vector(problem, strides[result]),
+        **named_strides("wgt", strides["w"]), **named_strides("y", strides[result]),
     }  # fmt: skip
     grid = (made.m_blocks * made.c_blocks,)
     launch = launcher.Launch(kernels.march_kernel, grid, scalars, {"X_VECTOR": 1}, (0,), **options)

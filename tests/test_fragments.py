@@ -15,7 +15,7 @@ import torch
 
 from groupconv import devices
 from groupconv.activations import ACTIVATIONS
-from groupconv.algorithms import candidates, depthwise_mma, divided, lack, possible, tiling
+from groupconv.algorithms import candidates, depthwise_mma, divided, group_mma, lack, possible, tiling
 from groupconv.compiling import compiler, resources
 from groupconv.perf_reports import layers
 from groupconv.problem import PASSES, ConvProblem
@@ -24,10 +24,15 @@ pytestmark = pytest.mark.skipif(
     softgpu.compiler() is None, reason="no C compiler: neither $CC nor cc nor gcc; the software GPU is in C"
 )
 NAME = depthwise_mma.NAME
+NAMES = NAME, group_mma.NAME
 
 
-def layer(channels=24, kernel=(3, 3), hw=(9, 17), batch=2, **changes) -> ConvProblem:
-    given = {"pad": (kernel[0] // 2,) * 2 + (kernel[1] // 2,) * 2, "dtype": "bf16", "groups": channels} | changes
+def layer(channels=24, kernel=(3, 3), hw=(9, 17), batch=2, width=1, **changes) -> ConvProblem:
+    given = {
+        "pad": (kernel[0] // 2,) * 2 + (kernel[1] // 2,) * 2,
+        "dtype": "bf16",
+        "groups": channels // width,
+    } | changes
     return ConvProblem(batch, channels, *hw, channels, *kernel, layout="nhwc", out_layout="nhwc", **given)
 
 
@@ -35,6 +40,13 @@ def tile(v=4, channels=16, lanes=16, warps=4, stages=4, **changes) -> dict[str, 
     return {
         "BLOCK_V": v, "BLOCK_C": channels, "BLOCK_M": lanes, "BLOCK_H": 1024, "BLOCK_T": 16, "BLOCK_U": 1,
         "num_warps": warps, "num_stages": stages, "SPLITS": 1,
+    } | changes  # fmt: skip
+
+
+def of_groups(width, eights=4, inner=1, across=4, lanes=16, warps=None, stages=4, **changes) -> dict[str, int]:
+    return {
+        "BLOCK_J": eights, "BLOCK_I": inner, "BLOCK_C": width * inner * across, "BLOCK_M": lanes, "BLOCK_H": 1024,
+        "BLOCK_U": 1, "num_warps": warps or across * lanes // 16, "num_stages": stages, "SPLITS": 1,
     } | changes  # fmt: skip
 
 
@@ -61,16 +73,40 @@ CASES = {
     "57 channels": (layer(57, (5, 5), (6, 14)), "nhwc", tile()),
     "12 of 28 channels": (layer(12, hw=(6, 14)), "nhwc-padded", tile()),
     "an odd pixel stride": (layer(16, (7, 7), (6, 14)), "nhwc-slice", tile()),
+    "groups of 2": (layer(40, hw=(6, 14), width=2), "nhwc", of_groups(2, 2, 2, BLOCK_U=3)),
+    "groups of 4": (layer(40, hw=(6, 14), width=4, bias=True), "nhwc", of_groups(4, BLOCK_U=4, SPLITS=2)),
+    "groups of 4, two a warp": (layer(48, (5, 5), (6, 14), width=4), "nhwc", of_groups(4, 4, 2, 2, SPLITS=2)),
+    "groups of 8": (layer(40, hw=(6, 14), width=8), "nhwc-padded", of_groups(8, BLOCK_H=4)),
+    "groups of 8, many lanes": (layer(16, hw=(7, 9), batch=3, width=8), "nhwc", of_groups(8, 8, 1, 2, 32, BLOCK_U=2)),
+    "groups of 16": (layer(32, hw=(6, 14), width=16, dtype="fp16"), "nhwc", of_groups(16, 4, 1, 2, BLOCK_U=2)),
+    "groups of 16, two a warp": (layer(64, hw=(5, 7), width=16), "nhwc", of_groups(16, 2, 2, 2, 32, BLOCK_H=4)),
+    "groups, stride 2": (layer(32, hw=(9, 11), width=4, stride=(2, 2)), "nhwc", of_groups(4, 2, 1, 4, BLOCK_U=2)),
+    "groups, strides 1 and 2": (
+        layer(32, hw=(7, 13), width=8, stride=(1, 2), pad=(1, 0, 2, 0)), "nhwc", of_groups(8, 2, 1, 2),
+    ),
+    "groups, dilation": (
+        layer(48, (2, 5), (7, 9), width=4, dilation=(2, 2), pad=(1, 2, 0, 6)), "nhwc", of_groups(4, BLOCK_U=3),
+    ),
+    "groups, 1x1": (layer(32, (1, 1), (5, 6), width=16), "nhwc", of_groups(16, 4, 1, 2)),
+    "groups, an odd pixel stride": (layer(16, hw=(5, 6), width=2), "nhwc-slice", of_groups(2, 2, 1, 8)),
+    "groups, 20 channels": (layer(20, hw=(5, 6), width=4), "nhwc", of_groups(4)),
 }  # fmt: skip
+
+
+def algorithm(problem: ConvProblem):
+    return depthwise_mma if problem.cin_g == 1 else group_mma
 
 
 def run(problem: ConvProblem, pass_: str, view: str, config: dict, target: str, **options):
     """One pass, its results guarded: (result, operands, the software GPU's session, the prepared call)."""
     given = cases.operands(cases.Case(problem, x=view, dy=view))
-    call = depthwise_mma.prepare(problem, pass_, config, devices.named(target), given.strides(problem))
+    call = algorithm(problem).prepare(problem, pass_, config, devices.named(target), given.strides(problem))
     with softgpu.active(target, **options) as session, cases.guarded():
         out = call(*given.of(pass_))
     return out, given, session, call
+
+
+UNSERVED = {("groups, stride 2", "dgrad"), ("groups, strides 1 and 2", "dgrad")}
 
 
 @pytest.mark.parametrize("pass_", PASSES)
@@ -80,11 +116,15 @@ def test_numbers(name, pass_):
     problem, view, config = CASES[name]
     number = list(CASES).index(name) + PASSES.index(pass_)
     target = compiled_code.TARGETS[number % 2]
-    assert depthwise_mma.supports(problem, pass_, devices.named(target)) is None
+    if (name, pass_) in UNSERVED:
+        assert algorithm(problem).supports(problem, pass_, devices.named(target)) is not None
+        return
+    assert algorithm(problem).supports(problem, pass_, devices.named(target)) is None
     if pass_ != "wgrad":
-        config = config | {"SPLITS": 1, "BLOCK_T": 16, "BLOCK_U": 1}
+        config = config | {"SPLITS": 1, "BLOCK_U": 1} | ({"BLOCK_T": 16} if "BLOCK_T" in config else {})
     else:  # all warps have channels of their own
-        config = config | {"num_warps": config["BLOCK_C"] // config["BLOCK_V"]}
+        own = config["BLOCK_V"] if "BLOCK_V" in config else config["BLOCK_I"] * problem.cin_g
+        config = config | {"num_warps": config["BLOCK_C"] // own}
     out, given, session, _ = run(problem, pass_, view, config, target, late=number // 2 % 2 == 0)
     assert cases.error(out, cases.references(problem, given)[pass_]) <= cases.bound(
         problem.dtype, cases.terms(problem, pass_)
@@ -95,10 +135,11 @@ def test_numbers(name, pass_):
 @pytest.mark.parametrize("activation", sorted(ACTIVATIONS))
 def test_what_follows(activation):
     """Bias, a residual and every activation, and what the activation is of."""
-    problem = layer(24, hw=(5, 9), bias=True, activation=activation, residual=True, keeps=True)
-    errors, _ = compiled_code.run_pass(problem, "fprop", NAME, tile(), "sm_90")
-    assert set(errors) == {"fprop", "kept"}
-    assert max(errors.values()) <= 1
+    for width, config in ((1, tile()), (4, of_groups(4))):
+        problem = layer(24, hw=(5, 9), width=width, bias=True, activation=activation, residual=True, keeps=True)
+        errors, _ = compiled_code.run_pass(problem, "fprop", algorithm(problem).NAME, config, "sm_90")
+        assert set(errors) == {"fprop", "kept"}
+        assert max(errors.values()) <= 1
 
 
 def test_an_activation_alone():
@@ -143,6 +184,15 @@ def test_operands_go_from_memory_to_fragments():
             assert f"ld.shared.{width} " in ptx.replace("\t", " ")
 
 
+@pytest.mark.parametrize("width", group_mma.GROUPS)
+def test_operands_of_groups_go_from_memory_to_fragments(width):
+    for pass_ in PASSES:
+        config = of_groups(width, 4, 1, 8 if width < 8 else 2)
+        job = compiler.Job(group_mma.NAME, pass_, config, layer(64, hw=(9, 9), width=width), "sm_90")
+        ptx = compiler.launched(job)[0].compiled.asm["ptx"]
+        assert (len(re.findall(r"st(matrix\S*)?\.shared", ptx)) == 0) == (pass_ == "wgrad")
+
+
 @pytest.mark.parametrize(("v", "conflicts"), [(2, 4), (4, 2), (8, 1)])
 @pytest.mark.parametrize("pass_", PASSES)
 def test_bank_conflicts(pass_, v, conflicts):
@@ -167,24 +217,25 @@ def test_an_image_is_the_same_at_every_place_of_a_batch(pass_):
     assert torch.equal(result, result[:1].expand_as(result))
 
 
-def test_the_table_of_nan_is_what_it_does():
+@pytest.mark.parametrize("name", NAMES)
+def test_the_table_of_nan_is_what_it_does(name):
     with softgpu.active("sm_90"):
-        row = reliability.spread_row(NAME)
-        assert reliability.spread_row(NAME, float("inf")) == row
+        row = reliability.spread_row(name)
+        assert reliability.spread_row(name, float("inf")) == row
     assert row in reliability.DOCUMENT.read_text().splitlines()
 
 
 @pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100", "sm_120"])
-def test_compiles_without_spills(target):
+@pytest.mark.parametrize(("row", "config"), [("convnext_tiny.s0", tile()), ("resnext50_32x4d.s1", of_groups(4, 2, 2))])
+def test_compiles_without_spills(row, config, target):
     """For GPUs that the software GPU does not know, too."""
-    (problem,) = (row.problem for row in layers.suite("bf16", "nhwc") if row.name == "convnext_tiny.s0")
+    (problem,) = (layer.problem for layer in layers.suite("bf16", "nhwc") if layer.name == row)
+    module, on = algorithm(problem), devices.named(target)
     for pass_ in PASSES:
-        on = devices.named(target)
-        config = divided(NAME, problem, pass_, tile() | {"num_stages": 4}, on)[0]
-        launch = compiler.launched(compiler.Job(NAME, pass_, config, problem, target))[0]
-        found = resources.of(launch.compiled)
+        chosen = divided(module.NAME, problem, pass_, config, on)[0]
+        found = resources.of(compiler.launched(compiler.Job(module.NAME, pass_, chosen, problem, target))[0].compiled)
         assert found.spill_bytes == 0
-        assert found.shared_bytes <= depthwise_mma.held(problem, pass_, config, on).shared_bytes
+        assert found.shared_bytes <= module.held(problem, pass_, chosen, on).shared_bytes
 
 
 @pytest.mark.parametrize(
@@ -207,16 +258,17 @@ def test_what_it_does_not_serve(changes, why):
     assert lack(NAME, layer(), "fprop", devices.named("gfx942")) is not None
 
 
-def test_its_plans_are_possible():
-    """Every layer of the suite that it serves has tiles that fit, each with divisions that make programs."""
+@pytest.mark.parametrize(("name", "least"), [(NAME, 50), (group_mma.NAME, 20)])
+def test_plans_are_possible(name, least):
+    """Every layer of the suite that is served has tiles that fit, each with divisions that make programs."""
     on, served = devices.named("h200"), 0
     for row in layers.suite("bf16", "nhwc"):
         for pass_ in PASSES:
-            if lack(NAME, row.problem, pass_, on) is not None:
+            if lack(name, row.problem, pass_, on) is not None:
                 continue
             served += 1
-            for chosen in candidates(NAME, row.problem, pass_, on):
-                assert possible(NAME, row.problem, pass_, chosen, on)
-                for config in divided(NAME, row.problem, pass_, chosen, on):
-                    assert tiling(NAME, row.problem, pass_, config, on).programs > 0
-    assert served >= 60
+            for chosen in candidates(name, row.problem, pass_, on):
+                assert possible(name, row.problem, pass_, chosen, on)
+                for config in divided(name, row.problem, pass_, chosen, on):
+                    assert tiling(name, row.problem, pass_, config, on).programs > 0
+    assert served >= least
