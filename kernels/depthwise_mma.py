@@ -3,8 +3,9 @@
 The products are depthwise_toeplitz's: per channel, lanes of a row times a banded matrix T_r[k, j] = w[r, s] where input
 column k meets output column j through tap s, and a march down the rows. Written in Gluon, as only explicit layouts let
 a thread hold, of each pixel that it loads, BLOCK_V channels, whose bytes lie together: the fragments of BLOCK_V
-products of NVIDIA's mma.sync. Rows come by asynchronous copies, num_stages - 1 ahead, in the order in which shared memory
-serves 16 bytes a thread without bank conflicts; a byte permutation sorts a pixel pair by channels; nothing else moves.
+products of NVIDIA's mma.sync. Rows come by asynchronous copies, num_stages - 1 ahead, in the order in which shared
+memory serves 16 bytes a thread without bank conflicts; a byte permutation sorts a pixel pair by channels; nothing else
+moves.
 Source: own derivation, no code adapted; the fragments are those of the PTX ISA's mma.m16n8k16.
 """
 
@@ -15,14 +16,17 @@ from triton.experimental.gluon.language.nvidia.ampere import async_copy, mma_v2
 
 from .fragments import (
     along,
+    axes,
     below,
     copy,
-    even_and_odd,
     finish,
     index,
+    joined,
     lane,
     packed,
+    parts,
     result_layout,
+    shared_layouts,
     spread,
     strides,
     unpacked,
@@ -41,32 +45,13 @@ def tile_layouts(fragment, v, vector, swap):
     across, one, other = fragment.shape
     shape = [other, one, across * v] if swap else [one, other, across * v]
 
-    def bit(axis, i):
-        return [1 << i if axis == a else 0 for a in range(3)]
-
-    def bits(axis, first=0):
-        return [bit(axis, i) for i in range(first, shape[axis].bit_length() - 1)]
-
     def placed(bases):
         return [[b[2], b[1], b[0] * v] if swap else [b[1], b[2], b[0] * v] for b in bases]
 
     held, lanes, warps = placed(fragment.reg_bases), placed(fragment.lane_bases), placed(fragment.warp_bases)
-    registers = gl.DistributedLinearLayout(bits(2)[: v.bit_length() - 1] + held, lanes, warps, [], shape)
-    # Eight threads that read together read from eight places of 16 bytes.
-    order = bits(2)[:3] + lanes[:3]
-    order += [b for b in bits(2) + bits(1) + bits(0) if b not in order]
-    width = vector.bit_length() - 1
-    copied = order[width:]
-    copies = gl.DistributedLinearLayout(
-        order[:width] + copied[5 + len(warps) :], copied[:5], copied[5 : 5 + len(warps)], [], shape
-    )
-    return registers, copies, gl.SharedLinearLayout(order)
-
-
-@triton.constexpr_function
-def list_from(first, last):
-    """first, first + 1, ..., last - 1."""
-    return list(range(first, last))
+    bases = axes(*shape)
+    registers = gl.DistributedLinearLayout(bases[2][: v.bit_length() - 1] + held, lanes, warps, [], shape)
+    return registers, *shared_layouts(bases, lanes, len(warps), vector)
 
 
 @gluon.jit
@@ -75,15 +60,7 @@ def channels_apart(tile, V: gl.constexpr, SWAP: gl.constexpr, OPERAND: gl.conste
     lanes]: the first has channels 0, V, 2 V, ... Nothing moves between threads.
     """
     tile = tile.reshape([tile.shape[0], tile.shape[1], tile.shape[2] // V, V])
-    tiles = (tile.permute([2, 1, 0, 3] if SWAP else [2, 0, 1, 3]),)
-    for level in gl.static_range(V.bit_length() - 1):
-        even = ()
-        odd = ()
-        for i in gl.static_range(1 << level):
-            pair = even_and_odd(tiles[i], V >> level)
-            even = even + (pair[0],)
-            odd = odd + (pair[1],)
-        tiles = even + odd
+    tiles = parts(tile.permute([2, 1, 0, 3] if SWAP else [2, 0, 1, 3]), V)
     operands = ()
     for v in gl.static_range(V):
         operands = operands + (gl.convert_layout(tiles[v], OPERAND, assert_trivial=True),)
@@ -93,14 +70,8 @@ def channels_apart(tile, V: gl.constexpr, SWAP: gl.constexpr, OPERAND: gl.conste
 @gluon.jit
 def channels_together(tiles, V: gl.constexpr):
     """What `channels_apart` makes V tiles of."""
-    for level in gl.static_range(V.bit_length() - 1):
-        joined = ()
-        for i in gl.static_range(V >> level + 1):
-            joined = joined + (gl.join(tiles[i], tiles[i + (V >> level + 1)]),)
-        tiles = joined
-    shape: gl.constexpr = tiles[0].shape
-    tile = tiles[0].permute([1, 2, 0] + list_from(3, len(shape)))
-    return tile.reshape([shape[1], shape[2], shape[0] * V])
+    tile = joined(tiles, V).permute([1, 2, 0, 3])
+    return tile.reshape([tile.shape[0], tile.shape[1], tile.shape[2] * V])
 
 
 @gluon.jit(do_not_specialize=SIZES)
@@ -145,6 +116,7 @@ def march_kernel(
     SHARED: gl.constexpr = LAYOUTS[2]
     RESULT: gl.constexpr = result_layout([BLOCK_M, BLOCK_W, BLOCK_C], Y_VECTOR, gl.num_warps())
     ASYNC: gl.constexpr = X_VECTOR > 1
+    gl.static_assert(STAGES >= 2, "copies go ahead of what is read")
     dtype: gl.constexpr = x_ptr.dtype.element_ty
     stride_x_n, stride_x_h, stride_x_w = strides(stride_x_n, stride_x_h, stride_x_w, X_VECTOR)
     stride_y_n, stride_y_h, stride_y_w = strides(stride_y_n, stride_y_h, stride_y_w, Y_VECTOR)
@@ -396,7 +368,7 @@ def wgrad_kernel(
                         met = met + (mma_v2(left, right, acc[r * BLOCK_V + v]),)
                 acc = met
                 dy = dy[: WARM * BLOCK_V]
-        async_copy.wait_group(0)
+        async_copy.wait_group(0)  # and Triton has all threads wait, before the next block's copies
 
     # Diagonal s, moved to row s and summed over its columns.
     s = spread(along(BLOCK_K, MMA, 1), 1)

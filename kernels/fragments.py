@@ -19,6 +19,34 @@ beside = gluon.jit(beside_.fn)
 
 
 @triton.constexpr_function
+def axes(lanes, columns, channels):
+    """Of each axis of a tile the bases of a linear layout, one a bit."""
+    shape = [lanes, columns, channels]
+    return [
+        [[1 << i if axis == a else 0 for a in range(3)] for i in range(shape[axis].bit_length() - 1)]
+        for axis in range(3)
+    ]
+
+
+@triton.constexpr_function
+def shared_layouts(bases, read, warps, vector):
+    """(of copies, of shared memory) of a tile of these `axes`.
+
+    read: what tells the threads of a warp apart that read it. Eight that read together read from eight places of 16
+    bytes, as far as their channels are not neighbours; `vector` channels of a pixel are copied at once. warps: in bits.
+    """
+    lanes, columns, channels = bases
+    order = channels[:3] + [base for base in read if base not in channels[:3]][:3]
+    order += [base for base in channels + columns + lanes if base not in order]
+    width = vector.bit_length() - 1
+    copied, shape = order[width:], [1 << len(axis) for axis in bases]
+    copies = gl.DistributedLinearLayout(
+        order[:width] + copied[5 + warps :], copied[:5], copied[5 : 5 + warps], [], shape
+    )
+    return copies, gl.SharedLinearLayout(order)
+
+
+@triton.constexpr_function
 def result_layout(shape, vector, warps):
     """Of a [lanes, columns, channels] tile on its way to memory, `vector` channels of a pixel at once."""
     channels = min(32, shape[2] // vector)
@@ -92,6 +120,33 @@ def even_and_odd(tile, COUNT: gl.constexpr):
         return gl.split(tile.reshape([tile.shape[0], tile.shape[1], tile.shape[2], COUNT // 2, 2]))
     else:
         return gl.split(tile)
+
+
+@gluon.jit
+def parts(tile, COUNT: gl.constexpr):
+    """COUNT tiles of one that has them along the last of four axes."""
+    tiles = (tile,) if COUNT > 1 else (tile.reshape([tile.shape[0], tile.shape[1], tile.shape[2]]),)
+    for level in gl.static_range(COUNT.bit_length() - 1):
+        even = ()
+        odd = ()
+        for i in gl.static_range(1 << level):
+            pair = even_and_odd(tiles[i], COUNT >> level)
+            even = even + (pair[0],)
+            odd = odd + (pair[1],)
+        tiles = even + odd
+    return tiles
+
+
+@gluon.jit
+def joined(tiles, COUNT: gl.constexpr):
+    """COUNT tiles as one that has them along the last of four axes."""
+    for level in gl.static_range(COUNT.bit_length() - 1):
+        halves = ()
+        for i in gl.static_range(COUNT >> level + 1):
+            halves = halves + (gl.join(tiles[i], tiles[i + (COUNT >> level + 1)]),)
+        tiles = halves
+    tile = tiles[0]
+    return tile.reshape([tile.shape[0], tile.shape[1], tile.shape[2], COUNT])
 
 
 @gluon.jit

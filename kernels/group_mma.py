@@ -15,14 +15,17 @@ from triton.experimental.gluon.language.nvidia.ampere import async_copy, mma_v2
 
 from .fragments import (
     along,
+    axes,
     below,
     copy,
-    even_and_odd,
     finish,
     index,
+    joined,
     lane,
     packed,
+    parts,
     result_layout,
+    shared_layouts,
     spread,
     strides,
     unpacked,
@@ -37,44 +40,16 @@ def tile_layouts(lanes, columns, channels, group, across, warps, vector):
 
     across: warps along channels. vector: channels of a pixel that are copied at once.
     """
-    shape = [lanes, columns, channels]
-
-    def bits(axis):
-        return [[1 << i if axis == a else 0 for a in range(3)] for i in range(shape[axis].bit_length() - 1)]
-
-    lanes, channels = bits(0), bits(2)
+    bases = axes(lanes, columns, channels)
+    m, w, c = bases
     own = group.bit_length() - 1
-    inputs = channels[:own] + bits(1)  # of a group, as they lie in memory
-    groups = channels[own:]
+    inputs, groups = c[:own] + w, c[own:]  # of a group, as they lie in memory
     inner = len(groups) - (across.bit_length() - 1)  # what is left to a warp
     outer = 4 + (warps // across).bit_length() - 1
-    threads = inputs[1:3] + lanes[:3]
-    registers = gl.DistributedLinearLayout(
-        [inputs[0], lanes[3]] + inputs[3:] + groups[:inner] + lanes[outer:], threads, lanes[4:outer] + groups[inner:],
-        [], shape,
-    )  # fmt: skip
-    # Eight threads that read together read from eight places of 16 bytes, as far as their channels are not neighbours.
-    order = channels[:3] + [base for base in threads if base not in channels[:3]][:3]
-    order += [base for base in channels + bits(1) + lanes if base not in order]
-    width, count = vector.bit_length() - 1, 5 + len(groups) - inner + outer - 4
-    copied = order[width:]
-    copies = gl.DistributedLinearLayout(order[:width] + copied[count:], copied[:5], copied[5:count], [], shape)
-    return registers, copies, gl.SharedLinearLayout(order)
-
-
-@gluon.jit
-def parts(tile, COUNT: gl.constexpr):
-    """COUNT tiles of one that has them along the last of four axes."""
-    tiles = (tile,)
-    for level in gl.static_range(COUNT.bit_length() - 1):
-        even = ()
-        odd = ()
-        for i in gl.static_range(1 << level):
-            pair = even_and_odd(tiles[i], COUNT >> level)
-            even = even + (pair[0],)
-            odd = odd + (pair[1],)
-        tiles = even + odd
-    return tiles
+    threads, others = inputs[1:3] + m[:3], m[4:outer] + groups[inner:]
+    held = [inputs[0], m[3]] + inputs[3:] + groups[:inner] + m[outer:]
+    registers = gl.DistributedLinearLayout(held, threads, others, [], [lanes, columns, channels])
+    return registers, *shared_layouts(bases, threads, len(others), vector)
 
 
 @gluon.jit
@@ -97,15 +72,11 @@ def sixteen(low, high, OPERAND: gl.constexpr):
 @gluon.jit
 def results_together(tiles, GROUP: gl.constexpr, INNER: gl.constexpr, BLOCKS: gl.constexpr):
     """INNER times BLOCKS tiles [warps, lanes, 8 outputs] as one of [lanes, columns, channels]."""
-    for level in gl.static_range((INNER * BLOCKS).bit_length() - 1):
-        joined = ()
-        for i in gl.static_range(INNER * BLOCKS >> level + 1):
-            joined = joined + (gl.join(tiles[i], tiles[i + (INNER * BLOCKS >> level + 1)]),)
-        tiles = joined
-    WARPS: gl.constexpr = tiles[0].shape[0]
-    LANES: gl.constexpr = tiles[0].shape[1]
+    tile = joined(tiles, INNER * BLOCKS)
+    WARPS: gl.constexpr = tile.shape[0]
+    LANES: gl.constexpr = tile.shape[1]
     COLUMNS: gl.constexpr = 8 * BLOCKS // GROUP
-    tile = tiles[0].reshape([WARPS, LANES, 8, INNER, BLOCKS]).permute([1, 4, 2, 0, 3])
+    tile = tile.reshape([WARPS, LANES, 8, INNER, BLOCKS]).permute([1, 4, 2, 0, 3])
     tile = tile.reshape([LANES, COLUMNS, GROUP, WARPS, INNER]).permute([0, 1, 3, 4, 2])
     return tile.reshape([LANES, COLUMNS, WARPS * INNER * GROUP])
 
@@ -113,24 +84,15 @@ def results_together(tiles, GROUP: gl.constexpr, INNER: gl.constexpr, BLOCKS: gl
 @triton.constexpr_function
 def sum_layouts(lanes, columns, channels, group, across, vector):
     """As `tile_layouts`, of an operand of a sum over lanes: a register has two lanes of a channel."""
-    shape = [lanes, columns, channels]
-
-    def bits(axis):
-        return [[1 << i if axis == a else 0 for a in range(3)] for i in range(shape[axis].bit_length() - 1)]
-
-    m, c = bits(0), bits(2)
+    bases = axes(lanes, columns, channels)
+    m, w, c = bases
     own = group.bit_length() - 1
-    values, groups = c[:own] + bits(1), c[own:]  # of a group, as they lie in memory
+    values, groups = c[:own] + w, c[own:]
     inner = len(groups) - (across.bit_length() - 1)
     threads = m[1:3] + values[1:4]
     held = [values[0], m[0]] + m[3:] + values[4:] + groups[:inner]
-    registers = gl.DistributedLinearLayout(held, threads, groups[inner:], [], shape)
-    order = c[:3] + [base for base in threads if base not in c[:3]][:3]
-    order += [base for base in c + bits(1) + m if base not in order]
-    width, count = vector.bit_length() - 1, 5 + len(groups) - inner
-    copied = order[width:]
-    copies = gl.DistributedLinearLayout(order[:width] + copied[count:], copied[:5], copied[5:count], [], shape)
-    return registers, copies, gl.SharedLinearLayout(order)
+    registers = gl.DistributedLinearLayout(held, threads, groups[inner:], [], [lanes, columns, channels])
+    return registers, *shared_layouts(bases, threads, len(groups) - inner, vector)
 
 
 @gluon.jit
@@ -238,6 +200,8 @@ def march_kernel(
     SHARED: gl.constexpr = LAYOUTS[2]
     RESULT: gl.constexpr = result_layout([BLOCK_M, COLUMNS, BLOCK_C], Y_VECTOR, gl.num_warps())
     ASYNC: gl.constexpr = X_VECTOR > 1
+    gl.static_assert(STAGES >= 2, "copies go ahead of what is read")
+    gl.static_assert(BLOCK_J % OF_A_COLUMN == 0, "a lane has whole columns")
     dtype: gl.constexpr = x_ptr.dtype.element_ty
     stride_x_n, stride_x_h, stride_x_w = strides(stride_x_n, stride_x_h, stride_x_w, X_VECTOR)
     stride_y_n, stride_y_h, stride_y_w = strides(stride_y_n, stride_y_h, stride_y_w, Y_VECTOR)
@@ -373,10 +337,10 @@ def wgrad_kernel(
 ):  # fmt: skip
     """One program: the sums of dw for BLOCK_C channels over `blocks` blocks of lanes.
 
-    A lane has BLOCK_J times 8 outputs of a group, in pairs of eights, and a warp BLOCK_I groups. Per group and filter row
-    M = 16 inputs, of as many sixteens as 16 outputs meet, N = 8 outputs, K = lanes, steps and sixteens of outputs: the
-    accumulators are the gradients of the banded matrices, and their diagonals' sums those of the filter. A step has one
-    row of dy and CONV_STRIDE_H of x, of which WINDOW columns count, and carries the last rows of dy. dw: [splits,
+    A lane has BLOCK_J times 8 outputs of a group, in pairs of eights, and a warp BLOCK_I groups. Per group and filter
+    row M = 16 inputs, of as many sixteens as 16 outputs meet, N = 8 outputs, K = lanes, steps and sixteens of outputs:
+    the accumulators are the gradients of the banded matrices, and their diagonals' sums those of the filter. A step has
+    one row of dy and CONV_STRIDE_H of x, of which WINDOW columns count, and carries the last rows of dy. dw: [splits,
     channels, GROUP, KH, KW] by strides, the filter gradient itself or partial sums.
     """
     WARM: gl.constexpr = (KH - 1) // CONV_STRIDE_H
@@ -388,6 +352,8 @@ def wgrad_kernel(
     MET: gl.constexpr = (REACH * GROUP + 15) // 16  # sixteens of inputs
     SIXTEENS: gl.constexpr = BLOCK_K * GROUP // 16
     EACH: gl.constexpr = MET * 2  # accumulators of a group and filter row
+    gl.static_assert(STAGES >= 2, "copies go ahead of what is read")
+    gl.static_assert(BLOCK_J % 2 == 0, "outputs are taken by sixteens")
     MMA: gl.constexpr = gl.NVMMADistributedLayout([2, 0], [ACROSS, 1, 1], [1, 16, 8])
     LEFT_OPERAND: gl.constexpr = gl.DotOperandLayout(0, MMA, 2)
     RIGHT_OPERAND: gl.constexpr = gl.DotOperandLayout(1, MMA, 2)
@@ -496,7 +462,7 @@ def wgrad_kernel(
                     met = met + (total,)
                 acc = met
                 dy = dy[: WARM * OUTPUTS]
-        async_copy.wait_group(0)
+        async_copy.wait_group(0)  # and Triton has all threads wait, before the next block's copies
 
     # Diagonals: row i of a block is tap s and input ci, 16 at a time; summed over the columns of 16 outputs.
     dw_ptr += split * stride_dw_split

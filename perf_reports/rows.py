@@ -307,7 +307,7 @@ def modelled(layers: list[Layer], target: Target) -> Generator[Fields, None, Non
         for row, tried in pending:
             if tried is not None:
                 job, interpreted = tried
-                row |= _outcome(compiler.answer(job), interpreted and interpreted.result())
+                row |= _outcome(compiler.answer(job), interpreted.result() if interpreted else None)
             yield row
 
 

@@ -18,12 +18,14 @@ from torch import nn
 from torch._prims_common import suggest_memory_format
 
 from groupconv import launcher, prepared, triton_conv
-from groupconv.algorithms import REGISTRY, calls, candidates, divided, lack, row_march, tiling
+from groupconv.algorithms import REGISTRY, calls, candidates, divided, interpretable, lack, row_march, tiling
 from groupconv.common.numerics import TORCH_DTYPES
 from groupconv.kernels import implicit_gemm as general_kernels
 from groupconv.problem import PASSES, ConvProblem
 
 INTERPRETED = launcher.interpreting(general_kernels.fprop_kernel)
+# The algorithms whose kernels run here.
+RUNNING = [name for name in REGISTRY if interpretable(name) or not INTERPRETED]
 MODES = {"fp32": torch.float32, "tf32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 RESULTS = {"fprop": "y", "dgrad": "dx", "wgrad": "dw"}
 PRODUCES = {"backward": ("dgrad", "wgrad")}  # the passes that a pass does, where it is not its own
@@ -548,7 +550,7 @@ def _runs(on, cases: tuple[Case, ...]) -> list[tuple[Case, str, str]]:
     found = []
     for i, case in enumerate(cases):
         problem = actual(case)
-        for name in REGISTRY:
+        for name in RUNNING:
             if (name == "implicit_gemm" and case in DEPTHWISE) or (name != "row_block_tma" and case in DESCRIPTORS):
                 continue
             able = [pass_ for pass_ in (*PASSES, *PRODUCES) if lack(name, problem, pass_, on) is None]
@@ -669,7 +671,7 @@ UNREACHED = tuple(
 
 def covering_runs(on) -> list[tuple[Case, str, str]]:
     """(case, pass, algorithm) of the covers of all algorithms, and of what these do not reach."""
-    covered = [(chosen(choice), choice["pass_"], name) for name in REGISTRY for choice in cover(name, on)]
+    covered = [(chosen(choice), choice["pass_"], name) for name in RUNNING for choice in cover(name, on)]
     return covered + runs(on, UNREACHED)
 
 

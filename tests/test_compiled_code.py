@@ -15,7 +15,7 @@ import softgpu
 import torch
 
 from groupconv import batch_norm, devices, dispatch
-from groupconv.algorithms import NAMES, REGISTRY, lack
+from groupconv.algorithms import NAMES, REGISTRY, interpretable, lack
 from groupconv.compiling import command, compiler
 from groupconv.perf_reports import counted, layers
 from groupconv.problem import FINISHED, PASSES, PLANNED, ConvProblem
@@ -319,7 +319,7 @@ PLANS = {
     if layer.name in COUNTED
     for pass_ in PLANNED
     for job in compiled_code.planned(layer, pass_, "sm_90")
-    if job.config["num_warps"] >= 4  # fewer are no warp group
+    if job.config["num_warps"] >= 4 and interpretable(job.algorithm)  # fewer are no warp group; nor is what is in Gluon
 }
 
 

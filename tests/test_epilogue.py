@@ -15,7 +15,6 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from groupconv import algorithms, dispatch, epilogue, explain, prepared, triton_conv
 from groupconv.activations import ACTIVATIONS
-from groupconv.algorithms import REGISTRY
 from groupconv.problem import ConvProblem
 
 pytestmark = pytest.mark.usefixtures("ieee", "few_programs")
@@ -156,7 +155,7 @@ SHAPES = (
 
 
 @pytest.mark.parametrize("view", ["nchw", "nhwc"])
-@pytest.mark.parametrize("algorithm", REGISTRY)
+@pytest.mark.parametrize("algorithm", cases.RUNNING)
 def test_every_algorithm_does_it_in_its_own_kernel(algorithm, view, device, monkeypatch):
     """With a residual in another layout; y, its gradients, and no pass of torch's own over y."""
     on = cases.target(device)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from groupconv import cost, devices, dispatch, occupancy
-from groupconv.algorithms import REGISTRY, able, candidates, divided, interpretable, tiling
+from groupconv.algorithms import REGISTRY, able, calls, candidates, divided, interpretable, tiling
 from groupconv.perf_reports import layers
 from groupconv.problem import PLANNED, ConvProblem, dense_strides
 
@@ -96,6 +96,14 @@ def test_offsets_of_partial_sums_beyond_32_bits(name, width, side):
     kernel, scalars = call.launches[0].kernel, call.launches[0].scalars
     assert call.result.splits * problem.params >= 2**31
     assert dict(zip(kernel.arg_names[-len(scalars) :], scalars, strict=True))["INDEX_64"]
+
+
+@pytest.mark.parametrize(("pad", "wide"), [(0, False), (3, True)])
+def test_offsets_from_above_a_map(pad, wide):
+    """A march that begins in the padding counts its rows from there: the last is further from it than from the map."""
+    problem = ConvProblem(1, 8, 3, 4, 8, 1, 1, pad=(pad, 0, 0, 0), groups=8, dtype="fp16", layout="nhwc")
+    strides = {"x": (2**31, 1, 2**29, 8), "w": (1, 1, 1, 1), "dw": (1, 1, 1, 1)}
+    assert calls.index_64(problem, strides) is wide
 
 
 @pytest.mark.parametrize(

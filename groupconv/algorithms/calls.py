@@ -39,12 +39,19 @@ def reach(shape, strides) -> int:
 
 
 def index_64(problem: ConvProblem, strides: dict, *counts: int) -> bool:
-    """Whether an element offset, or one of `counts`, can pass 2^31. A tile's last rows lie past the end by < 2^20."""
+    """Whether an element offset, or one of `counts`, can pass 2^31. A tile's last rows lie past the end by < 2^20, and
+    what marches down a map may begin above it, by the padding or by the filter's rows.
+    """
     shapes = {
         "x": problem.x_shape, "dx": problem.x_shape, "w": problem.w_shape,
         "y": problem.y_shape, "dy": problem.y_shape,
     }  # fmt: skip
-    reaches = [reach(shape, strides[name]) for name, shape in shapes.items() if strides.get(name) is not None]
+    above = max(*problem.pad, problem.kh * problem.dilation[0])
+    reaches = [
+        reach(shape, strides[name]) + (above * strides[name][2] if name != "w" else 0)
+        for name, shape in shapes.items()
+        if strides.get(name) is not None
+    ]
     return max(*reaches, problem.out_pixels, problem.batch * problem.h_in * problem.w_in, *counts) + 2**20 >= 2**31
 
 

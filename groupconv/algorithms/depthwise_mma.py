@@ -9,7 +9,6 @@ from collections.abc import Iterator
 from .. import launcher
 from ..cost import Tiling
 from ..devices import Target
-from ..kernels.reduce import sum_splits_kernel
 from ..occupancy import Held, largest_splits, most_splits, partial_bytes, shares
 from ..problem import ConvProblem
 from .calls import (
@@ -51,9 +50,8 @@ FIXED = 30  # instructions of a thread and step,
 BUILT, SUMMED = 10, 10  # and for each element of the matrices, by counts of compiled code
 
 
-def supports(problem: ConvProblem, pass_: str, target: Target) -> str | None:
-    if problem.cin_g != 1 or problem.cout_g != 1:
-        return "it serves depthwise convolutions without a channel multiplier only"
+def lacking(problem: ConvProblem, pass_: str, target: Target) -> str | None:
+    """Why no kernel in Gluon can serve, or None."""
     if problem.dtype not in ("fp16", "bf16"):
         return "it multiplies fp16 and bf16"
     if problem.layout != "nhwc" or problem.out_layout != "nhwc":
@@ -62,14 +60,22 @@ def supports(problem: ConvProblem, pass_: str, target: Target) -> str | None:
         return f"{target.arch_name} has no mma.sync of bf16, or no asynchronous copies"
     if NO_GLUON is not None:
         return NO_GLUON
-    if launcher.interpreting(sum_splits_kernel):
-        return "Gluon has no interpreter"
     if pass_ == "backward":
         return "no kernel for both gradients"
     if problem.stride[0] > 1 and problem.dilation[0] > 1:
         return "rows with a stride and a dilation"
-    if problem.c_out < LEAST_CHANNELS or problem.c_out % STEP_CHANNELS or min(problem.x_shape + problem.w_shape) < 1:
-        return f"fewer than {LEAST_CHANNELS} channels, no multiple of {STEP_CHANNELS}, or no pixels"
+    if problem.c_out < LEAST_CHANNELS or problem.c_out % STEP_CHANNELS:
+        return f"fewer than {LEAST_CHANNELS} channels, or no multiple of {STEP_CHANNELS}"
+    if min(problem.x_shape + problem.w_shape + problem.y_shape) < 1:
+        return "a channel or pixel count is zero"
+    return None
+
+
+def supports(problem: ConvProblem, pass_: str, target: Target) -> str | None:
+    if problem.cin_g != 1 or problem.cout_g != 1:
+        return "it serves depthwise convolutions without a channel multiplier only"
+    if (why_not := lacking(problem, pass_, target)) is not None:
+        return why_not
     if pass_ == "dgrad" and problem.stride[1] not in (1, 2, 4, 8):
         return "dgrad takes column strides of 1, 2, 4 and 8"
     if columns(problem, pass_, BLOCK_W)[2] > MOST_WINDOW:
@@ -90,6 +96,11 @@ def _block_k(problem: ConvProblem, pass_: str) -> int:
 def vector(problem: ConvProblem, strides) -> int:
     """Channels of a pixel that can be read together where a tensor begins at a multiple of 16 bytes."""
     return math.gcd(8, problem.c_out, *(strides[axis] for axis in (0, 2, 3))) if strides[1] == 1 else 1
+
+
+def waits_of(pass_: str, made: Launched, march: int) -> int:
+    """How often a program waits for copies: wgrad for all rows of a step at once, the others for each."""
+    return march if pass_ == "wgrad" else march * made.read
 
 
 def steps_of(pass_: str, made: Launched) -> int:
@@ -120,10 +131,10 @@ def held(problem: ConvProblem, pass_: str, tile: dict, target: Target) -> Held:
     out_bytes = 4 if problem.residual or problem.keeps else size
     return Held(
         warps,
-        tile["num_stages"] * (x + dy) * size + result * out_bytes,
+        tile["num_stages"] * ((x if pass_ == "wgrad" else x // made.read) + dy) * size + result * out_bytes,
         sums=sums,
         words=(kept + x) * size / 4,
-        accesses=(x / made.read + dy + result) / 8,
+        accesses=(x / made.read + dy + result) / math.gcd(8, problem.c_out),
     )
 
 
@@ -140,7 +151,7 @@ SUM_SHAPES = (  # of wgrad, whose warps share no channels
 def tiles(problem: ConvProblem, pass_: str, target: Target) -> Iterator[list[dict]]:
     stride = problem.stride[0]
     steps = math.ceil((problem.h_in if pass_ == "dgrad" else problem.h_out) / stride)
-    heights = [1024] + [height for height in (32, 16, 8) if height < steps]
+    heights = [1024] + [height for height in (32, 16) if height < steps]
     shapes, rows = (SUM_SHAPES, (16, 4)) if pass_ == "wgrad" else (SHAPES, (16,))
     for block_v, block_c, block_m, warps in shapes:
         for stages, height, block_t in itertools.product((4, 8), heights, rows):
@@ -158,13 +169,13 @@ def tiles(problem: ConvProblem, pass_: str, target: Target) -> Iterator[list[dic
 
 
 def turns(steps: int, most: int) -> list[int]:
-    """How many of wgrad's steps a turn of its loop may have, that with the least work first: a turn moves the rows of dy
-    that it carries, which takes about as long as a third of a step.
+    """How many of wgrad's steps a turn of its loop may have, that with the least work first: a turn moves the rows of
+    dy that it carries, which takes about as long as a third of a step.
     """
     return sorted(range(1, most + 1), key=lambda unroll: math.ceil(steps / unroll) * (3 * unroll + 1))
 
 
-def _split(problem: ConvProblem, config: dict, made: Launched) -> tuple[int, int]:
+def split_of(problem: ConvProblem, config: dict, made: Launched) -> tuple[int, int]:
     """(splits, blocks of lanes of each); fewer where partial sums would take more memory than the operands."""
     return shares(made.m_blocks, min(config["SPLITS"], largest_splits(problem, "wgrad")))
 
@@ -184,7 +195,7 @@ def tiling(problem: ConvProblem, pass_: str, config: dict, target: Target, fit: 
     block_v, block_c, block_m = (config[f"BLOCK_{axis}"] for axis in "VCM")
     programs, splits, blocks = made.m_blocks * made.c_blocks, 1, 1
     if pass_ == "wgrad":
-        splits, blocks = _split(problem, config, made)
+        splits, blocks = split_of(problem, config, made)
         programs = splits * made.c_blocks * made.t_blocks
     partials = partial_bytes(problem, splits)
     unroll = config["BLOCK_U"]
@@ -199,7 +210,8 @@ def tiling(problem: ConvProblem, pass_: str, config: dict, target: Target, fit: 
     else:
         results = (march + cut.drain) * made.written * block_c * block_m * BLOCK_W
         instructions = march * x * (1.25 + 1 / block_v) + results * 1.5 + BUILT * matrix * block_v * warps
-    instructions += products / 64 + FIXED * 32 * warps * march
+    waits = waits_of(pass_, made, march)
+    instructions += products / 64 + FIXED * 32 * warps * waits
     # Eight threads of a warp read from eight places of 16 bytes, or parts of them.
     read = max(1, 8 // block_v)
     half_rate = target.has_warpgroups
@@ -212,7 +224,7 @@ def tiling(problem: ConvProblem, pass_: str, config: dict, target: Target, fit: 
         resident=fit,
         launches=1 + (splits > 1),
         shared_bytes=programs * size * (march * (x + dy) * (1 + read) + 2 * results),
-        trips=march,
+        trips=waits,
         ahead=config["num_stages"] - 1,
     )
 
@@ -220,7 +232,7 @@ def tiling(problem: ConvProblem, pass_: str, config: dict, target: Target, fit: 
 def l2_bytes(
     problem: ConvProblem, pass_: str, made: Launched, block_c: int, window: tuple[int, int, int], block_w: int
 ) -> float:
-    """What is asked of L2, as copies pass L1 by: of windows what lies on the map, by the lanes of all blocks.
+    """What L2 is asked for and given, as copies pass L1 by: what of windows lies on the map, of all lanes; dy; results.
 
     window: as `columns` has it.
     """
@@ -233,8 +245,7 @@ def l2_bytes(
     starts = [block * fresh - left for block in range(col_blocks)]
     met = sum(max(0, min(width, start + wide) - max(0, start)) for start in starts) / col_blocks
     asked = min(steps_of(pass_, made) * made.read, math.ceil(height / problem.dilation[0])) * met
-    if pass_ == "wgrad":
-        asked += cut.rows * out_width / col_blocks
+    asked += cut.rows * made.written * out_width / col_blocks  # dy, or what is stored
     waste = max(1.0, 32 / (block_c * problem.element_bytes))
     return cut.count * problem.c_out * made.t_blocks * asked * problem.element_bytes * waste
 
@@ -261,7 +272,7 @@ def prepare(problem: ConvProblem, pass_: str, config: dict, target: Target, stri
         **named_strides("x", strides[source]), **tiles,
     }  # fmt: skip
     if wgrad:
-        splits, blocks = _split(problem, config, made)
+        splits, blocks = split_of(problem, config, made)
         gradient = FilterGradient(problem, splits, strides["dw"])
         scalars |= gradient.depthwise_arguments() | named_strides("dy", strides["dy"])
         scalars |= {

@@ -129,7 +129,7 @@ def supports(problem: ConvProblem, pass_: str, target: Target) -> str | None:
         return "it has no sum over a channel multiplier"
     if problem.stride[0] > 1 and problem.dilation[0] > 1:
         return "rows with a stride and a dilation"
-    if min(problem.x_shape[1:] + problem.w_shape) < 1:
+    if min(problem.x_shape[1:] + problem.w_shape + problem.y_shape[1:]) < 1:
         return "a channel or pixel count is zero"
     if pass_ == "dgrad" and problem.stride[1] not in (1, 2, 4, 8):
         return "dgrad takes column strides of 1, 2, 4 and 8"

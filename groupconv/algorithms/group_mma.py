@@ -9,8 +9,7 @@ from collections.abc import Iterator
 from .. import launcher
 from ..cost import Tiling
 from ..devices import Target
-from ..kernels.reduce import sum_splits_kernel
-from ..occupancy import Held, largest_splits, most_splits, partial_bytes, shares
+from ..occupancy import Held, most_splits, partial_bytes
 from ..problem import ConvProblem
 from .calls import (
     NO_EPILOGUE,
@@ -26,15 +25,15 @@ from .calls import (
 )
 from .depthwise_mma import (
     FIXED,
-    LEAST_ARCH,
-    LEAST_CHANNELS,
     NO_GLUON,
-    STEP_CHANNELS,
     SUMMED,
     l2_bytes,
+    lacking,
+    split_of,
     steps_of,
     turns,
     vector,
+    waits_of,
 )
 from .depthwise_toeplitz import MOST_SPLITS, MOST_WAVES, Launched, fewest_rounds, launched
 
@@ -60,24 +59,12 @@ def supports(problem: ConvProblem, pass_: str, target: Target) -> str | None:
     group = problem.cin_g
     if group != problem.cout_g or group not in GROUPS:
         return f"it serves groups of {', '.join(map(str, GROUPS))} channels, in and out"
-    if problem.dtype not in ("fp16", "bf16"):
-        return "it multiplies fp16 and bf16"
-    if problem.layout != "nhwc" or problem.out_layout != "nhwc":
-        return "it serves channels_last maps"
-    if target.backend != "cuda" or int(target.arch) < LEAST_ARCH:
-        return f"{target.arch_name} has no mma.sync of bf16, or no asynchronous copies"
-    if NO_GLUON is not None:
-        return NO_GLUON
-    if launcher.interpreting(sum_splits_kernel):
-        return "Gluon has no interpreter"
-    if pass_ == "backward":
-        return "no kernel for both gradients"
-    if problem.stride[0] > 1 and problem.dilation[0] > 1:
-        return "rows with a stride and a dilation"
+    if (why_not := lacking(problem, pass_, target)) is not None:
+        return why_not
     if pass_ == "dgrad" and problem.stride != (1, 1):
         return "dgrad takes strides of 1"
-    if problem.c_out < LEAST_CHANNELS or problem.c_out % STEP_CHANNELS or min(problem.x_shape + problem.w_shape) < 1:
-        return f"fewer than {LEAST_CHANNELS} channels, no multiple of {STEP_CHANNELS}, or no pixels"
+    if _block_k(problem, pass_, 2) > MOST_COLUMNS:
+        return f"16 outputs of a group meet more than {MOST_COLUMNS} columns"
     return None
 
 
@@ -102,48 +89,46 @@ def _block_k(problem: ConvProblem, pass_: str, block_j: int) -> int:
     return max(16 // problem.cin_g, 1 << (window - 1).bit_length())
 
 
-def _products(problem: ConvProblem) -> int:
-    """Of 8 outputs and a kernel row: products of 16 inputs."""
-    columns = max(1, 8 // problem.cin_g)
+def _met(problem: ConvProblem, outputs: int) -> int:
+    """Sixteens of a row's inputs that so many outputs of a group meet: products, or of wgrad sums."""
+    columns = max(1, outputs // problem.cin_g)
     reach = (columns - 1) * problem.stride[1] + (problem.kw - 1) * problem.dilation[1] + 1
     return math.ceil(reach * problem.cin_g / 16)
 
 
-def _met(problem: ConvProblem) -> int:
-    """Sixteens of inputs that 16 outputs meet."""
-    columns = 16 // problem.cin_g
-    reach = (columns - 1) * problem.stride[1] + (problem.kw - 1) * problem.dilation[1] + 1
-    return math.ceil(reach * problem.cin_g / 16)
+def _matrices(problem: ConvProblem, pass_: str, tile: dict) -> int:
+    """Elements of matrices, of wgrad sums, that a program's warps hold."""
+    met = _met(problem, 16) * 16 if pass_ == "wgrad" else max(1, problem.cin_g // 8) * _met(problem, 8) * 8
+    return tile["num_warps"] * tile["BLOCK_I"] * problem.kh * met * 16
 
 
 def held(problem: ConvProblem, pass_: str, tile: dict, target: Target) -> Held:
     """In registers sums, matrices and the rows of a step; in shared memory rows on their way in and, once, out."""
     made, size, warps = _launched(problem, pass_, tile), problem.element_bytes, tile["num_warps"]
-    block_j, block_i, block_c, block_m = (tile[f"BLOCK_{axis}"] for axis in "JICM")
+    block_j, block_c, block_m = (tile[f"BLOCK_{axis}"] for axis in "JCM")
     x = block_c * block_m * _block_k(problem, pass_, block_j)
     result = block_c * block_m * 8 * block_j // problem.cin_g
     if pass_ == "wgrad":
         return Held(
             warps,
             tile["num_stages"] * (made.read * x + result) * size,
-            sums=warps * block_i * made.taps * _met(problem) * 16 * 16,
+            sums=_matrices(problem, pass_, tile),
             words=((made.warm + tile["BLOCK_U"]) * result + made.read * x) * size / 4,
-            accesses=(x + result) / 8,
+            accesses=(x + result) / math.gcd(8, problem.c_out),
         )
-    matrices = warps * block_i * made.taps * max(1, problem.cin_g // 8) * _products(problem) * 16 * 8
     out_bytes = 4 if problem.residual or problem.keeps else size
     return Held(
         warps,
         tile["num_stages"] * x * size + result * out_bytes,
         sums=(made.warm + 1) * result,
-        words=(matrices + x) * size / 4,
-        accesses=(x + result) / 8,
+        words=(_matrices(problem, pass_, tile) + x) * size / 4,
+        accesses=(x + result) / math.gcd(8, problem.c_out),
     )
 
 
 def tiles(problem: ConvProblem, pass_: str, target: Target) -> Iterator[list[dict]]:
     group, steps = problem.cin_g, problem.h_in if pass_ == "dgrad" else problem.h_out
-    heights = [1024] + [height for height in (32, 16, 8) if height < steps]
+    heights = [1024] + [height for height in (32, 16) if height < steps]
     sums = pass_ == "wgrad"  # whose warps share no channels, and which takes eights in pairs
     least = max(2 if sums else 1, group // 8)
     for block_j, block_i, across, lanes in itertools.product((2, 4, 8), (1, 2, 4), (1, 2, 4, 8), (1, 2)):
@@ -164,11 +149,6 @@ def tiles(problem: ConvProblem, pass_: str, target: Target) -> Iterator[list[dic
                 yield [tile]
 
 
-def _split(problem: ConvProblem, config: dict, made: Launched) -> tuple[int, int]:
-    """(splits, blocks of lanes of each); fewer where partial sums would take more memory than the operands."""
-    return shares(made.m_blocks, min(config["SPLITS"], largest_splits(problem, "wgrad")))
-
-
 def divisions(problem: ConvProblem, pass_: str, config: dict, target: Target, fit: int) -> list[dict[str, int]]:
     if pass_ != "wgrad":
         return [{"SPLITS": 1}]
@@ -180,28 +160,27 @@ def divisions(problem: ConvProblem, pass_: str, config: dict, target: Target, fi
 def tiling(problem: ConvProblem, pass_: str, config: dict, target: Target, fit: int) -> Tiling:
     made = _launched(problem, pass_, config)
     cut, size, warps = made.cut, problem.element_bytes, config["num_warps"]
-    block_j, block_i, block_c, block_m = (config[f"BLOCK_{axis}"] for axis in "JICM")
+    block_j, block_c, block_m = (config[f"BLOCK_{axis}"] for axis in "JCM")
     programs, splits, blocks = made.m_blocks * made.c_blocks, 1, 1
     if pass_ == "wgrad":
-        splits, blocks = _split(problem, config, made)
+        splits, blocks = split_of(problem, config, made)
         programs = splits * made.c_blocks
     partials = partial_bytes(problem, splits)
     unroll = config["BLOCK_U"]
     march = math.ceil(steps_of(pass_, made) / unroll) * unroll * blocks  # steps of a program
     wide, *window = _columns(problem, pass_, block_j)
+    elements = _matrices(problem, pass_, config)
     x = march * made.read * block_c * block_m * _block_k(problem, pass_, block_j)  # elements of a program
     y = (march + cut.drain) * block_c * block_m * wide
     if pass_ == "wgrad":
-        products = march * made.taps * _met(problem) * 16 * block_c * block_m * wide
-        sums = warps * block_i * made.taps * _met(problem) * 16 * 16
-        instructions = (
-            x * 1.5 + y * (1.5 + made.warm / (2 * unroll)) + SUMMED * sums * math.ceil(problem.kw * problem.cin_g / 16)
-        )
+        products = march * made.taps * _met(problem, 16) * 16 * block_c * block_m * wide
+        instructions = x * 1.5 + y * (1.5 + made.warm / (2 * unroll))
+        instructions += SUMMED * elements * math.ceil(problem.kw * problem.cin_g / 16)
     else:
-        products = march * made.taps * _products(problem) * 16 * block_c * block_m * wide
-        matrices = warps * block_i * made.taps * max(1, problem.cin_g // 8) * _products(problem) * 16 * 8
-        instructions = x * 1.5 + y * 1.5 + BUILT * matrices
-    instructions += products / 64 + FIXED * 32 * warps * march * made.read
+        products = march * made.taps * _met(problem, 8) * 16 * block_c * block_m * wide
+        instructions = x * 1.5 + y * 1.5 + BUILT * elements
+    waits = waits_of(pass_, made, march)
+    instructions += products / 64 + FIXED * 32 * warps * waits
     return Tiling(
         programs=programs,
         matrix_flops=2.0 * programs * products * (2 if target.has_warpgroups else 1),
@@ -211,7 +190,7 @@ def tiling(problem: ConvProblem, pass_: str, config: dict, target: Target, fit: 
         resident=fit,
         launches=1 + (splits > 1),
         shared_bytes=programs * size * (x * (2 if problem.cin_g >= 8 and pass_ != "wgrad" else 3) + 2 * y),
-        trips=march * made.read,
+        trips=waits,
         ahead=config["num_stages"] - 1,
     )
 
@@ -238,7 +217,7 @@ def prepare(problem: ConvProblem, pass_: str, config: dict, target: Target, stri
         **named_strides("x", strides[source]), **tiles,
     }  # fmt: skip
     if pass_ == "wgrad":
-        splits, blocks = _split(problem, config, made)
+        splits, blocks = split_of(problem, config, made)
         gradient = FilterGradient(problem, splits, strides["dw"])
         scalars |= gradient.arguments | named_strides("dy", strides["dy"])
         scalars |= {"blocks": blocks, "UNROLL": config["BLOCK_U"], "DY_VECTOR": vector(problem, strides["dy"])}
