@@ -6,21 +6,8 @@ import dataclasses
 import functools
 from collections.abc import Mapping
 
-from . import configs, cost, devices, launcher, raced
-from .algorithms import (
-    INTERPRETED,
-    NAMES,
-    REGISTRY,
-    divided,
-    fits,
-    fitting,
-    interpretable,
-    lack,
-    newer_triton,
-    possible,
-    tile_of,
-    tiling,
-)
+from . import configs, cost, devices, raced
+from .algorithms import NAMES, REGISTRY, divided, fits, fitting, lack, newer_triton, possible, tile_of, tiling
 from .devices import Target
 from .problem import PASSES, ConvProblem
 
@@ -162,8 +149,6 @@ def _able(problem: ConvProblem, pass_: str, target: Target, backend: str) -> tup
     able, refusals = [], []
     for name in [backend.removeprefix("triton:")] if backend.startswith("triton:") else REGISTRY:
         why_not = lack(name, problem, pass_, target)
-        if backend != "auto" and INTERPRETED and not interpretable(name) and launcher.stub_target() is None:
-            why_not = "Triton's interpreter has no Gluon"
         if why_not is None:
             able.append(name)
         else:

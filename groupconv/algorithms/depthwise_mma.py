@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from .. import launcher
 from ..cost import Tiling
 from ..devices import Target
+from ..kernels.reduce import sum_splits_kernel
 from ..occupancy import Held, largest_splits, most_splits, partial_bytes, shares
 from ..problem import ConvProblem
 from .calls import (
@@ -60,6 +61,8 @@ def lacking(problem: ConvProblem, pass_: str, target: Target) -> str | None:
         return f"{target.arch_name} has no mma.sync of bf16, or no asynchronous copies"
     if NO_GLUON is not None:
         return NO_GLUON
+    if launcher.interpreting(sum_splits_kernel):
+        return "Triton's interpreter has no Gluon"
     if pass_ == "backward":
         return "no kernel for both gradients"
     if problem.stride[0] > 1 and problem.dilation[0] > 1:
