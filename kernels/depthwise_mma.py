@@ -15,10 +15,12 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy, mma_v2
 
 from .fragments import (
+    SIZES,
     along,
     axes,
     below,
     copy,
+    copy_step,
     finish,
     index,
     joined,
@@ -31,8 +33,6 @@ from .fragments import (
     strides,
     unpacked,
 )
-
-SIZES = ("batch", "h_in", "w_in", "h_out", "w_out", "segments", "col_blocks", "rows", "CHANNELS", "first", "last")
 
 
 @triton.constexpr_function
@@ -326,33 +326,20 @@ def wgrad_kernel(
         for _ in gl.static_range(WARM):
             dy = dy + packed(none, BLOCK_V)
         for s in gl.static_range(STAGES - 1):
-            copy(
-                dy_buffers.index(s), dy_lane + s * dy_step, dy_row + s * DIL_H, h_out,
-                dy_live & (s < rows), in_dy, DY_VECTOR > 1,
+            copy_step(
+                s, s, dy_buffers, dy_lane, dy_step, dy_row, h_out, dy_live, rows, in_dy, DY_VECTOR > 1,
+                x_buffers, x_lane, x_step, x_row, h_in, x_live, last, in_x, X_VECTOR > 1, CONV_STRIDE_H, DIL_H,
             )  # fmt: skip
-            for i in gl.static_range(CONV_STRIDE_H):
-                first = s * CONV_STRIDE_H + i
-                copy(
-                    x_buffers.index(first), x_lane + first * x_step, x_row + first * DIL_H, h_in,
-                    x_live & (s < last), in_x, X_VECTOR > 1,
-                )  # fmt: skip
-            async_copy.commit_group()
         for start in range(0, last, UNROLL):
             for u in gl.static_range(UNROLL):
                 t = start + u
                 async_copy.wait_group(STAGES - 2)
                 ahead = t + STAGES - 1
-                copy(
-                    dy_buffers.index(ahead % STAGES), dy_lane + ahead * dy_step, dy_row + ahead * DIL_H, h_out,
-                    dy_live & (ahead < rows), in_dy, DY_VECTOR > 1,
+                copy_step(
+                    ahead % STAGES, ahead, dy_buffers, dy_lane, dy_step, dy_row, h_out, dy_live, rows, in_dy,
+                    DY_VECTOR > 1,
+                    x_buffers, x_lane, x_step, x_row, h_in, x_live, last, in_x, X_VECTOR > 1, CONV_STRIDE_H, DIL_H,
                 )  # fmt: skip
-                for i in gl.static_range(CONV_STRIDE_H):
-                    step = ahead * CONV_STRIDE_H + i
-                    copy(
-                        x_buffers.index(ahead % STAGES * CONV_STRIDE_H + i), x_lane + step * x_step,
-                        x_row + step * DIL_H, h_in, x_live & (ahead < last), in_x, X_VECTOR > 1,
-                    )  # fmt: skip
-                async_copy.commit_group()
                 slot = t % STAGES
                 row = channels_apart(dy_buffers.index(slot).load(DY_HELD), BLOCK_V, False, RIGHT_OPERAND)
                 dy = packed(row, BLOCK_V) + dy

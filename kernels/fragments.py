@@ -12,6 +12,9 @@ from triton.experimental.gluon.language.nvidia.ampere import async_copy
 from .epilogue import activated as activated_
 from .epilogue import beside as beside_
 
+# Of march kernels; of those that sum, all but the last two.
+SIZES = ("batch", "h_in", "w_in", "h_out", "w_out", "segments", "col_blocks", "rows", "CHANNELS", "first", "last")
+
 # Triton 3.9 has another name for it.
 async_load = getattr(async_copy, "async_load", async_copy.async_copy_global_to_shared)
 activated = gluon.jit(activated_.fn)
@@ -111,6 +114,26 @@ def copy(to, source, row, height, live, inside, ASYNC: gl.constexpr):
         async_load(to, source, mask=mask)
     else:
         to.store(gl.load(source, mask=mask, other=0.0))
+
+
+@gluon.jit
+def copy_step(
+    slot, step, dy_buffers, dy_lane, dy_step, dy_row, h_out, dy_live, rows, in_dy, DY_ASYNC: gl.constexpr,
+    x_buffers, x_lane, x_step, x_row, h_in, x_live, last, in_x, X_ASYNC: gl.constexpr,
+    CONV_STRIDE_H: gl.constexpr, DIL_H: gl.constexpr,
+):  # fmt: skip
+    """Begin to copy what a step of wgrad has: one row of dy, and CONV_STRIDE_H of x."""
+    copy(
+        dy_buffers.index(slot), dy_lane + step * dy_step, dy_row + step * DIL_H, h_out,
+        dy_live & (step < rows), in_dy, DY_ASYNC,
+    )  # fmt: skip
+    for i in gl.static_range(CONV_STRIDE_H):
+        row = step * CONV_STRIDE_H + i
+        copy(
+            x_buffers.index(slot * CONV_STRIDE_H + i), x_lane + row * x_step, x_row + row * DIL_H, h_in,
+            x_live & (step < last), in_x, X_ASYNC,
+        )  # fmt: skip
+    async_copy.commit_group()
 
 
 @gluon.jit

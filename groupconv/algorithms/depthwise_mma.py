@@ -10,7 +10,7 @@ from .. import launcher
 from ..cost import Tiling
 from ..devices import Target
 from ..kernels.reduce import sum_splits_kernel
-from ..occupancy import Held, largest_splits, most_splits, partial_bytes, shares
+from ..occupancy import Held, partial_bytes
 from ..problem import ConvProblem
 from .calls import (
     NO_EPILOGUE,
@@ -24,7 +24,7 @@ from .calls import (
     named_strides,
     split_config,
 )
-from .depthwise_toeplitz import MOST_SPLITS, MOST_WAVES, Launched, columns, fewest_rounds, launched
+from .depthwise_toeplitz import MOST_SPLITS, Launched, columns, divisions_of, launched, split_of
 
 try:
     from ..kernels import depthwise_mma as kernels
@@ -178,18 +178,8 @@ def turns(steps: int, most: int) -> list[int]:
     return sorted(range(1, most + 1), key=lambda unroll: math.ceil(steps / unroll) * (3 * unroll + 1))
 
 
-def split_of(problem: ConvProblem, config: dict, made: Launched) -> tuple[int, int]:
-    """(splits, blocks of lanes of each); fewer where partial sums would take more memory than the operands."""
-    return shares(made.m_blocks, min(config["SPLITS"], largest_splits(problem, "wgrad")))
-
-
 def divisions(problem: ConvProblem, pass_: str, config: dict, target: Target, fit: int) -> list[dict[str, int]]:
-    if pass_ != "wgrad":
-        return [{"SPLITS": 1}]
-    made = _launched(problem, pass_, config)
-    wanted, slots = made.c_blocks * made.t_blocks, target.multiprocessors * fit
-    most = min(math.ceil(MOST_WAVES * slots / wanted), most_splits(problem, pass_), MOST_SPLITS)
-    return [{"SPLITS": splits} for splits in fewest_rounds(made.m_blocks, wanted, slots, most)]
+    return divisions_of(problem, pass_, _launched(problem, pass_, config), target, fit)
 
 
 def tiling(problem: ConvProblem, pass_: str, config: dict, target: Target, fit: int) -> Tiling:

@@ -238,18 +238,22 @@ def seldom(problem: ConvProblem, pass_: str, tile: dict, target: Target) -> bool
     return target.has_warpgroups and tile["num_warps"] == 16
 
 
-def _wgrad_split(problem: ConvProblem, config: dict, made: Launched) -> tuple[int, int]:
-    """(splits, blocks of lanes of each); fewer where partial sums would take more memory than the operands."""
+def split_of(problem: ConvProblem, config: dict, made: Launched) -> tuple[int, int]:
+    """(splits of wgrad, blocks of lanes of each); fewer where partial sums would take more memory than the operands."""
     return shares(made.m_blocks, min(config["SPLITS"], largest_splits(problem, "wgrad")))
 
 
-def divisions(problem: ConvProblem, pass_: str, config: dict, target: Target, fit: int) -> list[dict[str, int]]:
+def divisions_of(problem: ConvProblem, pass_: str, made: Launched, target: Target, fit: int) -> list[dict[str, int]]:
+    """`divisions` of algorithms whose programs go through blocks of lanes."""
     if pass_ != "wgrad":
         return [{"SPLITS": 1}]
-    made = _launched(problem, pass_, config)
     tiles, slots = made.c_blocks * made.t_blocks, target.multiprocessors * fit
     most = min(math.ceil(MOST_WAVES * slots / tiles), most_splits(problem, pass_), MOST_SPLITS)
     return [{"SPLITS": splits} for splits in fewest_rounds(made.m_blocks, tiles, slots, most)]
+
+
+def divisions(problem: ConvProblem, pass_: str, config: dict, target: Target, fit: int) -> list[dict[str, int]]:
+    return divisions_of(problem, pass_, _launched(problem, pass_, config), target, fit)
 
 
 def fewest_rounds(blocks: int, tiles: int, slots: int, most: int, prologue: int = 0) -> list[int]:
@@ -274,7 +278,7 @@ def tiling(problem: ConvProblem, pass_: str, config: dict, target: Target, fit: 
     block_c, block_m, block_w = (config[f"BLOCK_{axis}"] for axis in "CMW")
     programs, partials, splits = made.m_blocks * made.c_blocks, 0, 1
     if pass_ == "wgrad":
-        splits, blocks = _wgrad_split(problem, config, made)
+        splits, blocks = split_of(problem, config, made)
         programs = splits * made.c_blocks * made.t_blocks
         partials = partial_bytes(problem, splits)
         moved = programs * blocks
@@ -358,7 +362,7 @@ def prepare(problem: ConvProblem, pass_: str, config: dict, target: Target, stri
         arguments = (f"{name.upper()}_{fact}" for fact in ("PIXELS_LAST", "ALIGN", "RUN"))
         scalars |= dict(zip(arguments, values, strict=True))
     if wgrad:
-        splits, blocks = _wgrad_split(problem, config, made)
+        splits, blocks = split_of(problem, config, made)
         gradient = FilterGradient(problem, splits, strides["dw"])
         scalars |= gradient.depthwise_arguments()
         scalars |= named_strides("dy", strides["dy"]) | named_strides("x", strides["x"])

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from .. import launcher
 from ..cost import Tiling
 from ..devices import Target
-from ..occupancy import Held, most_splits, partial_bytes
+from ..occupancy import Held, partial_bytes
 from ..problem import ConvProblem
 from .calls import (
     NO_EPILOGUE,
@@ -29,13 +29,12 @@ from .depthwise_mma import (
     SUMMED,
     l2_bytes,
     lacking,
-    split_of,
     steps_of,
     turns,
     vector,
     waits_of,
 )
-from .depthwise_toeplitz import MOST_SPLITS, MOST_WAVES, Launched, fewest_rounds, launched
+from .depthwise_toeplitz import MOST_SPLITS, Launched, divisions_of, launched, split_of
 
 if NO_GLUON is None:
     from ..kernels import group_mma as kernels
@@ -150,11 +149,7 @@ def tiles(problem: ConvProblem, pass_: str, target: Target) -> Iterator[list[dic
 
 
 def divisions(problem: ConvProblem, pass_: str, config: dict, target: Target, fit: int) -> list[dict[str, int]]:
-    if pass_ != "wgrad":
-        return [{"SPLITS": 1}]
-    made, slots = _launched(problem, pass_, config), target.multiprocessors * fit
-    most = min(math.ceil(MOST_WAVES * slots / made.c_blocks), most_splits(problem, pass_), MOST_SPLITS)
-    return [{"SPLITS": splits} for splits in fewest_rounds(made.m_blocks, made.c_blocks, slots, most)]
+    return divisions_of(problem, pass_, _launched(problem, pass_, config), target, fit)
 
 
 def tiling(problem: ConvProblem, pass_: str, config: dict, target: Target, fit: int) -> Tiling:
