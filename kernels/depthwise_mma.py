@@ -216,10 +216,8 @@ def march_kernel(
         for i in gl.static_range(OUT):
             step = (t - WARM) * OUT + i
             total = channels_together(acc[i * BLOCK_V : (i + 1) * BLOCK_V], BLOCK_V)
-            finish(
-                y_at + step * y_step, total, out_row + step * DIL_H, h_out, in_batch & (t >= WARM), in_y,
-                y_ptr, residual_ptr, kept_ptr, ACTIVATION, RESULT,
-            )  # fmt: skip
+            stored = spread(in_batch & (t >= WARM) & below(out_row + step * DIL_H, h_out), 0) & in_y
+            finish(y_at + step * y_step, total, stored, y_ptr, residual_ptr, kept_ptr, ACTIVATION, RESULT)
         acc = acc[OUT * BLOCK_V :]
         for _ in gl.static_range(OUT):
             acc = acc + starts
@@ -227,10 +225,8 @@ def march_kernel(
     for a in gl.static_range(DRAIN * OUT):
         step = (last - WARM) * OUT + a
         total = channels_together(acc[a * BLOCK_V : (a + 1) * BLOCK_V], BLOCK_V)
-        finish(
-            y_at + step * y_step, total, out_row + step * DIL_H, h_out, in_batch, in_y,
-            y_ptr, residual_ptr, kept_ptr, ACTIVATION, RESULT,
-        )  # fmt: skip
+        stored = spread(in_batch & below(out_row + step * DIL_H, h_out), 0) & in_y
+        finish(y_at + step * y_step, total, stored, y_ptr, residual_ptr, kept_ptr, ACTIVATION, RESULT)
 
 
 @gluon.jit(do_not_specialize=(*SIZES[:-2], "blocks"))

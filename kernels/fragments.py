@@ -99,8 +99,10 @@ def strides(n, h, w, VECTOR: gl.constexpr):
 @gluon.jit
 def lane(m, segments, col_blocks, DIL_H: gl.constexpr):
     """(image, class of rows, segment of rows, block of columns) of a lane number."""
-    image = m // (col_blocks * segments * DIL_H)
-    return image, m // (col_blocks * segments) % DIL_H, m // col_blocks % segments, m % col_blocks
+    of_rows = m // col_blocks
+    of_classes = of_rows // segments
+    image = of_classes // DIL_H
+    return image, of_classes - image * DIL_H, of_rows - of_classes * segments, m - of_rows * col_blocks
 
 
 @gluon.jit
@@ -200,13 +202,11 @@ def unpacked(pair, dtype: gl.constexpr, OPERAND: gl.constexpr):
 
 @gluon.jit
 def finish(
-    to, total, row, height, live, inside, y_ptr, residual_ptr, kept_ptr,
-    ACTIVATION: gl.constexpr, RESULT: gl.constexpr,
+    to, total, mask, y_ptr, residual_ptr, kept_ptr, ACTIVATION: gl.constexpr, RESULT: gl.constexpr,
 ):  # fmt: skip
-    """Store a row of each lane that is live and has it: activation(total + residual) where `to` points into y, and
-    total + residual there in `kept`, as epilogue.py's. total: fp32, in any layout; RESULT: that of `to` and `inside`.
+    """Store a row of each lane: activation(total + residual) where `to` points into y, and total + residual there in
+    `kept`, as epilogue.py's. total: fp32, in any layout; RESULT: that of `to` and `mask`.
     """
-    mask = spread(live & below(row, height), 0) & inside
     dtype: gl.constexpr = y_ptr.dtype.element_ty
     if residual_ptr is None and kept_ptr is None:
         gl.store(to, gl.convert_layout(activated(total, ACTIVATION).to(dtype), RESULT), mask=mask)

@@ -305,19 +305,15 @@ def march_kernel(
             acc = met
         step = t - WARM
         total = results_together(acc[:SUMS], GROUP, BLOCK_I, BLOCK_J)
-        finish(
-            y_at + step * y_step, total, out_row + step * DIL_H, h_out, in_batch & (t >= WARM), in_y,
-            y_ptr, residual_ptr, kept_ptr, ACTIVATION, RESULT,
-        )  # fmt: skip
+        stored = spread(in_batch & (t >= WARM) & below(out_row + step * DIL_H, h_out), 0) & in_y
+        finish(y_at + step * y_step, total, stored, y_ptr, residual_ptr, kept_ptr, ACTIVATION, RESULT)
         acc = acc[SUMS:] + starts
     async_copy.wait_group(0)
     for a in gl.static_range(DRAIN):
         step = last - WARM + a
         total = results_together(acc[a * SUMS : (a + 1) * SUMS], GROUP, BLOCK_I, BLOCK_J)
-        finish(
-            y_at + step * y_step, total, out_row + step * DIL_H, h_out, in_batch, in_y,
-            y_ptr, residual_ptr, kept_ptr, ACTIVATION, RESULT,
-        )  # fmt: skip
+        stored = spread(in_batch & below(out_row + step * DIL_H, h_out), 0) & in_y
+        finish(y_at + step * y_step, total, stored, y_ptr, residual_ptr, kept_ptr, ACTIVATION, RESULT)
 
 
 @gluon.jit(do_not_specialize=(*SIZES[:-2], "blocks"))

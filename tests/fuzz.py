@@ -39,6 +39,7 @@ FITTING = {
     "row_march": {"dtypes": ("fp16", "bf16", "tf32", "fp32")},
     "depthwise_direct": {"widths": DEPTHWISE},
     "depthwise_mma": {"widths": ((1, 1),), "dtypes": ("fp16", "bf16"), "layouts": ("nhwc",)},
+    "depthwise_mma_nchw": {"widths": DEPTHWISE, "dtypes": ("fp16", "bf16"), "layouts": ("nchw",)},
     "group_mma": {"widths": ((2, 2), (4, 4), (8, 8), (16, 16)), "dtypes": ("fp16", "bf16"), "layouts": ("nhwc",)},
     "depthwise_map": {
         "widths": DEPTHWISE[:3],

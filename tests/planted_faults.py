@@ -310,6 +310,35 @@ FAULTS = [
         "copies of 16 bytes from anywhere",
         compiled=("tests/test_fragments.py", "-k", "begin_anywhere"),
     ),
+    # --- depthwise_mma_nchw ---
+    Fault(
+        "kernels/depthwise_mma_nchw.py",
+        "column // 2 % PAIRS * 8",
+        "column // 2 % PAIRS * 4",
+        "wgrad of rows looks for columns in other slots",
+        compiled=GLUON,
+    ),
+    Fault(
+        "kernels/depthwise_mma_nchw.py",
+        "limit = gl.minimum(height, row + count * DIL_H)",
+        "limit = height",
+        "lanes go on into the next segment's rows",
+        compiled=GLUON,
+    ),
+    Fault(
+        "kernels/depthwise_mma_nchw.py",
+        "permute([0, 3, 2, 1, 4]).reshape([C, K, M // 2])",
+        "permute([0, 3, 2, 4, 1]).reshape([C, K, M // 2])",
+        "wgrad of rows takes lanes for their neighbours",
+        compiled=GLUON,
+    ),
+    Fault(
+        "groupconv/algorithms/depthwise_mma_nchw.py",
+        "math.gcd(8, width, *strides[:3], *columns)",
+        "math.gcd(8, width, *columns)",
+        "rows of views are read as if they were aligned",
+        compiled=GLUON,
+    ),
     # --- group_mma ---
     Fault(
         "kernels/group_mma.py",

@@ -15,7 +15,16 @@ import torch
 
 from groupconv import devices
 from groupconv.activations import ACTIVATIONS
-from groupconv.algorithms import candidates, depthwise_mma, divided, group_mma, lack, possible, tiling
+from groupconv.algorithms import (
+    candidates,
+    depthwise_mma,
+    depthwise_mma_nchw,
+    divided,
+    group_mma,
+    lack,
+    possible,
+    tiling,
+)
 from groupconv.compiling import compiler, resources
 from groupconv.perf_reports import layers
 from groupconv.problem import PASSES, ConvProblem
@@ -24,22 +33,34 @@ pytestmark = pytest.mark.skipif(
     softgpu.compiler() is None, reason="no C compiler: neither $CC nor cc nor gcc; the software GPU is in C"
 )
 NAME = depthwise_mma.NAME
-NAMES = NAME, group_mma.NAME
+NAMES = NAME, depthwise_mma_nchw.NAME, group_mma.NAME
 
 
-def layer(channels=24, kernel=(3, 3), hw=(9, 17), batch=2, width=1, **changes) -> ConvProblem:
+def layer(channels=24, kernel=(3, 3), hw=(9, 17), batch=2, width=1, layout="nhwc", **changes) -> ConvProblem:
     given = {
         "pad": (kernel[0] // 2,) * 2 + (kernel[1] // 2,) * 2,
         "dtype": "bf16",
         "groups": channels // width,
     } | changes
-    return ConvProblem(batch, channels, *hw, channels, *kernel, layout="nhwc", out_layout="nhwc", **given)
+    c_out = given.pop("c_out", channels)
+    return ConvProblem(batch, channels, *hw, c_out, *kernel, layout=layout, out_layout=layout, **given)
+
+
+def rows(channels=24, *args, **changes) -> ConvProblem:
+    return layer(channels, *args, layout="nchw", **changes)
 
 
 def tile(v=4, channels=16, lanes=16, warps=4, stages=4, **changes) -> dict[str, int]:
     return {
         "BLOCK_V": v, "BLOCK_C": channels, "BLOCK_M": lanes, "BLOCK_H": 1024, "BLOCK_T": 16, "BLOCK_U": 1,
         "num_warps": warps, "num_stages": stages, "SPLITS": 1,
+    } | changes  # fmt: skip
+
+
+def of_rows(channels=2, lanes=32, warps=4, ahead=4, **changes) -> dict[str, int]:
+    return {
+        "BLOCK_C": channels, "BLOCK_M": lanes, "BLOCK_H": 1024, "BLOCK_T": 16, "num_warps": warps, "num_stages": ahead,
+        "SPLITS": 1,
     } | changes  # fmt: skip
 
 
@@ -91,11 +112,33 @@ CASES = {
     "groups, 1x1, a column a lane": (layer(32, (1, 1), (5, 6), width=16), "nhwc", of_groups(16, 2, 1, 2, BLOCK_U=3)),
     "groups, an odd pixel stride": (layer(16, hw=(5, 6), width=2), "nhwc-slice", of_groups(2, 2, 1, 8)),
     "groups, 20 channels": (layer(20, hw=(5, 6), width=4), "nhwc", of_groups(4)),
+    "rows": (rows(5, (3, 3), (12, 24)), "nchw", of_rows()),
+    "rows of 14": (rows(5, (7, 7), (14, 14)), "nchw", of_rows(1, 64, BLOCK_H=8)),
+    "rows of 7": (rows(9, hw=(7, 7), batch=19), "nchw", of_rows(1, 64, ahead=8)),
+    "rows of 33, far apart": (rows(3, (5, 5), (9, 33), dilation=(4, 4), pad=(8, 8, 8, 8)), "nchw", of_rows(4, 16)),
+    "rows, two tiles of lanes a warp": (rows(6, (5, 5), (9, 30), batch=3), "nchw", of_rows(2, 64, SPLITS=3)),
+    "rows, stride 2": (rows(6, (5, 5), (13, 24), stride=(2, 2)), "nchw", of_rows(ahead=2, BLOCK_H=4, BLOCK_T=2)),
+    "rows, stride 2, same": (rows(6, stride=(2, 2), hw=(12, 16), pad=(0, 1, 0, 1)), "nchw", of_rows(ahead=1)),
+    "rows, strides 3 and 2": (
+        rows(3, (4, 3), (14, 33), stride=(3, 2), pad=(1, 2, 0, 1)), "nchw", of_rows(ahead=3, BLOCK_T=4, SPLITS=2),
+    ),
+    "rows, strides 1 and 4": (rows(3, hw=(7, 33), stride=(1, 4)), "nchw", of_rows(8, 16, 8)),
+    "rows, a dilation": (rows(4, (3, 5), (12, 20), dilation=(2, 3), pad=(2, 2, 6, 6)), "nchw", of_rows(BLOCK_T=2)),
+    "rows, 11x11": (rows(3, (11, 11), (14, 28), dtype="fp16"), "nchw", of_rows(1, 16, 1, 2)),
+    "rows, 11x1": (rows(3, (11, 1), (14, 14), dtype="fp16"), "nchw", of_rows(SPLITS=2)),
+    "rows, 1x17": (rows(3, (1, 17), (6, 40), dtype="fp16"), "nchw", of_rows(ahead=8)),
+    "rows, all of the padding's": (rows(2, (7, 7), (1, 2), pad=(6, 6, 6, 6)), "nchw", of_rows()),
+    "rows, a channel multiplier": (rows(3, hw=(6, 16), c_out=9), "nchw", of_rows()),
+    "rows between others": (rows(3, (3, 3), (7, 24)), "batches", of_rows(SPLITS=2)),
+    "channels between others": (rows(4, (3, 3), (7, 24)), "slice", of_rows(4, 32, 8)),
+    "columns as rows": (rows(4, (3, 3), (7, 24)), "turned", of_rows(ahead=3)),
 }  # fmt: skip
 
 
 def algorithm(problem: ConvProblem):
-    return depthwise_mma if problem.cin_g == 1 else group_mma
+    if problem.cin_g > 1:
+        return group_mma
+    return depthwise_mma if problem.layout == "nhwc" else depthwise_mma_nchw
 
 
 def run(problem: ConvProblem, pass_: str, view: str, config: dict, target: str, **options):
@@ -107,7 +150,14 @@ def run(problem: ConvProblem, pass_: str, view: str, config: dict, target: str, 
     return out, given, session, call
 
 
-UNSERVED = {("groups, stride 2", "dgrad"), ("groups, strides 1 and 2", "dgrad")}
+UNSERVED = {
+    ("groups, stride 2", "dgrad"),
+    ("groups, strides 1 and 2", "dgrad"),
+    ("rows, a channel multiplier", "dgrad"),
+}
+
+
+WHOLE = {"SPLITS": 1, "BLOCK_U": 1, "BLOCK_T": 16}  # of passes that are not divided
 
 
 @pytest.mark.parametrize("pass_", PASSES)
@@ -122,9 +172,9 @@ def test_numbers(name, pass_):
         return
     assert algorithm(problem).supports(problem, pass_, devices.named(target)) is None
     if pass_ != "wgrad":
-        config = config | {"SPLITS": 1, "BLOCK_U": 1} | ({"BLOCK_T": 16} if "BLOCK_T" in config else {})
+        config = config | {name: most for name, most in WHOLE.items() if name in config}
     else:  # all warps have channels of their own
-        own = config["BLOCK_V"] if "BLOCK_V" in config else config["BLOCK_I"] * problem.cin_g
+        own = config.get("BLOCK_V", config.get("BLOCK_I", 1) * problem.cin_g)
         config = config | {"num_warps": config["BLOCK_C"] // own}
     out, given, session, _ = run(problem, pass_, view, config, target, late=number // 2 % 2 == 0)
     assert cases.error(out, cases.references(problem, given)[pass_]) <= cases.bound(
@@ -136,8 +186,10 @@ def test_numbers(name, pass_):
 @pytest.mark.parametrize("activation", sorted(ACTIVATIONS))
 def test_what_follows(activation):
     """Bias, a residual and every activation, and what the activation is of."""
-    for width, config in ((1, tile()), (4, of_groups(4))):
-        problem = layer(24, hw=(5, 9), width=width, bias=True, activation=activation, residual=True, keeps=True)
+    for width, layout, config in ((1, "nhwc", tile()), (4, "nhwc", of_groups(4)), (1, "nchw", of_rows())):
+        problem = layer(
+            24, hw=(5, 9), width=width, layout=layout, bias=True, activation=activation, residual=True, keeps=True
+        )
         errors, _ = compiled_code.run_pass(problem, "fprop", algorithm(problem).NAME, config, "sm_90")
         assert set(errors) == {"fprop", "kept"}
         assert max(errors.values()) <= 1
@@ -152,23 +204,34 @@ def test_an_activation_alone():
 
 @pytest.mark.parametrize(("pass_", "unaligned"), [("fprop", "x"), ("dgrad", "dy"), ("wgrad", "x"), ("wgrad", "dy")])
 def test_tensors_that_begin_anywhere(pass_, unaligned):
-    """Copied an element at a time, and so before a step and not ahead of it, is what begins between 16 bytes."""
+    """Copied an element at a time, and so before a step and not ahead of it, is what begins between 16 bytes; and rows
+    are loaded so.
+    """
     problem, found = layer(16), []
     for which in ((), (unaligned,)):
         job = compiler.Job(NAME, pass_, tile(), problem, "sm_90", unaligned=which)
         found.append(compiler.launched(job)[0].compiled.asm["ptx"])
     assert re.search(r"cp\.async\.cg\.shared\.global \[[^]]*\], \[[^]]*\], 0x10", found[0])
     assert "cp.async.c" not in found[1].replace("cp.async.commit", "")
+    for which, words in (((), True), ((unaligned,), False)):
+        job = compiler.Job(
+            depthwise_mma_nchw.NAME, pass_, of_rows(4, 64), rows(16, hw=(9, 16)), "sm_90", unaligned=which
+        )
+        ptx = compiler.launched(job)[0].compiled.asm["ptx"]
+        loads = set(re.findall(r"ld\.global\.(\S+)", ptx[ptx.index("mma.sync") :]))
+        assert ("b16" not in loads) == words, loads
 
 
+@pytest.mark.parametrize("layout", ["nhwc", "nchw"])
 @pytest.mark.parametrize("start", [1, 2, 8])
-def test_numbers_of_tensors_that_begin_anywhere(start):
-    problem = layer(16, hw=(5, 12))
+def test_numbers_of_tensors_that_begin_anywhere(start, layout):
+    problem = layer(16, hw=(5, 12), layout=layout)
     given = cases.operands(cases.Case(problem))
     memory = torch.full((given.x.numel() + start,), float("nan"), dtype=given.x.dtype)
     x = memory[start:].as_strided(given.x.shape, given.x.stride()).copy_(given.x)
     with softgpu.active("sm_90"), cases.guarded():
-        call = depthwise_mma.prepare(problem, "fprop", tile(), devices.named("sm_90"), given.strides(problem))
+        config = tile() if layout == "nhwc" else of_rows()
+        call = algorithm(problem).prepare(problem, "fprop", config, devices.named("sm_90"), given.strides(problem))
         out = call(x, given.w, None)
     assert cases.error(out, cases.references(problem, given)["fprop"]) <= cases.bound("bf16", 9)
 
@@ -194,6 +257,17 @@ def test_operands_of_groups_go_from_memory_to_fragments(width):
         assert (len(re.findall(r"st(matrix\S*)?\.shared", ptx)) == 0) == (pass_ == "wgrad")
 
 
+@pytest.mark.parametrize(("width", "vector"), [(7, "b16"), (14, "b32"), (28, "v2.b32")])
+@pytest.mark.parametrize("pass_", PASSES)
+def test_rows_go_from_memory_to_fragments(pass_, width, vector):
+    """In the loop nothing is in shared memory, and words are as wide as rows allow."""
+    job = compiler.Job(depthwise_mma_nchw.NAME, pass_, of_rows(4, 64), rows(8, hw=(12, width)), "sm_90")
+    ptx = compiler.launched(job)[0].compiled.asm["ptx"]
+    assert "shared" not in ptx[: ptx.rindex("mma.sync")].replace(".extern .shared", "")
+    assert f"ld.global.{vector} " in ptx[ptx.index("mma.sync") :].replace("\t", " ")
+    assert ("movmatrix" in ptx) == (pass_ == "wgrad")
+
+
 @pytest.mark.parametrize(("v", "conflicts"), [(2, 4), (4, 2), (8, 1)])
 @pytest.mark.parametrize("pass_", PASSES)
 def test_bank_conflicts(pass_, v, conflicts):
@@ -206,14 +280,15 @@ def test_bank_conflicts(pass_, v, conflicts):
         assert counts["wavefronts ld.shared"] <= 1.05 * conflicts * counts["ideal ld.shared"]
 
 
+@pytest.mark.parametrize(("layout", "config"), [("nhwc", tile()), ("nchw", of_rows())])
 @pytest.mark.parametrize("pass_", ["fprop", "dgrad"])
-def test_an_image_is_the_same_at_every_place_of_a_batch(pass_):
-    problem = layer(24, (5, 5), (7, 11), batch=5)
+def test_an_image_is_the_same_at_every_place_of_a_batch(pass_, layout, config):
+    problem = layer(24, (5, 5), (7, 11), batch=5, layout=layout)
     given = cases.operands(cases.Case(problem))
     one = given.x if pass_ == "fprop" else given.dy
     one[1:] = one[:1]
     with softgpu.active("sm_90"):
-        call = depthwise_mma.prepare(problem, pass_, tile(), devices.named("sm_90"), given.strides(problem))
+        call = algorithm(problem).prepare(problem, pass_, config, devices.named("sm_90"), given.strides(problem))
         result = call(*given.of(pass_))
     assert torch.equal(result, result[:1].expand_as(result))
 
@@ -227,10 +302,17 @@ def test_the_table_of_nan_is_what_it_does(name):
 
 
 @pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100", "sm_120"])
-@pytest.mark.parametrize(("row", "config"), [("convnext_tiny.s0", tile()), ("resnext50_32x4d.s1", of_groups(4, 2, 2))])
-def test_compiles_without_spills(row, config, target):
+@pytest.mark.parametrize(
+    ("row", "layout", "config"),
+    [
+        ("convnext_tiny.s0", "nhwc", tile()),
+        ("convnext_tiny.s0", "nchw", of_rows(4, 16)),
+        ("resnext50_32x4d.s1", "nhwc", of_groups(4, 2, 2)),
+    ],
+)
+def test_compiles_without_spills(row, layout, config, target):
     """For GPUs that the software GPU does not know, too."""
-    (problem,) = (layer.problem for layer in layers.suite("bf16", "nhwc") if layer.name == row)
+    (problem,) = (layer.problem for layer in layers.suite("bf16", layout) if layer.name == row)
     module, on = algorithm(problem), devices.named(target)
     for pass_ in PASSES:
         chosen = divided(module.NAME, problem, pass_, config, on)[0]
@@ -260,11 +342,30 @@ def test_what_it_does_not_serve(changes, why):
     assert lack(NAME, layer(), "fprop", devices.named("gfx942")) is not None
 
 
-@pytest.mark.parametrize(("name", "least"), [(NAME, 50), (group_mma.NAME, 20)])
-def test_plans_are_possible(name, least):
+@pytest.mark.parametrize(
+    ("problem", "pass_", "why"),
+    [
+        (rows(5), "wgrad", None),
+        (rows(5, c_out=10), "dgrad", "a channel multiplier"),
+        (layer(), "fprop", "contiguous maps"),
+        (rows(6, width=2), "fprop", "depthwise"),
+        (rows(6, stride=(1, 3)), "dgrad", "column strides"),
+        (rows(5, (31, 31), (56, 56)), "fprop", "meet more than 32"),
+    ],
+)
+def test_what_rows_do_not_serve(problem, pass_, why):
+    found = lack(depthwise_mma_nchw.NAME, problem, pass_, devices.named("sm_90"))
+    assert found == why or why in found
+
+
+@pytest.mark.parametrize(
+    ("name", "layout", "least"),
+    [(NAME, "nhwc", 50), (depthwise_mma_nchw.NAME, "nchw", 70), (group_mma.NAME, "nhwc", 20)],
+)
+def test_plans_are_possible(name, layout, least):
     """Every layer of the suite that is served has tiles that fit, each with divisions that make programs."""
     on, served = devices.named("h200"), 0
-    for row in layers.suite("bf16", "nhwc"):
+    for row in layers.suite("bf16", layout):
         for pass_ in PASSES:
             if lack(name, row.problem, pass_, on) is not None:
                 continue

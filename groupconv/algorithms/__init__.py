@@ -40,7 +40,8 @@ from ..problem import PASSES, ConvProblem
 
 NAMES = (
     "implicit_gemm", "row_block", "row_block_tma", "row_march",
-    "group_mma", "depthwise_direct", "depthwise_mma", "depthwise_toeplitz", "depthwise_map", "depthwise_plane",
+    "group_mma", "depthwise_direct", "depthwise_mma", "depthwise_mma_nchw", "depthwise_toeplitz", "depthwise_map",
+    "depthwise_plane",
 )  # fmt: skip
 TESTED_TRITON = ("3.6.0", "3.9.0")  # the oldest that can serve, and the newest that was tried
 

@@ -51,12 +51,12 @@ FIXED = 30  # instructions of a thread and step,
 BUILT, SUMMED = 10, 10  # and for each element of the matrices, by counts of compiled code
 
 
-def lacking(problem: ConvProblem, pass_: str, target: Target) -> str | None:
-    """Why no kernel in Gluon can serve, or None."""
+def lacking(problem: ConvProblem, pass_: str, target: Target, layout: str = "nhwc") -> str | None:
+    """Why no kernel in Gluon can serve maps that lie so, or None."""
     if problem.dtype not in ("fp16", "bf16"):
         return "it multiplies fp16 and bf16"
-    if problem.layout != "nhwc" or problem.out_layout != "nhwc":
-        return "it serves channels_last maps"
+    if problem.layout != layout or problem.out_layout != layout:
+        return f"it serves {'channels_last' if layout == 'nhwc' else 'contiguous'} maps"
     if target.backend != "cuda" or int(target.arch) < LEAST_ARCH:
         return f"{target.arch_name} has no mma.sync of bf16, or no asynchronous copies"
     if NO_GLUON is not None:
@@ -67,7 +67,7 @@ def lacking(problem: ConvProblem, pass_: str, target: Target) -> str | None:
         return "no kernel for both gradients"
     if problem.stride[0] > 1 and problem.dilation[0] > 1:
         return "rows with a stride and a dilation"
-    if problem.c_out < LEAST_CHANNELS or problem.c_out % STEP_CHANNELS:
+    if layout == "nhwc" and (problem.c_out < LEAST_CHANNELS or problem.c_out % STEP_CHANNELS):
         return f"fewer than {LEAST_CHANNELS} channels, or no multiple of {STEP_CHANNELS}"
     if min(problem.x_shape + problem.w_shape + problem.y_shape) < 1:
         return "a channel or pixel count is zero"

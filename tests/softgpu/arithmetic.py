@@ -20,7 +20,8 @@ _LOGIC = {"and": "&", "or": "|", "xor": "^"}
 _ROUNDED = {"rni": "nearbyint", "rzi": "trunc", "rmi": "floor", "rpi": "ceil"}
 _MODIFIERS = {
     "lo", "hi", "wide", "rn", "ftz", "approx", "full", "NaN", "wrap", "clamp", "l", "r", "and", "or", "xor", "rz",
-    "rna", *_ROUNDED, "sat", "pred", *_COMPARE, "num", "nan", "equ", "neu", "ltu", "leu", "gtu", "geu", *_FROM_BITS,
+    "rna", *_ROUNDED, "sat", "relu", "pred", *_COMPARE, "num", "nan", "equ", "neu", "ltu", "leu", "gtu", "geu",
+    *_FROM_BITS,
     "f16x2", "bf16x2", "s16x2", "u16x2", "tf32", *(f"{k}{n}" for k in "bus" for n in (8, 16, 32, 64)),
 }  # fmt: skip
 
@@ -45,6 +46,8 @@ def statement(op: str, widths: tuple[int, ...]) -> str | None:
     if set(parts[1:]) - _MODIFIERS:
         return None
     form = _Op(parts[0], tuple(parts[1:-1]), parts[-1], dst, count)
+    if "relu" in form.mods and (form.kind != "s32" or form.name not in ("min", "max")):
+        return None
     if ("sat" in form.mods and form.kind != "f32") or ("rz" in form.mods and form.name != "cvt"):
         return None
     for made in (_moved, _compared, _converted, _integer, _predicate, _pair_of_integers, _pair_of_floats, _floating):
@@ -182,6 +185,9 @@ def _integer(op: _Op) -> str | None:
         amount = "(c & 31)" if "wrap" in mods else "(c > 32 ? 32 : c)"
         pair = "((u64)b << 32 | a)"
         return f"d = (u32)(({pair} << {amount}) >> 32)" if "l" in mods else f"d = (u32)({pair} >> {amount})"
+    if mods == {"relu"}:
+        chosen = f"({a} {'<' if op.name == 'min' else '>'} {b} ? {a} : {b})"
+        return f"d = {chosen} < 0 ? 0 : {chosen}"
     if not op.plain:
         return None
     past = f"(u32)b >= {bits}"

@@ -148,6 +148,7 @@ static void run_group(void) {
           break;
         case OP_LDMATRIX: op_ldmatrix(I, M, 0); break;
         case OP_STMATRIX: op_ldmatrix(I, M, 1); break;
+        case OP_MOVMATRIX: op_movmatrix(I, M); break;
         case OP_MMA: op_mma(I, M); break;
         case OP_WGMMA: op_wgmma(I, M); break;
         case OP_WGFENCE:

@@ -268,6 +268,13 @@ def _shuffle(low: Lowering, s: Statement, head: str, mods: list[str]) -> None:
     low.emit(s, "SHFL", [results[0], *sources, *results[1:]], results, sources, (mode, len(results) - 1))
 
 
+def _transpose(low: Lowering, s: Statement, head: str, mods: list[str]) -> None:
+    if mods != ["sync", "aligned", "m8n8", "trans", "b16"]:
+        raise Unsupported(s.op)
+    result, source = (low.register(name, s.scope)[0] for name in s.operands)
+    low.emit(s, "MOVMATRIX", [result, source], [result], [source])
+
+
 def _elect(low: Lowering, s: Statement, head: str, mods: list[str]) -> None:
     lane, elected = s.operands[0].split("|")
     if immediate(s.operands[1]) not in (-1, 0xFFFFFFFF):
@@ -346,7 +353,8 @@ def _copy(low: Lowering, s: Statement, head: str, mods: list[str]) -> None:
 _BY_HEAD = {
     "bra": _branch, "ret": _return, "exit": _return, "fence": _fence, "bar": _barrier, "barrier": _barrier,
     "ld": _memory, "st": _memory, "cp": _copy, "ldmatrix": _matrix_of_warp, "stmatrix": _matrix_of_warp,
-    "mma": _mma, "wgmma": _wgmma, "shfl": _shuffle, "elect": _elect, "vote": _vote, "redux": _reduce,
+    "mma": _mma, "wgmma": _wgmma, "shfl": _shuffle, "movmatrix": _transpose, "elect": _elect, "vote": _vote,
+    "redux": _reduce,
     "activemask": _active_mask, "atom": _atomic, "red": _atomic, "mbarrier": _mbarrier, "cvta": _to_address_space,
     "mov": _move,
 }  # fmt: skip

@@ -22,7 +22,7 @@ OPERATIONS = (
     *("NOP", "LDG", "STG", "LDS", "STS", "LDPARAM", "PARAMADDR", "CPASYNC", "CPCOMMIT", "CPWAIT", "CPWAITALL"),
     *("LDMATRIX", "STMATRIX", "MMA", "WGMMA", "WGFENCE", "WGCOMMIT", "WGWAIT", "TMALOAD", "TMASTORE", "BULKCOMMIT"),
     *("BULKWAIT", "SHFL", "VOTE", "REDUX", "ATOM", "ACTIVEMASK", "ELECT", "MBINIT", "MBINVAL", "MBEXPECT"),
-    *("MBARRIVE", "MBWAIT", "FENCEPROXY", "WARPSYNC", "BAR", "RET", "BRA"),
+    *("MBARRIVE", "MBWAIT", "FENCEPROXY", "WARPSYNC", "BAR", "RET", "BRA", "MOVMATRIX"),
 )
 OPS = {name: number for number, name in enumerate(OPERATIONS)}
 FIRST_ALU = 64  # operations from here on are functions of arithmetic

@@ -23,7 +23,7 @@ _CLASSES = (
     (r"st\.shared", "st.shared"), (r"ldmatrix", "ldmatrix"), (r"stmatrix", "stmatrix"),
     (r"cp\.async\.(ca|cg)", "cp.async"), (r"cp\.async\.bulk\.tensor", "TMA"), (r"cp\.async", "cp.async sync"),
     (r"mbarrier|elect", "mbarrier"), (r"bar|fence|membar", "barrier/fence"),
-    (r"shfl|vote|redux|activemask", "shuffle"), (r"bra|ret|exit", "branch"),
+    (r"shfl|movmatrix|vote|redux|activemask", "shuffle"), (r"bra|ret|exit", "branch"),
     (r"ld\.param|mov|cvta|createpolicy", "mov/param"), (r"atom|red", "atomic"), (r"cvt", "convert"),
     (r"(fma|add|sub|mul|mad|min|max|div|neg|abs|sqrt|rcp|ex2|lg2)\.\S*f(16|32)|\w+\.\S*bf16", "float"),
     (r"setp|selp|and\.pred|or\.pred|not\.pred|xor\.pred", "compare/select"),

@@ -92,6 +92,10 @@ def low(x):
         ("shf.l.wrap.b32 %r10, %r2, %r3, 7;", (A, B), (B << np.uint32(7)) | (A >> np.uint32(25))),
         ("min.s32 %r10, %r2, %r3;", (A, B), np.minimum(A.view(np.int32), B.view(np.int32)).view(np.uint32)),
         ("max.u32 %r10, %r2, %r3;", (A, B), np.maximum(A, B)),
+        (
+            "min.relu.s32 %r10, %r2, %r3;", (A, B),
+            np.maximum(np.minimum(A.view(np.int32), B.view(np.int32)), 0).view(np.uint32),
+        ),
         ("rem.s32 %r10, %r2, 7;", (A,), low(np.fmod(s64(A), 7))),
         ("div.s32 %r10, %r2, 7;", (A,), low((np.abs(s64(A)) // 7) * np.sign(s64(A)))),
         ("xor.b32 %r10, %r2, %r3;", (A, B), A ^ B),
@@ -193,6 +197,22 @@ $seldom:
     out = np.zeros(32, np.uint32)
     run_ptx(body, out, threads=32)
     np.testing.assert_array_equal(out, [2] * 32)
+
+
+def test_movmatrix():
+    """As the PTX ISA's figure of fragments has it: a thread has elements 2 i and 2 i + 1 of row thread / 4."""
+    matrix = np.arange(64, dtype=np.uint16).reshape(8, 8) * 257
+    out = matrix.view(np.uint32).ravel().copy()
+    body = """
+	mad.wide.s32 %rd5, %r1, 4, %rd1;
+	ld.global.b32 %r5, [%rd5];
+	movmatrix.sync.aligned.m8n8.trans.b16 %r6, %r5;
+	st.global.b32 [%rd5], %r6;
+"""
+    run_ptx(body, out, threads=32)
+    np.testing.assert_array_equal(out.view(np.uint16).reshape(8, 8), matrix.T)
+    with pytest.raises(softgpu.Fault, match="movmatrix"):
+        run_ptx("\tsetp.lt.s32 %p1, %r1, 5;\n\t@%p1 movmatrix.sync.aligned.m8n8.trans.b16 %r6, %r1;", threads=32)
 
 
 def counted(result, op, counter):

@@ -42,6 +42,20 @@ static void op_shfl(const Ins *I, const u32 *M) {
         if (M[w] >> l & 1) d[w * 32 + l] = tmp[w * 32 + l];
     }
 }
+static void op_movmatrix(const Ins *I, const u32 *M) { /* the transpose of 8 x 8 halves; A: d, a */
+  whole(M, "movmatrix");
+  for (int w = 0; w < NW; w++)
+    if (M[w]) {
+      const u32 *a = REG(u32, 1) + w * 32;
+      u32 *d = REG(u32, 0) + w * 32, tmp[32];
+      for (int l = 0; l < 32; l++) { /* row l / 4 of the result, columns 2 (l % 4) and one more */
+        int row = l >> 2, shift = 16 * (row & 1);
+        u32 low = a[8 * (l & 3) + row / 2] >> shift & 0xffff, high = a[8 * (l & 3) + 4 + row / 2] >> shift & 0xffff;
+        tmp[l] = low | high << 16;
+      }
+      memcpy(d, tmp, sizeof tmp);
+    }
+}
 static void op_vote(const Ins *I, const u32 *M) { /* i0: 0 all 1 any 2 uni 3 ballot; i1: negate; A: d, p, mask */
   for (int w = 0; w < NW; w++)
     if (M[w]) {

@@ -1,0 +1,229 @@
+"""Depthwise convolution of contiguous maps on matrix units, by fragments (kernels/depthwise_mma_nchw.py)."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterator
+
+from .. import launcher
+from ..cost import Tiling
+from ..devices import Target
+from ..occupancy import Held, partial_bytes
+from ..problem import ConvProblem
+from .calls import (
+    NO_EPILOGUE,
+    FilterGradient,
+    Forward,
+    Single,
+    SplitK,
+    epilogue,
+    index_64,
+    known,
+    named_strides,
+    split_config,
+)
+from .depthwise_mma import BLOCK_W, NO_GLUON, lacking, steps_of
+from .depthwise_toeplitz import BLOCK_K as LEAST_K
+from .depthwise_toeplitz import MOST_SPLITS, Launched, columns, divisions_of, launched, split_of
+
+if NO_GLUON is None:
+    from ..kernels import depthwise_mma_nchw as kernels
+
+NAME = "depthwise_mma_nchw"
+INTERPRETABLE = False
+BLOCKS = {"BLOCK_C": (1, 16), "BLOCK_M": (16, 256), "BLOCK_H": (4, 1024), "BLOCK_T": (1, 16)}
+# BLOCK_H: the most output rows of a segment, about. BLOCK_T: wgrad's filter rows of a program.
+DIVISION = {"SPLITS": (1, MOST_SPLITS, 1)}  # of wgrad's blocks of lanes
+
+MOST_K = 32  # input columns of a product
+ONCE, LANES, BUILT = 150, 220, 20  # instructions of a warp, by counts of compiled code: of all, for 16 lanes, for a tap
+AHEAD = {"fprop": 8, "dgrad": 8, "wgrad": 4}  # the most rows that are read or written ahead: more are moved about
+
+
+def supports(problem: ConvProblem, pass_: str, target: Target) -> str | None:
+    if problem.cin_g != 1:
+        return "it serves depthwise convolutions only"
+    if pass_ == "dgrad" and problem.cout_g > 1:
+        return "it has no sum over a channel multiplier"
+    if (why_not := lacking(problem, pass_, target, "nchw")) is not None:
+        return why_not
+    if pass_ == "dgrad" and problem.stride[1] not in (1, 2, 4, 8):
+        return "dgrad takes column strides of 1, 2, 4 and 8"
+    if columns(problem, pass_, BLOCK_W)[2] > MOST_K:
+        return f"{BLOCK_W} columns meet more than {MOST_K}"
+    return None
+
+
+def _launched(problem: ConvProblem, pass_: str, config: dict) -> Launched:
+    block_c, block_m, block_h, block_t = (config[f"BLOCK_{axis}"] for axis in "CMHT")
+    return launched(problem, pass_, block_c, block_m, BLOCK_W, block_h, block_t)
+
+
+def _block_k(made: Launched) -> int:
+    """Input columns of a product."""
+    return LEAST_K << (made.cut.chunks - 1).bit_length()
+
+
+def _fresh(problem: ConvProblem, pass_: str) -> int:
+    """Input columns by which a lane's window begins after its neighbour's."""
+    return BLOCK_W // problem.stride[1] if pass_ == "dgrad" else BLOCK_W * problem.stride[1]
+
+
+def _vector(strides, width: int, *columns: int) -> int:
+    """Columns that can be read together where a tensor begins at a multiple of 16 bytes; they divide `columns`."""
+    return math.gcd(8, width, *strides[:3], *columns) if strides[3] == 1 else 1
+
+
+def _vectors(problem: ConvProblem, pass_: str, made: Launched) -> tuple[int, int]:
+    """Of dense tensors: of what is read by windows, and of results or wgrad's dy."""
+    w_in, w_out = (problem.w_out, problem.w_in) if pass_ == "dgrad" else (problem.w_in, problem.w_out)
+    fresh = _fresh(problem, pass_)
+    return math.gcd(_block_k(made) // 4, w_in, fresh, made.cut.left), math.gcd(2, w_out)
+
+
+def held(problem: ConvProblem, pass_: str, tile: dict, target: Target) -> Held:
+    """In registers sums, matrices or the last rows of dy, and rows on their way in."""
+    made, warps, block_c, block_m = _launched(problem, pass_, tile), tile["num_warps"], tile["BLOCK_C"], tile["BLOCK_M"]
+    block_k, size = _block_k(made), problem.element_bytes
+    matrix = made.taps * block_k * BLOCK_W * block_c  # elements of matrices, or of their gradients
+    x, result = made.read * block_k * block_m * block_c, BLOCK_W * block_m * block_c
+    ahead = tile["num_stages"] * x
+    x_vector, vector = _vectors(problem, pass_, made)
+    if pass_ == "wgrad":
+        ahead += tile["num_stages"] * result
+        return Held(
+            warps, 0, sums=matrix, words=((made.warm + 1) * result + x + ahead) * size / 4,
+            accesses=x / made.read / x_vector + result / vector,
+        )  # fmt: skip
+    return Held(
+        warps,
+        0,
+        sums=made.written * (made.warm + 1) * result,
+        words=(matrix * warps // block_c + ahead) * size / 4,
+        accesses=x / made.read / x_vector + result / vector,
+    )
+
+
+SHAPES = ((1, 64, 4), (2, 32, 4), (4, 16, 4), (1, 128, 4), (2, 64, 4), (4, 32, 4), (4, 64, 4), (2, 32, 2))
+SUM_SHAPES = ((4, 16, 4), (4, 32, 4), (2, 16, 2), (2, 32, 2), (8, 16, 8), (4, 64, 4))  # BLOCK_C, BLOCK_M, num_warps
+
+
+def tiles(problem: ConvProblem, pass_: str, target: Target) -> Iterator[list[dict]]:
+    stride = problem.stride[0]
+    steps = math.ceil((problem.h_in if pass_ == "dgrad" else problem.h_out) / stride)
+    heights = [1024] + [height for height in (32, 16, 8) if height < steps]
+    shapes, rows = (SUM_SHAPES, (16, 4)) if pass_ == "wgrad" else (SHAPES, (16,))
+    for block_c, block_m, warps in shapes:
+        for stages, height, block_t in itertools.product((1, 2, 4, 8), heights, rows):
+            under_way = stages * stride
+            if (block_t >= problem.kh and block_t < rows[0]) or not 2 <= under_way <= max(AHEAD[pass_], stride):
+                continue
+            yield [{
+                "BLOCK_C": block_c, "BLOCK_M": block_m, "BLOCK_H": height, "BLOCK_T": block_t,
+                "num_warps": warps, "num_stages": stages,
+            }]  # fmt: skip
+
+
+def divisions(problem: ConvProblem, pass_: str, config: dict, target: Target, fit: int) -> list[dict[str, int]]:
+    return divisions_of(problem, pass_, _launched(problem, pass_, config), target, fit)
+
+
+def _l2_bytes(problem: ConvProblem, pass_: str, config: dict, made: Launched) -> float:
+    """What L2 is asked for and given, in whole sectors: what the windows of neighbouring lanes share, once; dy, or what
+    is stored.
+    """
+    maps = [(problem.h_in, problem.w_in), (problem.h_out, problem.w_out)]
+    (height, width), (_, out_width) = reversed(maps) if pass_ == "dgrad" else maps
+    cut, size = made.cut, problem.element_bytes
+    read = width * min(math.ceil(height / problem.dilation[0]), cut.segments * steps_of(pass_, made) * made.read)
+    written = out_width * cut.rows * cut.segments * made.written
+    lanes = problem.batch * problem.dilation[0] * problem.c_out
+    # Where a row ends within a sector, the rest is the next row's: what is read lies in the first-level cache by then,
+    # what is stored goes out again; and again where the two columns of a thread are stored one by one.
+    sectors = out_width * size / 32
+    waste = (1.0 if sectors == int(sectors) else 1 + 1 / sectors) * 2 / _vectors(problem, pass_, made)[1]
+    if pass_ == "wgrad":
+        return lanes * size * made.t_blocks * (read + written)
+    return lanes * size * (read + written * waste)
+
+
+def tiling(problem: ConvProblem, pass_: str, config: dict, target: Target, fit: int) -> Tiling:
+    made = _launched(problem, pass_, config)
+    block_c, block_m, ahead = config["BLOCK_C"], config["BLOCK_M"], config["num_stages"]
+    programs, splits, blocks = made.m_blocks * made.c_blocks, 1, 1
+    if pass_ == "wgrad":
+        splits, blocks = split_of(problem, config, made)
+        programs = splits * made.c_blocks * made.t_blocks
+    partials = partial_bytes(problem, splits)
+    block_k = _block_k(made)
+    chunks = block_k // LEAST_K
+    x_vector, vector = _vectors(problem, pass_, made)
+    march = math.ceil(steps_of(pass_, made) / ahead) * ahead * blocks  # steps of a program
+    sixteens = block_c * block_m / 16  # products of a step, chunk and tap: a warp has 16 lanes of each
+    # Of a warp, by counts of compiled code: rows have masks and addresses, a word moves into its fragment's order.
+    row = 8 + 3 * (block_k / 2 / x_vector) + 6 * chunks
+    products = made.taps * chunks
+    if pass_ == "wgrad":
+        step = products + made.read * (row + chunks) + 16 + 6 / vector
+    else:
+        step = products + made.read * row + made.written * (10 + 4 / vector)
+    once = LANES * sixteens * blocks + (ONCE + BUILT * products) * config["num_warps"]
+    half_rate = target.has_warpgroups
+    return Tiling(
+        programs=programs,
+        matrix_flops=2.0 * programs * march * sixteens * products * 16 * LEAST_K * BLOCK_W * (2 if half_rate else 1),
+        l2_bytes=_l2_bytes(problem, pass_, config, made) + partials,
+        instructions=32 * programs * (march * sixteens * step + once),
+        dram_bytes=problem.min_bytes(pass_) + partials,
+        resident=fit,
+        launches=1 + (splits > 1),
+        trips=march,
+        ahead=ahead,
+    )
+
+
+def prepare(problem: ConvProblem, pass_: str, config: dict, target: Target, strides: dict):
+    top, _, pad, _ = problem.pad
+    tiles, options = split_config(config)
+    transposed, wgrad = pass_ == "dgrad", pass_ == "wgrad"
+    del tiles["BLOCK_H"], tiles["BLOCK_T"]
+    made = _launched(problem, pass_, config)
+    cut, unroll, block_k = made.cut, config["num_stages"], _block_k(made)
+    _, left, window = columns(problem, pass_, BLOCK_W)
+    maps = [problem.h_in, problem.w_in], [problem.h_out, problem.w_out]
+    (h_in, w_in), (h_out, w_out) = reversed(maps) if transposed else maps
+    source, result = {"fprop": ("x", "y"), "dgrad": ("dy", "dx"), "wgrad": ("x", "dy")}[pass_]
+    read = _vector(strides[source], w_in, block_k // 4, _fresh(problem, pass_), cut.left)
+    other = _vector(strides[result], w_out, 2)
+    scalars = {
+        "batch": problem.batch, "h_in": h_in, "w_in": w_in, "h_out": h_out, "w_out": w_out,
+        "segments": cut.segments, "col_blocks": cut.col_blocks, "rows": cut.rows,
+        "CHANNELS": known(problem, problem.c_out), "MULTIPLIER": problem.cout_g, "KH": problem.kh, "KW": problem.kw,
+        "CONV_STRIDE_H": problem.stride[0], "CONV_STRIDE_W": problem.stride[1],
+        "PAD_H": top, "PAD_W": pad, "DIL_H": problem.dilation[0], "DIL_W": problem.dilation[1],
+        "LEFT": cut.left, "WINDOW": math.ceil((window + cut.left - left) / read) * read,
+        "BLOCK_K": block_k, "UNROLL": unroll,
+        "X_VECTOR": read, "INDEX_64": index_64(problem, strides),
+        **named_strides("x", strides[source]), **tiles,
+    }  # fmt: skip
+    if wgrad:
+        splits, blocks = split_of(problem, config, made)
+        gradient = FilterGradient(problem, splits, strides["dw"])
+        scalars |= gradient.depthwise_arguments() | named_strides("dy", strides["dy"])
+        scalars |= {"blocks": blocks, "TAPS": made.taps, "DY_VECTOR": other}
+        scalars["INDEX_64"] = index_64(problem, strides, splits * problem.params)
+        grid = (splits * made.c_blocks * made.t_blocks,)
+        alone = {"X_VECTOR": 1, "DY_VECTOR": 1}
+        return SplitK(launcher.Launch(kernels.wgrad_kernel, grid, scalars, alone, (0, 1), **options), gradient)
+    steps = steps_of(pass_, made)
+    overshoot = -steps % unroll
+    scalars |= {"first": cut.first, "last": cut.last, "DRAIN": max(0, cut.drain - overshoot), "TRANSPOSED": transposed}
+    scalars |= NO_EPILOGUE if transposed else epilogue(problem)
+    scalars |= named_strides("wgt", strides["w"]) | named_strides("y", strides[result])
+    scalars["Y_VECTOR"] = other
+    grid = (made.m_blocks * made.c_blocks,)
+    launch = launcher.Launch(kernels.march_kernel, grid, scalars, {"X_VECTOR": 1}, (0,), **options)
+    if transposed:
+        return Single(launch, problem.x_shape, strides["dx"], lambda dy, w, dx: launch(dy, w, None, None, None, dx))
+    return Forward(launch, problem, strides["y"])
