@@ -123,6 +123,54 @@ def transposed(pairs):
     return pairs.reshape([C, M // 8, 8, K // 8, 4]).permute([0, 3, 2, 1, 4]).reshape([C, K, M // 2])
 
 
+@gluon.jit
+def matrices_of(
+    wgt_ptr, first_channel, stride_wgt_o, stride_wgt_h, stride_wgt_w,
+    CHANNELS, KH: gl.constexpr, KW: gl.constexpr, CONV_STRIDE_W: gl.constexpr, PAD_W: gl.constexpr, DIL_W: gl.constexpr,
+    TRANSPOSED: gl.constexpr, LEFT: gl.constexpr, VECTOR: gl.constexpr, INDEX_64: gl.constexpr,
+    BLOCK_C: gl.constexpr, BLOCK_K: gl.constexpr, MATRIX: gl.constexpr,
+):  # fmt: skip
+    """The banded matrices by filter row: [channels, slots of the window, output columns]."""
+    c = first_channel + along(BLOCK_C, MATRIX, 0)
+    k = spread(column_of(along(BLOCK_K, MATRIX, 1), VECTOR), 1)
+    j = spread(along(8, MATRIX, 2), 2)
+    if TRANSPOSED:
+        d = PAD_W + LEFT * CONV_STRIDE_W + j - k * CONV_STRIDE_W
+    else:
+        d = k - (j * CONV_STRIDE_W + (LEFT - PAD_W))
+    tap = below(d, KW * DIL_W) & (d % DIL_W == 0) & spread(c < CHANNELS, 0)
+    at = spread(index(c, INDEX_64) * stride_wgt_o, 0) + d // DIL_W * stride_wgt_w
+    matrices = ()
+    for r in gl.static_range(KH):
+        matrices = matrices + (gl.load(wgt_ptr + at + r * stride_wgt_h, mask=tap, other=0.0),)
+    return matrices
+
+
+@gluon.jit
+def store_diagonals(
+    acc, at, dw_ptr, first_channel, first_tap, stride_dw_o, stride_dw_h, stride_dw_w,
+    CHANNELS, KH: gl.constexpr, KW: gl.constexpr, TAPS: gl.constexpr, VECTOR: gl.constexpr, INDEX_64: gl.constexpr,
+    MMA: gl.constexpr,
+):  # fmt: skip
+    """dw of filter rows from `first_tap` on: of each, in column s, the sum of its [channels, slots, columns] where
+    slots are of the window's columns at[.., s, columns].
+    """
+    C: gl.constexpr = acc[0].shape[0]
+    K: gl.constexpr = acc[0].shape[1]
+    at = at + gl.zeros(acc[0].shape, gl.int32, layout=MMA)
+    here = below(at, K)
+    at = slot_of(gl.where(here, at, 0), VECTOR)
+    SUM: gl.constexpr = gl.SliceLayout(2, MMA)
+    c = first_channel + gl.arange(0, C, layout=gl.SliceLayout(1, SUM))
+    s = gl.arange(0, K, layout=gl.SliceLayout(0, SUM))
+    for r in gl.static_range(TAPS):
+        diagonal = gl.sum(gl.where(here, gl.gather(acc[r], at, 1), 0.0), 2)
+        mask = ((c < CHANNELS) & (first_tap + r < KH))[:, None] & (s < KW)[None, :]
+        tap = (first_tap + r) * stride_dw_h + s * stride_dw_w
+        to = dw_ptr + ((index(c, INDEX_64) * stride_dw_o)[:, None] + tap[None, :])
+        gl.store(to, diagonal.to(dw_ptr.dtype.element_ty), mask=mask)
+
+
 @gluon.jit(do_not_specialize=SIZES)
 def march_kernel(
     x_ptr, wgt_ptr, bias_ptr, residual_ptr, kept_ptr, y_ptr,
@@ -171,19 +219,10 @@ def march_kernel(
     first_channel = pid % c_blocks * BLOCK_C
     first_lane = index(pid // c_blocks, INDEX_64) * BLOCK_M
 
-    # Matrices, by row.
-    c = first_channel + along(BLOCK_C, MATRIX, 0)
-    k = spread(column_of(along(BLOCK_K, MATRIX, 1), X_VECTOR), 1)
-    j = spread(along(BLOCK_W, MATRIX, 2), 2)
-    if TRANSPOSED:
-        d = PAD_W + LEFT * CONV_STRIDE_W + j - k * CONV_STRIDE_W
-    else:
-        d = k - (j * CONV_STRIDE_W + (LEFT - PAD_W))
-    tap = below(d, KW * DIL_W) & (d % DIL_W == 0) & spread(c < CHANNELS, 0)
-    at = spread(index(c, INDEX_64) * stride_wgt_o, 0) + d // DIL_W * stride_wgt_w
-    matrices = ()
-    for r in gl.static_range(KH):
-        matrices = matrices + (gl.load(wgt_ptr + at + r * stride_wgt_h, mask=tap, other=0.0),)
+    matrices = matrices_of(
+        wgt_ptr, first_channel, stride_wgt_o, stride_wgt_h, stride_wgt_w, CHANNELS, KH, KW, CONV_STRIDE_W, PAD_W, DIL_W,
+        TRANSPOSED, LEFT, X_VECTOR, INDEX_64, BLOCK_C, BLOCK_K, MATRIX,
+    )  # fmt: skip
 
     # Rows on their way in.
     image, row_class, segment, block = lane(first_lane + along(BLOCK_M, HELD, 1), segments, col_blocks, DIL_H)
@@ -371,19 +410,155 @@ def wgrad_kernel(
                 acc = met
                 dy = dy[:WARM]
 
-    # Diagonal s, moved to row s and summed over its columns.
     s = spread(along(BLOCK_K, MMA, 1), 1)
     at = s * DIL_W + spread(along(BLOCK_W, MMA, 2) * CONV_STRIDE_W + (LEFT - PAD_W), 2)
-    at = at + gl.zeros([BLOCK_C, BLOCK_K, BLOCK_W], gl.int32, layout=MMA)
-    here = below(at, BLOCK_K)
-    at = slot_of(gl.where(here, at, 0), X_VECTOR)
-    SUM: gl.constexpr = gl.SliceLayout(2, MMA)
-    c = first_channel + gl.arange(0, BLOCK_C, layout=gl.SliceLayout(1, SUM))
-    s = gl.arange(0, BLOCK_K, layout=gl.SliceLayout(0, SUM))
-    dw_ptr += split * stride_dw_split
-    for r in gl.static_range(TAPS):
-        diagonal = gl.sum(gl.where(here, gl.gather(acc[r], at, 1), 0.0), 2)
-        mask = ((c < CHANNELS) & (first_tap + r < KH))[:, None] & (s < KW)[None, :]
-        tap = (first_tap + r) * stride_dw_h + s * stride_dw_w
-        to = dw_ptr + ((index(c, INDEX_64) * stride_dw_o)[:, None] + tap[None, :])
-        gl.store(to, diagonal.to(dw_ptr.dtype.element_ty), mask=mask)
+    store_diagonals(
+        acc, at, dw_ptr + split * stride_dw_split, first_channel, first_tap, stride_dw_o, stride_dw_h, stride_dw_w,
+        CHANNELS, KH, KW, TAPS, X_VECTOR, INDEX_64, MMA,
+    )  # fmt: skip
+
+
+@gluon.jit(do_not_specialize=(*SIZES, "blocks"))
+def backward_kernel(
+    dy_ptr, x_ptr, wgt_ptr, dx_ptr, dw_ptr,
+    batch, h_in, w_in, h_out, w_out, segments, col_blocks, rows, first, last, blocks,
+    stride_dy_n, stride_dy_c, stride_dy_h, stride_dy_w,
+    stride_x_n, stride_x_c, stride_x_h, stride_x_w,
+    stride_wgt_o, stride_wgt_c, stride_wgt_h, stride_wgt_w,
+    stride_dx_n, stride_dx_c, stride_dx_h, stride_dx_w,
+    stride_dw_split, stride_dw_o: gl.constexpr,
+    stride_dw_h: gl.constexpr, stride_dw_w: gl.constexpr,
+    CHANNELS, KH: gl.constexpr, KW: gl.constexpr, PAD_H: gl.constexpr, PAD_W: gl.constexpr,
+    DIL_H: gl.constexpr, DIL_W: gl.constexpr,
+    LEFT: gl.constexpr, WINDOW: gl.constexpr, FIRST: gl.constexpr, DRAIN: gl.constexpr,
+    DY_VECTOR: gl.constexpr, X_VECTOR: gl.constexpr, DX_VECTOR: gl.constexpr, INDEX_64: gl.constexpr,
+    BLOCK_C: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_K: gl.constexpr, UNROLL: gl.constexpr,
+):  # fmt: skip
+    """One program: dx of `blocks` blocks of lanes for BLOCK_C channels, a warp each, and the sums of dw that they give;
+    of convolutions without strides.
+
+    The march of dgrad over rows of dy, whose windows, transposed, meet the rows of x of the same columns: a row of dy
+    the last KH, of which a lane has `rows`. It begins at step FIRST, `first`. dw: as wgrad_kernel's.
+    """
+    WARM: gl.constexpr = KH - 1
+    BLOCK_W: gl.constexpr = 8
+    MMA: gl.constexpr = gl.NVMMADistributedLayout([2, 0], [BLOCK_C, 1, 1], [1, 16, 8])
+    LEFT_OPERAND: gl.constexpr = gl.DotOperandLayout(0, MMA, 2)
+    RIGHT_OPERAND: gl.constexpr = gl.DotOperandLayout(1, MMA, 2)
+    DY_HELD: gl.constexpr = rows_layout(BLOCK_C, BLOCK_M, BLOCK_K, DY_VECTOR, 1)
+    X_HELD: gl.constexpr = rows_layout(BLOCK_C, BLOCK_M, BLOCK_W, X_VECTOR, 1)
+    DY_UNIT: gl.constexpr = unit_of(DY_VECTOR)
+    X_UNIT: gl.constexpr = unit_of(X_VECTOR)
+    dtype: gl.constexpr = x_ptr.dtype.element_ty
+    gl.static_assert(gl.num_warps() == BLOCK_C, "a warp has a channel")
+    stride_dy_n, stride_dy_c, stride_dy_h, stride_dy_w = units(
+        stride_dy_n, stride_dy_c, stride_dy_h, stride_dy_w, DY_VECTOR
+    )
+    stride_x_n, stride_x_c, stride_x_h, stride_x_w = units(stride_x_n, stride_x_c, stride_x_h, stride_x_w, X_VECTOR)
+    stride_dx_n, stride_dx_c, stride_dx_h = strides(stride_dx_n, stride_dx_c, stride_dx_h, DX_VECTOR)
+    dy_width = w_out // DY_VECTOR * (DY_VECTOR // DY_UNIT)
+    x_width = w_in // X_VECTOR * (X_VECTOR // X_UNIT)
+    dx_width = w_in // DX_VECTOR * DX_VECTOR
+    c_blocks = (CHANNELS + BLOCK_C - 1) // BLOCK_C
+    pid = gl.program_id(0)
+    first_channel = pid % c_blocks * BLOCK_C
+    split = index(pid // c_blocks, INDEX_64)
+    matrices = matrices_of(
+        wgt_ptr, first_channel, stride_wgt_o, stride_wgt_h, stride_wgt_w, CHANNELS, KH, KW, 1, PAD_W, DIL_W,
+        True, LEFT, DY_VECTOR, INDEX_64, BLOCK_C, BLOCK_K, RIGHT_OPERAND,
+    )  # fmt: skip
+
+    dy_c = first_channel + along(BLOCK_C, DY_HELD, 0)
+    dy_k = along(BLOCK_K // DY_UNIT, DY_HELD, 2)
+    dy_known = spread(dy_k < WINDOW // DY_UNIT, 2) & spread(dy_c < CHANNELS, 0)
+    dy_at = spread(dy_k * stride_dy_w, 2) + spread(index(dy_c, INDEX_64) * stride_dy_c, 0)
+    x_c = first_channel + along(BLOCK_C, X_HELD, 0)
+    x_j = along(BLOCK_W // X_UNIT, X_HELD, 2)
+    x_known = spread(x_c < CHANNELS, 0)
+    x_at = spread(x_j * stride_x_w, 2) + spread(index(x_c, INDEX_64) * stride_x_c, 0)
+    dx_c = first_channel + along(BLOCK_C, MMA, 0)
+    dx_j = along(BLOCK_W, MMA, 2)
+    dx_known = spread(dx_c < CHANNELS, 0)
+    dx_at = spread(dx_j * stride_dx_w, 2) + spread(index(dx_c, INDEX_64) * stride_dx_c, 0)
+    dy_step = index(DIL_H, INDEX_64) * stride_dy_h
+    x_step = index(DIL_H, INDEX_64) * stride_x_h
+    dx_step = index(DIL_H, INDEX_64) * stride_dx_h
+
+    zero = gl.zeros([BLOCK_C, BLOCK_M, BLOCK_W], gl.float32, layout=MMA)
+    sums = ()
+    for _ in gl.static_range(KH):
+        sums = sums + (gl.zeros([BLOCK_C, BLOCK_K, BLOCK_W], gl.float32, layout=MMA),)
+    for b in range(blocks):
+        first_lane = (split * blocks + b) * BLOCK_M
+        image, row_class, segment, block = lane(first_lane + along(BLOCK_M, DY_HELD, 1), segments, col_blocks, DIL_H)
+        dy_row = row_class + segment * (rows * DIL_H) + PAD_H + (first - WARM) * DIL_H
+        dy_col = block * (BLOCK_W // DY_UNIT) - LEFT // DY_UNIT
+        dy_limit = lane_limit(dy_row, h_out, last - first, image < batch, DIL_H)
+        w = spread(dy_col, 1) + spread(dy_k, 2)
+        in_dy = (w >= 0) & (w < dy_width) & dy_known
+        at = image * stride_dy_n + dy_row * stride_dy_h + dy_col * stride_dy_w
+        dy_lane = words_of(dy_ptr, DY_VECTOR) + (spread(at, 1) + dy_at)
+        image, row_class, segment, block = lane(first_lane + along(BLOCK_M, X_HELD, 1), segments, col_blocks, DIL_H)
+        x_row = row_class + segment * (rows * DIL_H)
+        x_col = block * (BLOCK_W // X_UNIT)
+        x_limit = lane_limit(x_row, h_in, rows, image < batch, DIL_H)
+        in_x = (spread(x_col, 1) + spread(x_j, 2) < x_width) & x_known
+        at = image * stride_x_n + x_row * stride_x_h + x_col * stride_x_w
+        x_lane = words_of(x_ptr, X_VECTOR) + (spread(at, 1) + x_at)
+        image, row_class, segment, block = lane(first_lane + along(BLOCK_M, MMA, 1), segments, col_blocks, DIL_H)
+        dx_row = row_class + segment * (rows * DIL_H)
+        dx_col = block * BLOCK_W
+        stored = gl.maximum(lane_limit(dx_row, h_in, rows, image < batch, DIL_H) - dx_row, 0)
+        in_dx = (spread(dx_col, 1) + spread(dx_j, 2) < dx_width) & dx_known
+        at = image * stride_dx_n + dx_row * stride_dx_h + dx_col * stride_dx_w
+        dx_lane = dx_ptr + (spread(at, 1) + dx_at)
+
+        dy_ahead = ()
+        x_ahead = ()
+        for n in gl.static_range(UNROLL):
+            dy_ahead = dy_ahead + (load_row(n, dy_lane, dy_step, dy_row, dy_limit, in_dy, DIL_H),)
+            x_ahead = x_ahead + (load_row(FIRST + n, x_lane, x_step, x_row, x_limit, in_x, DIL_H),)
+        none = gl.zeros_like(transposed(pairs_of(x_ahead[0], X_VECTOR)))
+        x = ()
+        for n in gl.static_range(WARM):
+            if n < FIRST:
+                row = load_row(FIRST - 1 - n, x_lane, x_step, x_row, x_limit, in_x, DIL_H)
+                x = x + (transposed(pairs_of(row, X_VECTOR)),)
+            else:
+                x = x + (none,)
+        acc = ()
+        for _ in gl.static_range(KH):
+            acc = acc + (zero,)
+        for turn in range(first, last, UNROLL):
+            for u in gl.static_range(UNROLL):
+                step = turn + u
+                pairs = pairs_of(dy_ahead[0], DY_VECTOR)
+                dy = left_operand(pairs, dtype, LEFT_OPERAND)
+                window = left_operand(transposed(pairs), dtype, LEFT_OPERAND)
+                x = (transposed(pairs_of(x_ahead[0], X_VECTOR)),) + x
+                due = load_row(step - first + UNROLL, dy_lane, dy_step, dy_row, dy_limit, in_dy, DIL_H)
+                dy_ahead = dy_ahead[1:] + (due,)
+                due = load_row(step + UNROLL, x_lane, x_step, x_row, x_limit, in_x, DIL_H)
+                x_ahead = x_ahead[1:] + (due,)
+                met = ()
+                added = ()
+                for r in gl.static_range(KH):
+                    met = met + (mma_v2(dy, matrices[r], acc[r]),)
+                    right = unpacked(x[WARM - r].permute([0, 2, 1]), dtype, RIGHT_OPERAND)
+                    added = added + (mma_v2(window, right, sums[r]),)
+                sums = added
+                mask = spread(below((step - WARM) * DIL_H, stored), 1) & in_dx
+                gl.store(dx_lane + (step - WARM) * dx_step, met[0].to(dtype), mask=mask)
+                acc = met[1:] + (zero,)
+                x = x[:WARM]
+        done = first + (last - first + UNROLL - 1) // UNROLL * UNROLL - WARM
+        for a in gl.static_range(DRAIN):
+            mask = spread(below((done + a) * DIL_H, stored), 1) & in_dx
+            gl.store(dx_lane + (done + a) * dx_step, acc[a].to(dtype), mask=mask)
+
+    s = spread(along(BLOCK_K, MMA, 1), 1)
+    at = spread(along(BLOCK_W, MMA, 2) + (LEFT + PAD_W), 2) - s * DIL_W
+    store_diagonals(
+        sums, at, dw_ptr + split * stride_dw_split, first_channel, 0, stride_dw_o, stride_dw_h, stride_dw_w,
+        CHANNELS, KH, KW, KH, DY_VECTOR, INDEX_64, MMA,
+    )  # fmt: skip

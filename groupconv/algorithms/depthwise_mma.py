@@ -63,7 +63,7 @@ def lacking(problem: ConvProblem, pass_: str, target: Target, layout: str = "nhw
         return NO_GLUON
     if launcher.interpreting(sum_splits_kernel):
         return "Triton's interpreter has no Gluon"
-    if pass_ == "backward":
+    if pass_ == "backward" and layout == "nhwc":
         return "no kernel for both gradients"
     if problem.stride[0] > 1 and problem.dilation[0] > 1:
         return "rows with a stride and a dilation"

@@ -15,6 +15,7 @@ from .calls import (
     NO_EPILOGUE,
     FilterGradient,
     Forward,
+    Fused,
     Single,
     SplitK,
     epilogue,
@@ -38,26 +39,33 @@ DIVISION = {"SPLITS": (1, MOST_SPLITS, 1)}  # of wgrad's blocks of lanes
 
 MOST_K = 32  # input columns of a product
 ONCE, LANES, BUILT = 150, 220, 20  # instructions of a warp, by counts of compiled code: of all, for 16 lanes, for a tap
-AHEAD = {"fprop": 8, "dgrad": 8, "wgrad": 4}  # the most rows that are read or written ahead: more are moved about
+AHEAD = {"fprop": 8, "dgrad": 8, "wgrad": 4, "backward": 4}  # the most rows that are under way: more are moved about
 
 
 def supports(problem: ConvProblem, pass_: str, target: Target) -> str | None:
     if problem.cin_g != 1:
         return "it serves depthwise convolutions only"
-    if pass_ == "dgrad" and problem.cout_g > 1:
+    if pass_ in ("dgrad", "backward") and problem.cout_g > 1:
         return "it has no sum over a channel multiplier"
+    if pass_ == "backward" and problem.stride != (1, 1):
+        return "both gradients at once have no strides"
     if (why_not := lacking(problem, pass_, target, "nchw")) is not None:
         return why_not
     if pass_ == "dgrad" and problem.stride[1] not in (1, 2, 4, 8):
         return "dgrad takes column strides of 1, 2, 4 and 8"
-    if columns(problem, pass_, BLOCK_W)[2] > MOST_K:
+    if columns(problem, _march(pass_), BLOCK_W)[2] > MOST_K:
         return f"{BLOCK_W} columns meet more than {MOST_K}"
     return None
 
 
+def _march(pass_: str) -> str:
+    """Whose march down the rows a pass makes: both gradients at once that of dgrad."""
+    return "dgrad" if pass_ == "backward" else pass_
+
+
 def _launched(problem: ConvProblem, pass_: str, config: dict) -> Launched:
     block_c, block_m, block_h, block_t = (config[f"BLOCK_{axis}"] for axis in "CMHT")
-    return launched(problem, pass_, block_c, block_m, BLOCK_W, block_h, block_t)
+    return launched(problem, _march(pass_), block_c, block_m, BLOCK_W, block_h, block_t)
 
 
 def _block_k(made: Launched) -> int:
@@ -67,7 +75,7 @@ def _block_k(made: Launched) -> int:
 
 def _fresh(problem: ConvProblem, pass_: str) -> int:
     """Input columns by which a lane's window begins after its neighbour's."""
-    return BLOCK_W // problem.stride[1] if pass_ == "dgrad" else BLOCK_W * problem.stride[1]
+    return BLOCK_W // problem.stride[1] if _march(pass_) == "dgrad" else BLOCK_W * problem.stride[1]
 
 
 def _vector(strides, width: int, *columns: int) -> int:
@@ -77,7 +85,7 @@ def _vector(strides, width: int, *columns: int) -> int:
 
 def _vectors(problem: ConvProblem, pass_: str, made: Launched) -> tuple[int, int]:
     """Of dense tensors: of what is read by windows, and of results or wgrad's dy."""
-    w_in, w_out = (problem.w_out, problem.w_in) if pass_ == "dgrad" else (problem.w_in, problem.w_out)
+    w_in, w_out = (problem.w_out, problem.w_in) if _march(pass_) == "dgrad" else (problem.w_in, problem.w_out)
     fresh = _fresh(problem, pass_)
     return math.gcd(_block_k(made) // 4, w_in, fresh, made.cut.left), math.gcd(2, w_out)
 
@@ -90,6 +98,12 @@ def held(problem: ConvProblem, pass_: str, tile: dict, target: Target) -> Held:
     x, result = made.read * block_k * block_m * block_c, BLOCK_W * block_m * block_c
     ahead = tile["num_stages"] * x
     x_vector, vector = _vectors(problem, pass_, made)
+    if pass_ == "backward":
+        ahead += tile["num_stages"] * result
+        return Held(
+            warps, 0, sums=matrix + made.taps * result, words=(matrix + made.taps * result + 2 * x + ahead) * size / 4,
+            accesses=x / x_vector + 2 * result / vector,
+        )  # fmt: skip
     if pass_ == "wgrad":
         ahead += tile["num_stages"] * result
         return Held(
@@ -113,7 +127,7 @@ def tiles(problem: ConvProblem, pass_: str, target: Target) -> Iterator[list[dic
     stride = problem.stride[0]
     steps = math.ceil((problem.h_in if pass_ == "dgrad" else problem.h_out) / stride)
     heights = [1024] + [height for height in (32, 16, 8) if height < steps]
-    shapes, rows = (SUM_SHAPES, (16, 4)) if pass_ == "wgrad" else (SHAPES, (16,))
+    shapes, rows = SHAPES if pass_ in ("fprop", "dgrad") else SUM_SHAPES, (16, 4) if pass_ == "wgrad" else (16,)
     for block_c, block_m, warps in shapes:
         for stages, height, block_t in itertools.product((1, 2, 4, 8), heights, rows):
             under_way = stages * stride
@@ -126,7 +140,8 @@ def tiles(problem: ConvProblem, pass_: str, target: Target) -> Iterator[list[dic
 
 
 def divisions(problem: ConvProblem, pass_: str, config: dict, target: Target, fit: int) -> list[dict[str, int]]:
-    return divisions_of(problem, pass_, _launched(problem, pass_, config), target, fit)
+    sums = "wgrad" if pass_ == "backward" else pass_
+    return divisions_of(problem, sums, _launched(problem, pass_, config), target, fit)
 
 
 def _l2_bytes(problem: ConvProblem, pass_: str, config: dict, made: Launched) -> float:
@@ -134,7 +149,7 @@ def _l2_bytes(problem: ConvProblem, pass_: str, config: dict, made: Launched) ->
     is stored.
     """
     maps = [(problem.h_in, problem.w_in), (problem.h_out, problem.w_out)]
-    (height, width), (_, out_width) = reversed(maps) if pass_ == "dgrad" else maps
+    (height, width), (_, out_width) = reversed(maps) if _march(pass_) == "dgrad" else maps
     cut, size = made.cut, problem.element_bytes
     read = width * min(math.ceil(height / problem.dilation[0]), cut.segments * steps_of(pass_, made) * made.read)
     written = out_width * cut.rows * cut.segments * made.written
@@ -145,6 +160,8 @@ def _l2_bytes(problem: ConvProblem, pass_: str, config: dict, made: Launched) ->
     waste = (1.0 if sectors == int(sectors) else 1 + 1 / sectors) * 2 / _vectors(problem, pass_, made)[1]
     if pass_ == "wgrad":
         return lanes * size * made.t_blocks * (read + written)
+    if pass_ == "backward":
+        read += out_width * cut.rows * cut.segments
     return lanes * size * (read + written * waste)
 
 
@@ -152,9 +169,9 @@ def tiling(problem: ConvProblem, pass_: str, config: dict, target: Target, fit: 
     made = _launched(problem, pass_, config)
     block_c, block_m, ahead = config["BLOCK_C"], config["BLOCK_M"], config["num_stages"]
     programs, splits, blocks = made.m_blocks * made.c_blocks, 1, 1
-    if pass_ == "wgrad":
+    if pass_ in ("wgrad", "backward"):
         splits, blocks = split_of(problem, config, made)
-        programs = splits * made.c_blocks * made.t_blocks
+        programs = splits * made.c_blocks * (made.t_blocks if pass_ == "wgrad" else 1)
     partials = partial_bytes(problem, splits)
     block_k = _block_k(made)
     chunks = block_k // LEAST_K
@@ -168,6 +185,8 @@ def tiling(problem: ConvProblem, pass_: str, config: dict, target: Target, fit: 
         step = products + made.read * (row + chunks) + 16 + 6 / vector
     else:
         step = products + made.read * row + made.written * (10 + 4 / vector)
+    if pass_ == "backward":  # and rows of x, what is transposed, and the products of the sums
+        step, products = step + products + 5 * chunks + 16 + 6 / vector, 2 * products
     once = LANES * sixteens * blocks + (ONCE + BUILT * products) * config["num_warps"]
     half_rate = target.has_warpgroups
     return Tiling(
@@ -186,14 +205,14 @@ def tiling(problem: ConvProblem, pass_: str, config: dict, target: Target, fit: 
 def prepare(problem: ConvProblem, pass_: str, config: dict, target: Target, strides: dict):
     top, _, pad, _ = problem.pad
     tiles, options = split_config(config)
-    transposed, wgrad = pass_ == "dgrad", pass_ == "wgrad"
+    transposed = _march(pass_) == "dgrad"
     del tiles["BLOCK_H"], tiles["BLOCK_T"]
     made = _launched(problem, pass_, config)
     cut, unroll, block_k = made.cut, config["num_stages"], _block_k(made)
-    _, left, window = columns(problem, pass_, BLOCK_W)
+    _, left, window = columns(problem, _march(pass_), BLOCK_W)
     maps = [problem.h_in, problem.w_in], [problem.h_out, problem.w_out]
     (h_in, w_in), (h_out, w_out) = reversed(maps) if transposed else maps
-    source, result = {"fprop": ("x", "y"), "dgrad": ("dy", "dx"), "wgrad": ("x", "dy")}[pass_]
+    source, result = {"fprop": ("x", "y"), "dgrad": ("dy", "dx"), "wgrad": ("x", "dy")}[_march(pass_)]
     read = _vector(strides[source], w_in, block_k // 4, _fresh(problem, pass_), cut.left)
     other = _vector(strides[result], w_out, 2)
     scalars = {
@@ -207,21 +226,31 @@ def prepare(problem: ConvProblem, pass_: str, config: dict, target: Target, stri
         "X_VECTOR": read, "INDEX_64": index_64(problem, strides),
         **named_strides("x", strides[source]), **tiles,
     }  # fmt: skip
-    if wgrad:
+    if pass_ in ("wgrad", "backward"):
         splits, blocks = split_of(problem, config, made)
         gradient = FilterGradient(problem, splits, strides["dw"])
-        scalars |= gradient.depthwise_arguments() | named_strides("dy", strides["dy"])
-        scalars |= {"blocks": blocks, "TAPS": made.taps, "DY_VECTOR": other}
+        scalars |= gradient.depthwise_arguments() | {"blocks": blocks}
         scalars["INDEX_64"] = index_64(problem, strides, splits * problem.params)
+    if pass_ == "wgrad":
+        scalars |= named_strides("dy", strides["dy"]) | {"TAPS": made.taps, "DY_VECTOR": other}
         grid = (splits * made.c_blocks * made.t_blocks,)
         alone = {"X_VECTOR": 1, "DY_VECTOR": 1}
         return SplitK(launcher.Launch(kernels.wgrad_kernel, grid, scalars, alone, (0, 1), **options), gradient)
-    steps = steps_of(pass_, made)
-    overshoot = -steps % unroll
-    scalars |= {"first": cut.first, "last": cut.last, "DRAIN": max(0, cut.drain - overshoot), "TRANSPOSED": transposed}
+    more = -steps_of(pass_, made) % unroll  # steps that complete a turn, and have no input rows
+    scalars |= {"first": cut.first, "last": cut.last, "DRAIN": max(0, cut.drain - more)}
+    scalars |= named_strides("wgt", strides["w"])
+    if pass_ == "backward":
+        for name in ("CONV_STRIDE_H", "CONV_STRIDE_W", "MULTIPLIER"):
+            del scalars[name]
+        scalars |= {"h_in": problem.h_in, "w_in": problem.w_in, "h_out": problem.h_out, "w_out": problem.w_out}
+        scalars |= {"FIRST": cut.first, "DY_VECTOR": read, "X_VECTOR": _vector(strides["x"], problem.w_in, 2)}
+        scalars |= {"DX_VECTOR": other} | named_strides("dy", strides["dy"]) | named_strides("x", strides["x"])
+        scalars |= named_strides("dx", strides["dx"])
+        alone = {"X_VECTOR": 1, "DY_VECTOR": 1}
+        launch = launcher.Launch(kernels.backward_kernel, (splits * made.c_blocks,), scalars, alone, (0, 1), **options)
+        return Fused(launch, problem, gradient, strides["dx"])
     scalars |= NO_EPILOGUE if transposed else epilogue(problem)
-    scalars |= named_strides("wgt", strides["w"]) | named_strides("y", strides[result])
-    scalars["Y_VECTOR"] = other
+    scalars |= {"TRANSPOSED": transposed, "Y_VECTOR": other} | named_strides("y", strides[result])
     grid = (made.m_blocks * made.c_blocks,)
     launch = launcher.Launch(kernels.march_kernel, grid, scalars, {"X_VECTOR": 1}, (0,), **options)
     if transposed:
