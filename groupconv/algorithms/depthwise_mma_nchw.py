@@ -39,7 +39,7 @@ DIVISION = {"SPLITS": (1, MOST_SPLITS, 1)}  # of wgrad's blocks of lanes
 
 MOST_K = 32  # input columns of a product
 ONCE, LANES, BUILT = 150, 220, 20  # instructions of a warp, by counts of compiled code: of all, for 16 lanes, for a tap
-AHEAD = {"fprop": 8, "dgrad": 8, "wgrad": 4, "backward": 4}  # the most rows that are under way: more are moved about
+AHEAD = 4  # the most rows that are under way: more spill, or are moved about
 
 
 def supports(problem: ConvProblem, pass_: str, target: Target) -> str | None:
@@ -129,9 +129,8 @@ def tiles(problem: ConvProblem, pass_: str, target: Target) -> Iterator[list[dic
     heights = [1024] + [height for height in (32, 16, 8) if height < steps]
     shapes, rows = SHAPES if pass_ in ("fprop", "dgrad") else SUM_SHAPES, (16, 4) if pass_ == "wgrad" else (16,)
     for block_c, block_m, warps in shapes:
-        for stages, height, block_t in itertools.product((1, 2, 4, 8), heights, rows):
-            under_way = stages * stride
-            if (block_t >= problem.kh and block_t < rows[0]) or not 2 <= under_way <= max(AHEAD[pass_], stride):
+        for stages, height, block_t in itertools.product((1, 2, 4), heights, rows):
+            if (block_t >= problem.kh and block_t < rows[0]) or not 2 <= stages * stride <= max(AHEAD, stride):
                 continue
             yield [{
                 "BLOCK_C": block_c, "BLOCK_M": block_m, "BLOCK_H": height, "BLOCK_T": block_t,
