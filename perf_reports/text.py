@@ -277,8 +277,8 @@ def _modelled_words(rows: list[Row]) -> list[str]:
         "**Nothing in this report was measured on a GPU.** Times, floors and fractions are modelled; registers, "
         f"spills, shared memory and matrix instructions are counted in the kernels as compiled for {targets}; errors "
         "are those of the same kernels under Triton's interpreter, on a small batch of small maps, a few groups and "
-        "with other tile sizes; it cannot run those in Gluon, depthwise_mma's and group_mma's: the tests do, as "
-        "compiled.",
+        "with other tile sizes; it cannot run kernels in Gluon, those of algorithms with mma in their names: the tests "
+        "do, as compiled.",
         "",
         f"The model assumes a copy at {gbps} GB/s and matrix products at {tflops} TFLOP/s ({rows[0]['source']}). "
         f'{FLOOR} "auto" is what `triton_conv` would take on this device. F.conv2d has no model, only a prior: a '
