@@ -11,7 +11,7 @@ NEWEST_SLICE := test_pass and (k3x3 or k9x9)
 OLDEST_SLICE := test_pass and fp16 and (k3x3 or (k9x9 and (map or toeplitz)))
 # Gluon is experimental: what it can do is tried with each version.
 GLUON := tests/test_fragments.py
-GLUON_SLICE := (numbers and (7x7 or stride)) or silu
+GLUON_SLICE := (numbers and (7x7 or stride or whole)) or silu
 
 # What compiles kernels in its own process, and so cannot be where they are interpreted.
 COMPILED := tests/softgpu tests/test_compiled_code.py tests/test_compiled_fuzz.py $(GLUON)

@@ -128,12 +128,12 @@ def matrices_of(
     wgt_ptr, first_channel, stride_wgt_o, stride_wgt_h, stride_wgt_w,
     CHANNELS, KH: gl.constexpr, KW: gl.constexpr, CONV_STRIDE_W: gl.constexpr, PAD_W: gl.constexpr, DIL_W: gl.constexpr,
     TRANSPOSED: gl.constexpr, LEFT: gl.constexpr, VECTOR: gl.constexpr, INDEX_64: gl.constexpr,
-    BLOCK_C: gl.constexpr, BLOCK_K: gl.constexpr, MATRIX: gl.constexpr,
+    BLOCK_C: gl.constexpr, BLOCK_W: gl.constexpr, BLOCK_K: gl.constexpr, MATRIX: gl.constexpr,
 ):  # fmt: skip
     """The banded matrices by filter row: [channels, slots of the window, output columns]."""
     c = first_channel + along(BLOCK_C, MATRIX, 0)
     k = spread(column_of(along(BLOCK_K, MATRIX, 1), VECTOR), 1)
-    j = spread(along(8, MATRIX, 2), 2)
+    j = spread(along(BLOCK_W, MATRIX, 2), 2)
     if TRANSPOSED:
         d = PAD_W + LEFT * CONV_STRIDE_W + j - k * CONV_STRIDE_W
     else:
@@ -184,12 +184,12 @@ def march_kernel(
     TRANSPOSED: gl.constexpr, HAS_BIAS: gl.constexpr, ACTIVATION: gl.constexpr,
     LEFT: gl.constexpr, WINDOW: gl.constexpr, DRAIN: gl.constexpr,
     X_VECTOR: gl.constexpr, Y_VECTOR: gl.constexpr, INDEX_64: gl.constexpr,
-    BLOCK_C: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_K: gl.constexpr, UNROLL: gl.constexpr,
+    BLOCK_C: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_W: gl.constexpr, BLOCK_K: gl.constexpr, UNROLL: gl.constexpr,
 ):  # fmt: skip
     """One program: BLOCK_C channels of BLOCK_M lanes of y = conv(x), or, TRANSPOSED, of dx (y) from dy (x).
 
-    Per channel and step M = lanes, N = 8 output columns, K = BLOCK_K input columns, of which WINDOW count, the first
-    LEFT before the block. A step has IN rows, adds each to the accumulators of the output rows that it meets, and
+    Per channel and step M = lanes, N = BLOCK_W output columns, K = BLOCK_K input columns, of which WINDOW count, the
+    first LEFT before the block. A step has IN rows, adds each to the accumulators of the output rows that it meets, and
     stores the OUT rows that are complete: one of the two is the convolution's stride. Steps `first` to `last`, UNROLL
     a turn, have input rows, loaded a turn ahead, and DRAIN more only store. X_VECTOR, Y_VECTOR: powers of two that
     divide the maps' widths, the strides of images, channels and rows and where windows begin; 1 where columns do not
@@ -202,7 +202,6 @@ def march_kernel(
     # OLDEST + a * NEXT + i.
     OLDEST: gl.constexpr = 0 if TRANSPOSED else WARM * IN
     NEXT: gl.constexpr = 1 if TRANSPOSED else -IN
-    BLOCK_W: gl.constexpr = 8
     ACROSS: gl.constexpr = gl.num_warps() // BLOCK_C
     MMA: gl.constexpr = gl.NVMMADistributedLayout([2, 0], [BLOCK_C, ACROSS, 1], [1, 16, 8])
     LEFT_OPERAND: gl.constexpr = gl.DotOperandLayout(0, MMA, 2)
@@ -221,7 +220,7 @@ def march_kernel(
 
     matrices = matrices_of(
         wgt_ptr, first_channel, stride_wgt_o, stride_wgt_h, stride_wgt_w, CHANNELS, KH, KW, CONV_STRIDE_W, PAD_W, DIL_W,
-        TRANSPOSED, LEFT, X_VECTOR, INDEX_64, BLOCK_C, BLOCK_K, MATRIX,
+        TRANSPOSED, LEFT, X_VECTOR, INDEX_64, BLOCK_C, BLOCK_W, BLOCK_K, MATRIX,
     )  # fmt: skip
 
     # Rows on their way in.
@@ -308,18 +307,17 @@ def wgrad_kernel(
     DIL_H: gl.constexpr, DIL_W: gl.constexpr,
     TAPS: gl.constexpr, LEFT: gl.constexpr, WINDOW: gl.constexpr,
     X_VECTOR: gl.constexpr, DY_VECTOR: gl.constexpr, INDEX_64: gl.constexpr,
-    BLOCK_C: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_K: gl.constexpr, UNROLL: gl.constexpr,
+    BLOCK_C: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_W: gl.constexpr, BLOCK_K: gl.constexpr, UNROLL: gl.constexpr,
 ):  # fmt: skip
     """One program: sums of dw for BLOCK_C channels, a warp each, and TAPS filter rows, over `blocks` blocks of lanes.
 
-    Per channel and filter row M = BLOCK_K input columns, of which WINDOW count, N = 8 output columns, K = lanes and
-    steps: the accumulators are the gradients of the banded matrices, and their diagonals' sums those of the filter. A
-    step has one row of dy and CONV_STRIDE_H of x, loaded UNROLL steps ahead, and carries the last rows of dy. dw:
+    Per channel and filter row M = BLOCK_K input columns, of which WINDOW count, N = BLOCK_W output columns, K = lanes
+    and steps: the accumulators are the gradients of the banded matrices, and their diagonals' sums those of the filter.
+    A step has one row of dy and CONV_STRIDE_H of x, loaded UNROLL steps ahead, and carries the last rows of dy. dw:
     [splits, channels, KH, KW] by strides, the filter gradient itself or partial sums.
     """
     WARM: gl.constexpr = (TAPS - 1) // CONV_STRIDE_H
     T_BLOCKS: gl.constexpr = (KH + TAPS - 1) // TAPS
-    BLOCK_W: gl.constexpr = 8
     MMA: gl.constexpr = gl.NVMMADistributedLayout([2, 0], [BLOCK_C, 1, 1], [1, 16, 8])
     LEFT_OPERAND: gl.constexpr = gl.DotOperandLayout(0, MMA, 2)
     RIGHT_OPERAND: gl.constexpr = gl.DotOperandLayout(1, MMA, 2)
@@ -411,7 +409,8 @@ def wgrad_kernel(
                 dy = dy[:WARM]
 
     s = spread(along(BLOCK_K, MMA, 1), 1)
-    at = s * DIL_W + spread(along(BLOCK_W, MMA, 2) * CONV_STRIDE_W + (LEFT - PAD_W), 2)
+    j = column_of(along(BLOCK_W, MMA, 2), DY_VECTOR)
+    at = s * DIL_W + spread(j * CONV_STRIDE_W + (LEFT - PAD_W), 2)
     store_diagonals(
         acc, at, dw_ptr + split * stride_dw_split, first_channel, first_tap, stride_dw_o, stride_dw_h, stride_dw_w,
         CHANNELS, KH, KW, TAPS, X_VECTOR, INDEX_64, MMA,
@@ -432,7 +431,7 @@ def backward_kernel(
     DIL_H: gl.constexpr, DIL_W: gl.constexpr,
     LEFT: gl.constexpr, WINDOW: gl.constexpr, FIRST: gl.constexpr, DRAIN: gl.constexpr,
     DY_VECTOR: gl.constexpr, X_VECTOR: gl.constexpr, DX_VECTOR: gl.constexpr, INDEX_64: gl.constexpr,
-    BLOCK_C: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_K: gl.constexpr, UNROLL: gl.constexpr,
+    BLOCK_C: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_W: gl.constexpr, BLOCK_K: gl.constexpr, UNROLL: gl.constexpr,
 ):  # fmt: skip
     """One program: dx of `blocks` blocks of lanes for BLOCK_C channels, a warp each, and the sums of dw that they give;
     of convolutions without strides.
@@ -441,7 +440,6 @@ def backward_kernel(
     the last KH, of which a lane has `rows`. It begins at step FIRST, `first`. dw: as wgrad_kernel's.
     """
     WARM: gl.constexpr = KH - 1
-    BLOCK_W: gl.constexpr = 8
     MMA: gl.constexpr = gl.NVMMADistributedLayout([2, 0], [BLOCK_C, 1, 1], [1, 16, 8])
     LEFT_OPERAND: gl.constexpr = gl.DotOperandLayout(0, MMA, 2)
     RIGHT_OPERAND: gl.constexpr = gl.DotOperandLayout(1, MMA, 2)
@@ -465,7 +463,7 @@ def backward_kernel(
     split = index(pid // c_blocks, INDEX_64)
     matrices = matrices_of(
         wgt_ptr, first_channel, stride_wgt_o, stride_wgt_h, stride_wgt_w, CHANNELS, KH, KW, 1, PAD_W, DIL_W,
-        True, LEFT, DY_VECTOR, INDEX_64, BLOCK_C, BLOCK_K, RIGHT_OPERAND,
+        True, LEFT, DY_VECTOR, INDEX_64, BLOCK_C, BLOCK_W, BLOCK_K, RIGHT_OPERAND,
     )  # fmt: skip
 
     dy_c = first_channel + along(BLOCK_C, DY_HELD, 0)
@@ -557,7 +555,7 @@ def backward_kernel(
             gl.store(dx_lane + (done + a) * dx_step, acc[a].to(dtype), mask=mask)
 
     s = spread(along(BLOCK_K, MMA, 1), 1)
-    at = spread(along(BLOCK_W, MMA, 2) + (LEFT + PAD_W), 2) - s * DIL_W
+    at = spread(column_of(along(BLOCK_W, MMA, 2), X_VECTOR) + (LEFT + PAD_W), 2) - s * DIL_W
     store_diagonals(
         sums, at, dw_ptr + split * stride_dw_split, first_channel, 0, stride_dw_o, stride_dw_h, stride_dw_w,
         CHANNELS, KH, KW, KH, DY_VECTOR, INDEX_64, MMA,

@@ -59,8 +59,8 @@ def tile(v=4, channels=16, lanes=16, warps=4, stages=4, **changes) -> dict[str, 
 
 def of_rows(channels=2, lanes=32, warps=4, ahead=4, **changes) -> dict[str, int]:
     return {
-        "BLOCK_C": channels, "BLOCK_M": lanes, "BLOCK_H": 1024, "BLOCK_T": 16, "num_warps": warps, "num_stages": ahead,
-        "SPLITS": 1,
+        "BLOCK_C": channels, "BLOCK_M": lanes, "BLOCK_W": 8, "BLOCK_H": 1024, "BLOCK_T": 16,
+        "num_warps": warps, "num_stages": ahead, "SPLITS": 1,
     } | changes  # fmt: skip
 
 
@@ -114,6 +114,13 @@ CASES = {
     "groups, 20 channels": (layer(20, hw=(5, 6), width=4), "nhwc", of_groups(4)),
     "rows": (rows(5, (3, 3), (12, 24)), "nchw", of_rows()),
     "rows of 14": (rows(5, (7, 7), (14, 14)), "nchw", of_rows(1, 64, BLOCK_H=8)),
+    "rows of 14, whole": (rows(5, (7, 7), (14, 14)), "nchw", of_rows(1, 64, BLOCK_W=16)),
+    "rows of 12, whole": (rows(5, (3, 5), (7, 12), batch=9), "nchw", of_rows(4, 32, 8, BLOCK_W=16, BLOCK_H=4)),
+    "rows of 9, whole": (rows(3, hw=(9, 9), batch=5, bias=True), "nchw", of_rows(ahead=2, BLOCK_W=16, SPLITS=2)),
+    "rows of 14, whole, stride 2": (
+        rows(5, (5, 5), (28, 28), stride=(2, 2)), "nchw", of_rows(ahead=2, BLOCK_W=16, BLOCK_T=2),
+    ),
+    "rows of 16 of 40": (rows(2, (3, 3), (6, 40)), "nchw", of_rows(BLOCK_W=16)),
     "rows of 7": (rows(9, hw=(7, 7), batch=19), "nchw", of_rows(1, 64, ahead=8)),
     "rows of 33, far apart": (rows(3, (5, 5), (9, 33), dilation=(4, 4), pad=(8, 8, 8, 8)), "nchw", of_rows(4, 16)),
     "rows, two tiles of lanes a warp": (rows(6, (5, 5), (9, 30), batch=3), "nchw", of_rows(2, 64, SPLITS=3)),

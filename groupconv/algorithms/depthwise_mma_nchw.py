@@ -24,7 +24,7 @@ from .calls import (
     named_strides,
     split_config,
 )
-from .depthwise_mma import BLOCK_W, NO_GLUON, lacking, steps_of
+from .depthwise_mma import NO_GLUON, lacking, steps_of
 from .depthwise_toeplitz import BLOCK_K as LEAST_K
 from .depthwise_toeplitz import MOST_SPLITS, Launched, columns, divisions_of, launched, split_of
 
@@ -33,7 +33,7 @@ if NO_GLUON is None:
 
 NAME = "depthwise_mma_nchw"
 INTERPRETABLE = False
-BLOCKS = {"BLOCK_C": (1, 16), "BLOCK_M": (16, 256), "BLOCK_H": (4, 1024), "BLOCK_T": (1, 16)}
+BLOCKS = {"BLOCK_C": (1, 16), "BLOCK_M": (16, 256), "BLOCK_W": (8, 16), "BLOCK_H": (4, 1024), "BLOCK_T": (1, 16)}
 # BLOCK_H: the most output rows of a segment, about. BLOCK_T: wgrad's filter rows of a program.
 DIVISION = {"SPLITS": (1, MOST_SPLITS, 1)}  # of wgrad's blocks of lanes
 
@@ -53,8 +53,9 @@ def supports(problem: ConvProblem, pass_: str, target: Target) -> str | None:
         return why_not
     if pass_ == "dgrad" and problem.stride[1] not in (1, 2, 4, 8):
         return "dgrad takes column strides of 1, 2, 4 and 8"
-    if columns(problem, _march(pass_), BLOCK_W)[2] > MOST_K:
-        return f"{BLOCK_W} columns meet more than {MOST_K}"
+    least = BLOCKS["BLOCK_W"][0]
+    if columns(problem, _march(pass_), least)[2] > MOST_K:
+        return f"{least} columns meet more than {MOST_K}"
     return None
 
 
@@ -64,8 +65,7 @@ def _march(pass_: str) -> str:
 
 
 def _launched(problem: ConvProblem, pass_: str, config: dict) -> Launched:
-    block_c, block_m, block_h, block_t = (config[f"BLOCK_{axis}"] for axis in "CMHT")
-    return launched(problem, _march(pass_), block_c, block_m, BLOCK_W, block_h, block_t)
+    return launched(problem, _march(pass_), *(config[f"BLOCK_{axis}"] for axis in "CMWHT"))
 
 
 def _block_k(made: Launched) -> int:
@@ -73,9 +73,9 @@ def _block_k(made: Launched) -> int:
     return LEAST_K << (made.cut.chunks - 1).bit_length()
 
 
-def _fresh(problem: ConvProblem, pass_: str) -> int:
+def _fresh(problem: ConvProblem, pass_: str, block_w: int) -> int:
     """Input columns by which a lane's window begins after its neighbour's."""
-    return BLOCK_W // problem.stride[1] if _march(pass_) == "dgrad" else BLOCK_W * problem.stride[1]
+    return block_w // problem.stride[1] if _march(pass_) == "dgrad" else block_w * problem.stride[1]
 
 
 def _vector(strides, width: int, *columns: int) -> int:
@@ -83,32 +83,33 @@ def _vector(strides, width: int, *columns: int) -> int:
     return math.gcd(8, width, *strides[:3], *columns) if strides[3] == 1 else 1
 
 
-def _vectors(problem: ConvProblem, pass_: str, made: Launched) -> tuple[int, int]:
-    """Of dense tensors: of what is read by windows, and of results or wgrad's dy."""
+def _vectors(problem: ConvProblem, pass_: str, block_w: int, made: Launched) -> tuple[int, int, int]:
+    """Of dense tensors: of what is read by windows, of what meets them in sums, and of results."""
     w_in, w_out = (problem.w_out, problem.w_in) if _march(pass_) == "dgrad" else (problem.w_in, problem.w_out)
-    fresh = _fresh(problem, pass_)
-    return math.gcd(_block_k(made) // 4, w_in, fresh, made.cut.left), math.gcd(2, w_out)
+    fresh = _fresh(problem, pass_, block_w)
+    return math.gcd(_block_k(made) // 4, w_in, fresh, made.cut.left), math.gcd(block_w // 4, w_out), math.gcd(2, w_out)
 
 
 def held(problem: ConvProblem, pass_: str, tile: dict, target: Target) -> Held:
     """In registers sums, matrices or the last rows of dy, and rows on their way in."""
-    made, warps, block_c, block_m = _launched(problem, pass_, tile), tile["num_warps"], tile["BLOCK_C"], tile["BLOCK_M"]
+    made, warps = _launched(problem, pass_, tile), tile["num_warps"]
+    block_c, block_m, block_w = (tile[f"BLOCK_{axis}"] for axis in "CMW")
     block_k, size = _block_k(made), problem.element_bytes
-    matrix = made.taps * block_k * BLOCK_W * block_c  # elements of matrices, or of their gradients
-    x, result = made.read * block_k * block_m * block_c, BLOCK_W * block_m * block_c
+    matrix = made.taps * block_k * block_w * block_c  # elements of matrices, or of their gradients
+    x, result = made.read * block_k * block_m * block_c, block_w * block_m * block_c
     ahead = tile["num_stages"] * x
-    x_vector, vector = _vectors(problem, pass_, made)
+    x_vector, met_vector, vector = _vectors(problem, pass_, block_w, made)
     if pass_ == "backward":
         ahead += tile["num_stages"] * result
         return Held(
             warps, 0, sums=matrix + made.taps * result, words=(matrix + made.taps * result + 2 * x + ahead) * size / 4,
-            accesses=x / x_vector + 2 * result / vector,
+            accesses=x / x_vector + result / met_vector + result / vector,
         )  # fmt: skip
     if pass_ == "wgrad":
         ahead += tile["num_stages"] * result
         return Held(
             warps, 0, sums=matrix, words=((made.warm + 1) * result + x + ahead) * size / 4,
-            accesses=x / made.read / x_vector + result / vector,
+            accesses=x / made.read / x_vector + result / met_vector,
         )  # fmt: skip
     return Held(
         warps,
@@ -126,6 +127,9 @@ SUM_SHAPES = ((4, 16, 4), (4, 32, 4), (2, 16, 2), (2, 32, 2), (8, 16, 8), (4, 64
 def tiles(problem: ConvProblem, pass_: str, target: Target) -> Iterator[list[dict]]:
     stride = problem.stride[0]
     steps = math.ceil((problem.h_in if pass_ == "dgrad" else problem.h_out) / stride)
+    width = problem.w_in if _march(pass_) == "dgrad" else problem.w_out
+    # A row that is a lane's has nothing that another lane loads, too.
+    rows_whole = width <= 16 < width + 8 and columns(problem, _march(pass_), 16)[2] <= MOST_K
     heights = [1024] + [height for height in (32, 16, 8) if height < steps]
     shapes, rows = SHAPES if pass_ in ("fprop", "dgrad") else SUM_SHAPES, (16, 4) if pass_ == "wgrad" else (16,)
     for block_c, block_m, warps in shapes:
@@ -133,8 +137,8 @@ def tiles(problem: ConvProblem, pass_: str, target: Target) -> Iterator[list[dic
             if (block_t >= problem.kh and block_t < rows[0]) or not 2 <= stages * stride <= max(AHEAD, stride):
                 continue
             yield [{
-                "BLOCK_C": block_c, "BLOCK_M": block_m, "BLOCK_H": height, "BLOCK_T": block_t,
-                "num_warps": warps, "num_stages": stages,
+                "BLOCK_C": block_c, "BLOCK_M": block_m, "BLOCK_W": 16 if rows_whole else 8, "BLOCK_H": height,
+                "BLOCK_T": block_t, "num_warps": warps, "num_stages": stages,
             }]  # fmt: skip
 
 
@@ -156,7 +160,7 @@ def _l2_bytes(problem: ConvProblem, pass_: str, config: dict, made: Launched) ->
     # Where a row ends within a sector, the rest is the next row's: what is read lies in the first-level cache by then,
     # what is stored goes out again; and again where the two columns of a thread are stored one by one.
     sectors = out_width * size / 32
-    waste = (1.0 if sectors == int(sectors) else 1 + 1 / sectors) * 2 / _vectors(problem, pass_, made)[1]
+    waste = (1.0 if sectors == int(sectors) else 1 + 1 / sectors) * 2 / math.gcd(2, out_width)
     if pass_ == "wgrad":
         return lanes * size * made.t_blocks * (read + written)
     if pass_ == "backward":
@@ -174,23 +178,25 @@ def tiling(problem: ConvProblem, pass_: str, config: dict, target: Target, fit: 
     partials = partial_bytes(problem, splits)
     block_k = _block_k(made)
     chunks = block_k // LEAST_K
-    x_vector, vector = _vectors(problem, pass_, made)
+    x_vector, met_vector, vector = _vectors(problem, pass_, config["BLOCK_W"], made)
     march = math.ceil(steps_of(pass_, made) / ahead) * ahead * blocks  # steps of a program
     sixteens = block_c * block_m / 16  # products of a step, chunk and tap: a warp has 16 lanes of each
     # Of a warp, by counts of compiled code: rows have masks and addresses, a word moves into its fragment's order.
+    eights = config["BLOCK_W"] // 8
     row = 8 + 3 * (block_k / 2 / x_vector) + 6 * chunks
-    products = made.taps * chunks
+    met = 8 + 3 * (4 * eights / met_vector) + 5 * eights
+    products = made.taps * chunks * eights
     if pass_ == "wgrad":
-        step = products + made.read * (row + chunks) + 16 + 6 / vector
+        step = products + made.read * (row + chunks) + met
     else:
-        step = products + made.read * row + made.written * (10 + 4 / vector)
-    if pass_ == "backward":  # and rows of x, what is transposed, and the products of the sums
-        step, products = step + products + 5 * chunks + 16 + 6 / vector, 2 * products
+        step = products + made.read * row + made.written * (8 + eights * (2 + 4 / vector))
+    if pass_ == "backward":
+        step, products = step + products + 5 * chunks + met, 2 * products
     once = LANES * sixteens * blocks + (ONCE + BUILT * products) * config["num_warps"]
     half_rate = target.has_warpgroups
     return Tiling(
         programs=programs,
-        matrix_flops=2.0 * programs * march * sixteens * products * 16 * LEAST_K * BLOCK_W * (2 if half_rate else 1),
+        matrix_flops=2.0 * programs * march * sixteens * products * 16 * LEAST_K * 8 * (2 if half_rate else 1),
         l2_bytes=_l2_bytes(problem, pass_, config, made) + partials,
         instructions=32 * programs * (march * sixteens * step + once),
         dram_bytes=problem.min_bytes(pass_) + partials,
@@ -208,12 +214,12 @@ def prepare(problem: ConvProblem, pass_: str, config: dict, target: Target, stri
     del tiles["BLOCK_H"], tiles["BLOCK_T"]
     made = _launched(problem, pass_, config)
     cut, unroll, block_k = made.cut, config["num_stages"], _block_k(made)
-    _, left, window = columns(problem, _march(pass_), BLOCK_W)
+    block_w = config["BLOCK_W"]
+    _, left, window = columns(problem, _march(pass_), block_w)
     maps = [problem.h_in, problem.w_in], [problem.h_out, problem.w_out]
     (h_in, w_in), (h_out, w_out) = reversed(maps) if transposed else maps
     source, result = {"fprop": ("x", "y"), "dgrad": ("dy", "dx"), "wgrad": ("x", "dy")}[_march(pass_)]
-    read = _vector(strides[source], w_in, block_k // 4, _fresh(problem, pass_), cut.left)
-    other = _vector(strides[result], w_out, 2)
+    read = _vector(strides[source], w_in, block_k // 4, _fresh(problem, pass_, block_w), cut.left)
     scalars = {
         "batch": problem.batch, "h_in": h_in, "w_in": w_in, "h_out": h_out, "w_out": w_out,
         "segments": cut.segments, "col_blocks": cut.col_blocks, "rows": cut.rows,
@@ -231,7 +237,8 @@ def prepare(problem: ConvProblem, pass_: str, config: dict, target: Target, stri
         scalars |= gradient.depthwise_arguments() | {"blocks": blocks}
         scalars["INDEX_64"] = index_64(problem, strides, splits * problem.params)
     if pass_ == "wgrad":
-        scalars |= named_strides("dy", strides["dy"]) | {"TAPS": made.taps, "DY_VECTOR": other}
+        scalars |= named_strides("dy", strides["dy"]) | {"TAPS": made.taps}
+        scalars |= {"DY_VECTOR": _vector(strides["dy"], problem.w_out, block_w // 4)}
         grid = (splits * made.c_blocks * made.t_blocks,)
         alone = {"X_VECTOR": 1, "DY_VECTOR": 1}
         return SplitK(launcher.Launch(kernels.wgrad_kernel, grid, scalars, alone, (0, 1), **options), gradient)
@@ -242,14 +249,17 @@ def prepare(problem: ConvProblem, pass_: str, config: dict, target: Target, stri
         for name in ("CONV_STRIDE_H", "CONV_STRIDE_W", "MULTIPLIER"):
             del scalars[name]
         scalars |= {"h_in": problem.h_in, "w_in": problem.w_in, "h_out": problem.h_out, "w_out": problem.w_out}
-        scalars |= {"FIRST": cut.first, "DY_VECTOR": read, "X_VECTOR": _vector(strides["x"], problem.w_in, 2)}
-        scalars |= {"DX_VECTOR": other} | named_strides("dy", strides["dy"]) | named_strides("x", strides["x"])
-        scalars |= named_strides("dx", strides["dx"])
+        for name in ("dy", "x", "dx"):
+            scalars |= named_strides(name, strides[name])
+        x_vector, dx_vector = _vector(strides["x"], problem.w_in, block_w // 4), _vector(strides["dx"], problem.w_in, 2)
+        scalars |= {"FIRST": cut.first, "DY_VECTOR": read, "X_VECTOR": x_vector, "DX_VECTOR": dx_vector}
         alone = {"X_VECTOR": 1, "DY_VECTOR": 1}
         launch = launcher.Launch(kernels.backward_kernel, (splits * made.c_blocks,), scalars, alone, (0, 1), **options)
         return Fused(launch, problem, gradient, strides["dx"])
     scalars |= NO_EPILOGUE if transposed else epilogue(problem)
-    scalars |= {"TRANSPOSED": transposed, "Y_VECTOR": other} | named_strides("y", strides[result])
+    scalars |= {"TRANSPOSED": transposed, "Y_VECTOR": _vector(strides[result], w_out, 2)} | named_strides(
+        "y", strides[result]
+    )
     grid = (made.m_blocks * made.c_blocks,)
     launch = launcher.Launch(kernels.march_kernel, grid, scalars, {"X_VECTOR": 1}, (0,), **options)
     if transposed:
