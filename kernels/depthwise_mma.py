@@ -30,6 +30,7 @@ from .fragments import (
     result_layout,
     shared_layouts,
     spread,
+    store_diagonals,
     strides,
     unpacked,
 )
@@ -159,7 +160,7 @@ def march_kernel(
     in_map = below(w, w_in) & spread(k < WINDOW, 1) & spread(c < CHANNELS // X_VECTOR * X_VECTOR, 2)
     live = image < batch
     at = image * stride_x_n + in_row * stride_x_h + in_col * stride_x_w
-    at = spread(at, 0) + spread(k * stride_x_w, 1)
+    at = spread(at, 0) + spread(index(k, INDEX_64) * stride_x_w, 1)
     x_at = x_ptr + (at + spread(index(c, INDEX_64) * stride_x_c, 2))
     x_step = index(DIL_H, INDEX_64) * stride_x_h
 
@@ -172,7 +173,7 @@ def march_kernel(
     in_y = (out_col < w_out) & spread(c < CHANNELS // Y_VECTOR * Y_VECTOR, 2)
     in_batch = image < batch
     at = image * stride_y_n + out_row * stride_y_h + block * BLOCK_W * stride_y_w
-    at = spread(at, 0) + spread(along(BLOCK_W, RESULT, 1) * stride_y_w, 1)
+    at = spread(at, 0) + spread(index(along(BLOCK_W, RESULT, 1), INDEX_64) * stride_y_w, 1)
     y_at = y_ptr + (at + spread(index(c, INDEX_64) * stride_y_c, 2))
     y_step = index(DIL_H, INDEX_64) * stride_y_h
 
@@ -280,11 +281,11 @@ def wgrad_kernel(
     x_c = first_channel + along(BLOCK_C, X_COPIED, 2)
     x_k = along(BLOCK_K, X_COPIED, 1)
     x_known = spread(x_k < WINDOW, 1) & spread(x_c < CHANNELS // X_VECTOR * X_VECTOR, 2)
-    x_at = spread(x_k * stride_x_w, 1) + spread(index(x_c, INDEX_64) * stride_x_c, 2)
+    x_at = spread(index(x_k, INDEX_64) * stride_x_w, 1) + spread(index(x_c, INDEX_64) * stride_x_c, 2)
     dy_c = first_channel + along(BLOCK_C, DY_COPIED, 2)
     dy_j = along(BLOCK_W, DY_COPIED, 1)
     dy_known = spread(dy_c < CHANNELS // DY_VECTOR * DY_VECTOR, 2)
-    dy_at = spread(dy_j * stride_dy_w, 1) + spread(index(dy_c, INDEX_64) * stride_dy_c, 2)
+    dy_at = spread(index(dy_j, INDEX_64) * stride_dy_w, 1) + spread(index(dy_c, INDEX_64) * stride_dy_c, 2)
     x_step = index(DIL_H, INDEX_64) * stride_x_h
     dy_step = index(DIL_H, INDEX_64) * stride_dy_h
 
@@ -353,20 +354,8 @@ def wgrad_kernel(
                 dy = dy[: WARM * BLOCK_V]
         async_copy.wait_group(0)  # and Triton has all threads wait, before the next block's copies
 
-    # Diagonal s, moved to row s and summed over its columns.
-    s = spread(along(BLOCK_K, MMA, 1), 1)
-    at = s * DIL_W + spread(along(BLOCK_W, MMA, 2) * CONV_STRIDE_W + (LEFT - PAD_W), 2)
-    at = at + gl.zeros([ACROSS, BLOCK_K, BLOCK_W], gl.int32, layout=MMA)
-    here = (at >= 0) & (at < BLOCK_K)
-    at = gl.where(here, at, 0)
-    SUM: gl.constexpr = gl.SliceLayout(2, MMA)
-    c = first_channel + gl.arange(0, ACROSS, layout=gl.SliceLayout(1, SUM)) * BLOCK_V
-    s = gl.arange(0, BLOCK_K, layout=gl.SliceLayout(0, SUM))
-    dw_ptr += split * stride_dw_split
-    for r in gl.static_range(TAPS):
-        for v in gl.static_range(BLOCK_V):
-            diagonal = gl.sum(gl.where(here, gl.gather(acc[r * BLOCK_V + v], at, 1), 0.0), 2)
-            mask = ((c + v < CHANNELS) & (first_tap + r < KH))[:, None] & (s < KW)[None, :]
-            tap = (first_tap + r) * stride_dw_h + s * stride_dw_w
-            to = dw_ptr + ((index(c + v, INDEX_64) * stride_dw_o)[:, None] + tap[None, :])
-            gl.store(to, diagonal.to(dw_ptr.dtype.element_ty), mask=mask)
+    at = along(BLOCK_W, MMA, 2) * CONV_STRIDE_W + (LEFT - PAD_W)
+    store_diagonals(
+        acc, at, dw_ptr + split * stride_dw_split, first_channel, first_tap, stride_dw_o, stride_dw_h, stride_dw_w,
+        CHANNELS, KH, KW, DIL_W, TAPS, BLOCK_V, 1, INDEX_64, MMA,
+    )  # fmt: skip

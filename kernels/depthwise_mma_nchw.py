@@ -13,7 +13,20 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import mma_v2
 
-from .fragments import SIZES, along, axes, below, finish, index, lane, spread, strides, unpacked
+from .fragments import (
+    SIZES,
+    along,
+    axes,
+    below,
+    column_of,
+    finish,
+    index,
+    lane,
+    spread,
+    store_diagonals,
+    strides,
+    unpacked,
+)
 
 
 @triton.constexpr_function
@@ -52,7 +65,7 @@ def units(n, c, h, w, VECTOR: gl.constexpr):
 
 @gluon.jit
 def lane_limit(row, height, count, live, DIL_H: gl.constexpr):
-    """Below which row a lane has any, of `count` from `row` on."""
+    """The row that a lane's rows, `count` from `row` on, end before: at the map's end; 0 if it has none."""
     limit = gl.minimum(height, row + count * DIL_H)
     return gl.where(live & (limit > 0), limit, 0)
 
@@ -77,7 +90,7 @@ def load_step(
 
 @gluon.jit
 def pairs_of(words, VECTOR: gl.constexpr):
-    """Words of columns as pairs of slots: `slot_of` has which column where."""
+    """Words of columns as pairs of slots (fragments.py)."""
     if VECTOR > 1:
         C: gl.constexpr = words.shape[0]
         M: gl.constexpr = words.shape[1]
@@ -88,18 +101,6 @@ def pairs_of(words, VECTOR: gl.constexpr):
         words = words.reshape([words.shape[0], words.shape[1], words.shape[2] // 2, 2])
         low, high = gl.split(words.to(gl.uint16, bitcast=True).to(gl.uint32))
         return low | high << 16
-
-
-@gluon.jit
-def column_of(slot, VECTOR: gl.constexpr):
-    PAIRS: gl.constexpr = max(VECTOR // 2, 1)
-    return slot // (8 * PAIRS) * (8 * PAIRS) + slot // 2 % 4 * (2 * PAIRS) + slot // 8 % PAIRS * 2 + slot % 2
-
-
-@gluon.jit
-def slot_of(column, VECTOR: gl.constexpr):
-    PAIRS: gl.constexpr = max(VECTOR // 2, 1)
-    return column // (8 * PAIRS) * (8 * PAIRS) + column // 2 % PAIRS * 8 + column // (2 * PAIRS) % 4 * 2 + column % 2
 
 
 @gluon.jit
@@ -144,31 +145,6 @@ def matrices_of(
     for r in gl.static_range(KH):
         matrices = matrices + (gl.load(wgt_ptr + at + r * stride_wgt_h, mask=tap, other=0.0),)
     return matrices
-
-
-@gluon.jit
-def store_diagonals(
-    acc, at, dw_ptr, first_channel, first_tap, stride_dw_o, stride_dw_h, stride_dw_w,
-    CHANNELS, KH: gl.constexpr, KW: gl.constexpr, TAPS: gl.constexpr, VECTOR: gl.constexpr, INDEX_64: gl.constexpr,
-    MMA: gl.constexpr,
-):  # fmt: skip
-    """dw of filter rows from `first_tap` on: of each, in column s, the sum of its [channels, slots, columns] where
-    slots are of the window's columns at[.., s, columns].
-    """
-    C: gl.constexpr = acc[0].shape[0]
-    K: gl.constexpr = acc[0].shape[1]
-    at = at + gl.zeros(acc[0].shape, gl.int32, layout=MMA)
-    here = below(at, K)
-    at = slot_of(gl.where(here, at, 0), VECTOR)
-    SUM: gl.constexpr = gl.SliceLayout(2, MMA)
-    c = first_channel + gl.arange(0, C, layout=gl.SliceLayout(1, SUM))
-    s = gl.arange(0, K, layout=gl.SliceLayout(0, SUM))
-    for r in gl.static_range(TAPS):
-        diagonal = gl.sum(gl.where(here, gl.gather(acc[r], at, 1), 0.0), 2)
-        mask = ((c < CHANNELS) & (first_tap + r < KH))[:, None] & (s < KW)[None, :]
-        tap = (first_tap + r) * stride_dw_h + s * stride_dw_w
-        to = dw_ptr + ((index(c, INDEX_64) * stride_dw_o)[:, None] + tap[None, :])
-        gl.store(to, diagonal.to(dw_ptr.dtype.element_ty), mask=mask)
 
 
 @gluon.jit(do_not_specialize=SIZES)
@@ -236,10 +212,11 @@ def march_kernel(
     c = first_channel + along(BLOCK_C, HELD, 0)
     k = along(BLOCK_K // UNIT, HELD, 2)
     w = spread(in_col, 1) + spread(k, 2)
+    # Two comparisons, not `below`: the compiler sees that words of one load are in or out together.
     in_map = (w >= 0) & (w < w_in) & spread(k < WINDOW // UNIT, 2) & spread(c < CHANNELS, 0)
     limit = lane_limit(in_row, h_in, (last - first) * IN, image < batch, DIL_H)
     at = image * stride_x_n + in_row * stride_x_h + in_col * stride_x_w
-    at = spread(at, 1) + spread(k * stride_x_w, 2)
+    at = spread(at, 1) + spread(index(k, INDEX_64) * stride_x_w, 2)
     x_at = words_of(x_ptr, X_VECTOR) + (at + spread(index(c // MULTIPLIER, INDEX_64) * stride_x_c, 0))
     x_step = index(DIL_H, INDEX_64) * stride_x_h
 
@@ -253,7 +230,7 @@ def march_kernel(
     above = gl.minimum(out_row, 0)  # rows of a stride's padding
     stored = gl.maximum(lane_limit(out_row, h_out, rows * OUT, image < batch, DIL_H) - (out_row - above), 0)
     at = image * stride_y_n + out_row * stride_y_h + block * BLOCK_W * stride_y_w
-    at = spread(at, 1) + spread(j * stride_y_w, 2)
+    at = spread(at, 1) + spread(index(j, INDEX_64) * stride_y_w, 2)
     y_at = y_ptr + (at + spread(index(c, INDEX_64) * stride_y_c, 0))
     y_step = index(DIL_H, INDEX_64) * stride_y_h
 
@@ -342,11 +319,11 @@ def wgrad_kernel(
     x_c = first_channel + along(BLOCK_C, X_HELD, 0)
     x_k = along(BLOCK_K // X_UNIT, X_HELD, 2)
     x_known = spread(x_k < WINDOW // X_UNIT, 2) & spread(x_c < CHANNELS, 0)
-    x_at = spread(x_k * stride_x_w, 2) + spread(index(x_c // MULTIPLIER, INDEX_64) * stride_x_c, 0)
+    x_at = spread(index(x_k, INDEX_64) * stride_x_w, 2) + spread(index(x_c // MULTIPLIER, INDEX_64) * stride_x_c, 0)
     dy_c = first_channel + along(BLOCK_C, DY_HELD, 0)
     dy_j = along(BLOCK_W // DY_UNIT, DY_HELD, 2)
     dy_known = spread(dy_c < CHANNELS, 0)
-    dy_at = spread(dy_j * stride_dy_w, 2) + spread(index(dy_c, INDEX_64) * stride_dy_c, 0)
+    dy_at = spread(index(dy_j, INDEX_64) * stride_dy_w, 2) + spread(index(dy_c, INDEX_64) * stride_dy_c, 0)
     x_step = index(DIL_H, INDEX_64) * stride_x_h
     dy_step = index(DIL_H, INDEX_64) * stride_dy_h
 
@@ -408,12 +385,10 @@ def wgrad_kernel(
                 acc = met
                 dy = dy[:WARM]
 
-    s = spread(along(BLOCK_K, MMA, 1), 1)
-    j = column_of(along(BLOCK_W, MMA, 2), DY_VECTOR)
-    at = s * DIL_W + spread(j * CONV_STRIDE_W + (LEFT - PAD_W), 2)
+    at = column_of(along(BLOCK_W, MMA, 2), DY_VECTOR) * CONV_STRIDE_W + (LEFT - PAD_W)
     store_diagonals(
         acc, at, dw_ptr + split * stride_dw_split, first_channel, first_tap, stride_dw_o, stride_dw_h, stride_dw_w,
-        CHANNELS, KH, KW, TAPS, X_VECTOR, INDEX_64, MMA,
+        CHANNELS, KH, KW, DIL_W, TAPS, 1, X_VECTOR, INDEX_64, MMA,
     )  # fmt: skip
 
 
@@ -469,15 +444,15 @@ def backward_kernel(
     dy_c = first_channel + along(BLOCK_C, DY_HELD, 0)
     dy_k = along(BLOCK_K // DY_UNIT, DY_HELD, 2)
     dy_known = spread(dy_k < WINDOW // DY_UNIT, 2) & spread(dy_c < CHANNELS, 0)
-    dy_at = spread(dy_k * stride_dy_w, 2) + spread(index(dy_c, INDEX_64) * stride_dy_c, 0)
+    dy_at = spread(index(dy_k, INDEX_64) * stride_dy_w, 2) + spread(index(dy_c, INDEX_64) * stride_dy_c, 0)
     x_c = first_channel + along(BLOCK_C, X_HELD, 0)
     x_j = along(BLOCK_W // X_UNIT, X_HELD, 2)
     x_known = spread(x_c < CHANNELS, 0)
-    x_at = spread(x_j * stride_x_w, 2) + spread(index(x_c, INDEX_64) * stride_x_c, 0)
+    x_at = spread(index(x_j, INDEX_64) * stride_x_w, 2) + spread(index(x_c, INDEX_64) * stride_x_c, 0)
     dx_c = first_channel + along(BLOCK_C, MMA, 0)
     dx_j = along(BLOCK_W, MMA, 2)
     dx_known = spread(dx_c < CHANNELS, 0)
-    dx_at = spread(dx_j * stride_dx_w, 2) + spread(index(dx_c, INDEX_64) * stride_dx_c, 0)
+    dx_at = spread(index(dx_j, INDEX_64) * stride_dx_w, 2) + spread(index(dx_c, INDEX_64) * stride_dx_c, 0)
     dy_step = index(DIL_H, INDEX_64) * stride_dy_h
     x_step = index(DIL_H, INDEX_64) * stride_x_h
     dx_step = index(DIL_H, INDEX_64) * stride_dx_h
@@ -554,9 +529,8 @@ def backward_kernel(
             mask = spread(below((done + a) * DIL_H, stored), 1) & in_dx
             gl.store(dx_lane + (done + a) * dx_step, acc[a].to(dtype), mask=mask)
 
-    s = spread(along(BLOCK_K, MMA, 1), 1)
-    at = spread(column_of(along(BLOCK_W, MMA, 2), X_VECTOR) + (LEFT + PAD_W), 2) - s * DIL_W
+    at = column_of(along(BLOCK_W, MMA, 2), X_VECTOR) + (LEFT + PAD_W)
     store_diagonals(
         sums, at, dw_ptr + split * stride_dw_split, first_channel, 0, stride_dw_o, stride_dw_h, stride_dw_w,
-        CHANNELS, KH, KW, KH, DY_VECTOR, INDEX_64, MMA,
+        CHANNELS, KH, KW, -DIL_W, KH, 1, DY_VECTOR, INDEX_64, MMA,
     )  # fmt: skip

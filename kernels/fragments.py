@@ -1,7 +1,7 @@
 """What kernels in Gluon share: vectors along the axes of tiles, lanes, copies ahead, and what ends fprop.
 
-Tiles are [lanes, columns, channels]: a lane is one (image, class of rows, segment of rows, block of columns), as in
-depthwise_toeplitz.py.
+Tiles are [lanes, columns, channels], of contiguous maps [channels, lanes, columns]: a lane is one (image, class of
+rows, segment of rows, block of columns), as in depthwise_toeplitz.py.
 """
 
 import triton
@@ -12,7 +12,7 @@ from triton.experimental.gluon.language.nvidia.ampere import async_copy
 from .epilogue import activated as activated_
 from .epilogue import beside as beside_
 
-# Of march kernels; of those that sum, all but the last two.
+# What kernels are not compiled anew for: of march kernels; of wgrad's all but the last two.
 SIZES = ("batch", "h_in", "w_in", "h_out", "w_out", "segments", "col_blocks", "rows", "CHANNELS", "first", "last")
 
 # Triton 3.9 has another name for it.
@@ -22,9 +22,8 @@ beside = gluon.jit(beside_.fn)
 
 
 @triton.constexpr_function
-def axes(lanes, columns, channels):
-    """Of each axis of a tile the bases of a linear layout, one a bit."""
-    shape = [lanes, columns, channels]
+def axes(*shape):
+    """Of each of a tile's three axes the bases of a linear layout, one a bit."""
     return [
         [[1 << i if axis == a else 0 for a in range(3)] for i in range(shape[axis].bit_length() - 1)]
         for axis in range(3)
@@ -198,6 +197,50 @@ def unpacked(pair, dtype: gl.constexpr, OPERAND: gl.constexpr):
     return gl.convert_layout(
         tile.reshape([pair.shape[0], 2 * pair.shape[1], pair.shape[2]]), OPERAND, assert_trivial=True
     )
+
+
+@gluon.jit
+def column_of(slot, VECTOR: gl.constexpr):
+    """Which column of a window is in a slot of an operand: of each 8 slots a thread has two, and in those of several
+    eights `VECTOR` columns that lie together. Up to 2 of them, the columns' own order.
+    """
+    PAIRS: gl.constexpr = max(VECTOR // 2, 1)
+    return slot // (8 * PAIRS) * (8 * PAIRS) + slot // 2 % 4 * (2 * PAIRS) + slot // 8 % PAIRS * 2 + slot % 2
+
+
+@gluon.jit
+def slot_of(column, VECTOR: gl.constexpr):
+    """The inverse."""
+    PAIRS: gl.constexpr = max(VECTOR // 2, 1)
+    return column // (8 * PAIRS) * (8 * PAIRS) + column // 2 % PAIRS * 8 + column // (2 * PAIRS) % 4 * 2 + column % 2
+
+
+@gluon.jit
+def store_diagonals(
+    sums, at, dw_ptr, first_channel, first_tap, stride_dw_o, stride_dw_h, stride_dw_w,
+    CHANNELS, KH: gl.constexpr, KW: gl.constexpr, STEP: gl.constexpr, TAPS: gl.constexpr,
+    V: gl.constexpr, VECTOR: gl.constexpr, INDEX_64: gl.constexpr, MMA: gl.constexpr,
+):  # fmt: skip
+    """dw of TAPS filter rows from `first_tap` on: of row r and channels v, v + V, ... in column s the sum of
+    sums[r * V + v], [channels, slots, columns], over what is in the slots of window columns at[columns] + s STEP.
+    """
+    C: gl.constexpr = sums[0].shape[0]
+    K: gl.constexpr = sums[0].shape[1]
+    SUM: gl.constexpr = gl.SliceLayout(2, MMA)
+    c = first_channel + gl.arange(0, C, layout=gl.SliceLayout(1, SUM)) * V
+    for block in gl.static_range((KW + K - 1) // K):  # a narrow map meets more taps than it has columns
+        met = spread(at, 2) + spread(block * K + along(K, MMA, 1), 1) * STEP
+        met = met + gl.zeros(sums[0].shape, gl.int32, layout=MMA)
+        here = below(met, K)
+        met = slot_of(gl.where(here, met, 0), VECTOR)
+        s = block * K + gl.arange(0, K, layout=gl.SliceLayout(0, SUM))
+        for r in gl.static_range(TAPS):
+            for v in gl.static_range(V):
+                diagonal = gl.sum(gl.where(here, gl.gather(sums[r * V + v], met, 1), 0.0), 2)
+                mask = ((c + v < CHANNELS) & (first_tap + r < KH))[:, None] & (s < KW)[None, :]
+                tap = (first_tap + r) * stride_dw_h + s * stride_dw_w
+                to = dw_ptr + ((index(c + v, INDEX_64) * stride_dw_o)[:, None] + tap[None, :])
+                gl.store(to, diagonal.to(dw_ptr.dtype.element_ty), mask=mask)
 
 
 @gluon.jit

@@ -240,7 +240,7 @@ def march_kernel(
     in_map = below(w, w_in) & spread(k < WINDOW, 1) & spread(c < CHANNELS // X_VECTOR * X_VECTOR, 2)
     live = image < batch
     at = spread(image * stride_x_n + in_row * stride_x_h + in_col * stride_x_w, 0)
-    at += spread(k * stride_x_w, 1)
+    at += spread(index(k, INDEX_64) * stride_x_w, 1)
     x_at = x_ptr + (at + spread(index(c, INDEX_64) * stride_x_c, 2))
     x_step = index(DIL_H, INDEX_64) * stride_x_h
 
@@ -253,7 +253,7 @@ def march_kernel(
     in_y = (spread(block * COLUMNS, 0) + spread(j, 1) < w_out) & spread(c < CHANNELS // Y_VECTOR * Y_VECTOR, 2)
     in_batch = image < batch
     at = spread(image * stride_y_n + out_row * stride_y_h + block * COLUMNS * stride_y_w, 0)
-    at += spread(j * stride_y_w, 1)
+    at += spread(index(j, INDEX_64) * stride_y_w, 1)
     y_at = y_ptr + (at + spread(index(c, INDEX_64) * stride_y_c, 2))
     y_step = index(DIL_H, INDEX_64) * stride_y_h
 
@@ -372,11 +372,11 @@ def wgrad_kernel(
     x_c = first_channel + along(BLOCK_C, X_COPIED, 2)
     x_k = along(BLOCK_K, X_COPIED, 1)
     x_known = spread(x_k < WINDOW, 1) & spread(x_c < CHANNELS // X_VECTOR * X_VECTOR, 2)
-    x_at = spread(x_k * stride_x_w, 1) + spread(index(x_c, INDEX_64) * stride_x_c, 2)
+    x_at = spread(index(x_k, INDEX_64) * stride_x_w, 1) + spread(index(x_c, INDEX_64) * stride_x_c, 2)
     dy_c = first_channel + along(BLOCK_C, DY_COPIED, 2)
     dy_j = along(COLUMNS, DY_COPIED, 1)
     dy_known = spread(dy_c < CHANNELS // DY_VECTOR * DY_VECTOR, 2)
-    dy_at = spread(dy_j * stride_dy_w, 1) + spread(index(dy_c, INDEX_64) * stride_dy_c, 2)
+    dy_at = spread(index(dy_j, INDEX_64) * stride_dy_w, 1) + spread(index(dy_c, INDEX_64) * stride_dy_c, 2)
     x_step = index(DIL_H, INDEX_64) * stride_x_h
     dy_step = index(DIL_H, INDEX_64) * stride_dy_h
 

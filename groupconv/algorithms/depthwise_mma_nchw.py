@@ -37,7 +37,7 @@ BLOCKS = {"BLOCK_C": (1, 16), "BLOCK_M": (16, 256), "BLOCK_W": (8, 16), "BLOCK_H
 # BLOCK_H: the most output rows of a segment, about. BLOCK_T: wgrad's filter rows of a program.
 DIVISION = {"SPLITS": (1, MOST_SPLITS, 1)}  # of wgrad's blocks of lanes
 
-MOST_K = 32  # input columns of a product
+MOST_K = 64  # input columns of a product
 ONCE, LANES, BUILT = 150, 220, 20  # instructions of a warp, by counts of compiled code: of all, for 16 lanes, for a tap
 AHEAD = 4  # the most rows that are under way: more spill, or are moved about
 
@@ -53,9 +53,8 @@ def supports(problem: ConvProblem, pass_: str, target: Target) -> str | None:
         return why_not
     if pass_ == "dgrad" and problem.stride[1] not in (1, 2, 4, 8):
         return "dgrad takes column strides of 1, 2, 4 and 8"
-    least = BLOCKS["BLOCK_W"][0]
-    if columns(problem, _march(pass_), least)[2] > MOST_K:
-        return f"{least} columns meet more than {MOST_K}"
+    if min(columns(problem, _march(pass_), block_w)[2] for block_w in (8, 16)) > MOST_K:
+        return f"8 columns meet more than {MOST_K}"
     return None
 
 
@@ -76,11 +75,6 @@ def _block_k(made: Launched) -> int:
 def _fresh(problem: ConvProblem, pass_: str, block_w: int) -> int:
     """Input columns by which a lane's window begins after its neighbour's."""
     return block_w // problem.stride[1] if _march(pass_) == "dgrad" else block_w * problem.stride[1]
-
-
-def _vector(strides, width: int, *columns: int) -> int:
-    """Columns that can be read together where a tensor begins at a multiple of 16 bytes; they divide `columns`."""
-    return math.gcd(8, width, *strides[:3], *columns) if strides[3] == 1 else 1
 
 
 def _vectors(problem: ConvProblem, pass_: str, block_w: int, made: Launched) -> tuple[int, int, int]:
@@ -131,10 +125,11 @@ def tiles(problem: ConvProblem, pass_: str, target: Target) -> Iterator[list[dic
     # A row that is a lane's has nothing that another lane loads, too.
     rows_whole = width <= 16 < width + 8 and columns(problem, _march(pass_), 16)[2] <= MOST_K
     heights = [1024] + [height for height in (32, 16, 8) if height < steps]
-    shapes, rows = SHAPES if pass_ in ("fprop", "dgrad") else SUM_SHAPES, (16, 4) if pass_ == "wgrad" else (16,)
+    shapes, rows = SHAPES if pass_ in ("fprop", "dgrad") else SUM_SHAPES, (16, 8, 4) if pass_ == "wgrad" else (16,)
     for block_c, block_m, warps in shapes:
         for stages, height, block_t in itertools.product((1, 2, 4), heights, rows):
-            if (block_t >= problem.kh and block_t < rows[0]) or not 2 <= stages * stride <= max(AHEAD, stride):
+            read = stages * (1 if pass_ == "dgrad" else stride)
+            if (block_t >= problem.kh and block_t < rows[0]) or not 2 <= read <= max(AHEAD, stride):
                 continue
             yield [{
                 "BLOCK_C": block_c, "BLOCK_M": block_m, "BLOCK_W": 16 if rows_whole else 8, "BLOCK_H": height,
@@ -208,60 +203,60 @@ def tiling(problem: ConvProblem, pass_: str, config: dict, target: Target, fit: 
 
 
 def prepare(problem: ConvProblem, pass_: str, config: dict, target: Target, strides: dict):
-    top, _, pad, _ = problem.pad
     tiles, options = split_config(config)
-    transposed = _march(pass_) == "dgrad"
+    block_w, unroll, march = config["BLOCK_W"], config["num_stages"], _march(pass_)
     del tiles["BLOCK_H"], tiles["BLOCK_T"]
     made = _launched(problem, pass_, config)
-    cut, unroll, block_k = made.cut, config["num_stages"], _block_k(made)
-    block_w = config["BLOCK_W"]
-    _, left, window = columns(problem, _march(pass_), block_w)
-    maps = [problem.h_in, problem.w_in], [problem.h_out, problem.w_out]
-    (h_in, w_in), (h_out, w_out) = reversed(maps) if transposed else maps
-    source, result = {"fprop": ("x", "y"), "dgrad": ("dy", "dx"), "wgrad": ("x", "dy")}[_march(pass_)]
-    read = _vector(strides[source], w_in, block_k // 4, _fresh(problem, pass_, block_w), cut.left)
+    cut, block_k = made.cut, _block_k(made)
+    _, left, window = columns(problem, march, block_w)
+    read = "dy" if march == "dgrad" else "x"  # by windows
+    widths = {"x": problem.w_in, "dx": problem.w_in, "y": problem.w_out, "dy": problem.w_out}
+
+    def vector(name, *columns):
+        """Columns that can be read together where a tensor begins at a multiple of 16 bytes; they divide `columns`."""
+        return math.gcd(8, widths[name], *strides[name][:3], *columns) if strides[name][3] == 1 else 1
+
+    of_windows = vector(read, block_k // 4, _fresh(problem, pass_, block_w), cut.left)
     scalars = {
-        "batch": problem.batch, "h_in": h_in, "w_in": w_in, "h_out": h_out, "w_out": w_out,
+        "batch": problem.batch, "h_in": problem.h_in, "w_in": problem.w_in,
+        "h_out": problem.h_out, "w_out": problem.w_out,
         "segments": cut.segments, "col_blocks": cut.col_blocks, "rows": cut.rows,
-        "CHANNELS": known(problem, problem.c_out), "MULTIPLIER": problem.cout_g, "KH": problem.kh, "KW": problem.kw,
-        "CONV_STRIDE_H": problem.stride[0], "CONV_STRIDE_W": problem.stride[1],
-        "PAD_H": top, "PAD_W": pad, "DIL_H": problem.dilation[0], "DIL_W": problem.dilation[1],
-        "LEFT": cut.left, "WINDOW": math.ceil((window + cut.left - left) / read) * read,
-        "BLOCK_K": block_k, "UNROLL": unroll,
-        "X_VECTOR": read, "INDEX_64": index_64(problem, strides),
-        **named_strides("x", strides[source]), **tiles,
+        "CHANNELS": known(problem, problem.c_out), "KH": problem.kh, "KW": problem.kw,
+        "PAD_H": problem.pad[0], "PAD_W": problem.pad[2], "DIL_H": problem.dilation[0], "DIL_W": problem.dilation[1],
+        "LEFT": cut.left, "WINDOW": math.ceil((window + cut.left - left) / of_windows) * of_windows,
+        "BLOCK_K": block_k, "UNROLL": unroll, "INDEX_64": index_64(problem, strides), **tiles,
     }  # fmt: skip
+    if pass_ != "backward":
+        scalars |= {"CONV_STRIDE_H": problem.stride[0], "CONV_STRIDE_W": problem.stride[1]}
+        scalars["MULTIPLIER"] = problem.cout_g
+    if pass_ != "wgrad":
+        more = -steps_of(pass_, made) % unroll  # steps that complete a turn, and have no input rows
+        scalars |= {"first": cut.first, "last": cut.last, "DRAIN": max(0, cut.drain - more)}
+        scalars |= named_strides("wgt", strides["w"])
     if pass_ in ("wgrad", "backward"):
         splits, blocks = split_of(problem, config, made)
         gradient = FilterGradient(problem, splits, strides["dw"])
         scalars |= gradient.depthwise_arguments() | {"blocks": blocks}
+        scalars |= named_strides("dy", strides["dy"]) | named_strides("x", strides["x"])
         scalars["INDEX_64"] = index_64(problem, strides, splits * problem.params)
-    if pass_ == "wgrad":
-        scalars |= named_strides("dy", strides["dy"]) | {"TAPS": made.taps}
-        scalars |= {"DY_VECTOR": _vector(strides["dy"], problem.w_out, block_w // 4)}
-        grid = (splits * made.c_blocks * made.t_blocks,)
         alone = {"X_VECTOR": 1, "DY_VECTOR": 1}
-        return SplitK(launcher.Launch(kernels.wgrad_kernel, grid, scalars, alone, (0, 1), **options), gradient)
-    more = -steps_of(pass_, made) % unroll  # steps that complete a turn, and have no input rows
-    scalars |= {"first": cut.first, "last": cut.last, "DRAIN": max(0, cut.drain - more)}
-    scalars |= named_strides("wgt", strides["w"])
-    if pass_ == "backward":
-        for name in ("CONV_STRIDE_H", "CONV_STRIDE_W", "MULTIPLIER"):
-            del scalars[name]
-        scalars |= {"h_in": problem.h_in, "w_in": problem.w_in, "h_out": problem.h_out, "w_out": problem.w_out}
-        for name in ("dy", "x", "dx"):
-            scalars |= named_strides(name, strides[name])
-        x_vector, dx_vector = _vector(strides["x"], problem.w_in, block_w // 4), _vector(strides["dx"], problem.w_in, 2)
-        scalars |= {"FIRST": cut.first, "DY_VECTOR": read, "X_VECTOR": x_vector, "DX_VECTOR": dx_vector}
-        alone = {"X_VECTOR": 1, "DY_VECTOR": 1}
-        launch = launcher.Launch(kernels.backward_kernel, (splits * made.c_blocks,), scalars, alone, (0, 1), **options)
+        if pass_ == "wgrad":
+            scalars |= {"X_VECTOR": of_windows, "DY_VECTOR": vector("dy", block_w // 4), "TAPS": made.taps}
+            grid = (splits * made.c_blocks * made.t_blocks,)
+            return SplitK(launcher.Launch(kernels.wgrad_kernel, grid, scalars, alone, (0, 1), **options), gradient)
+        scalars |= {"DY_VECTOR": of_windows, "X_VECTOR": vector("x", block_w // 4), "DX_VECTOR": vector("dx", 2)}
+        scalars |= {"FIRST": cut.first} | named_strides("dx", strides["dx"])
+        grid = (splits * made.c_blocks,)
+        launch = launcher.Launch(kernels.backward_kernel, grid, scalars, alone, (0, 1), **options)
         return Fused(launch, problem, gradient, strides["dx"])
-    scalars |= NO_EPILOGUE if transposed else epilogue(problem)
-    scalars |= {"TRANSPOSED": transposed, "Y_VECTOR": _vector(strides[result], w_out, 2)} | named_strides(
-        "y", strides[result]
-    )
+    written = {"dy": "dx", "x": "y"}[read]
+    if pass_ == "dgrad":
+        scalars |= {"h_in": problem.h_out, "w_in": problem.w_out, "h_out": problem.h_in, "w_out": problem.w_in}
+    scalars |= {"X_VECTOR": of_windows, "Y_VECTOR": vector(written, 2), "TRANSPOSED": pass_ == "dgrad"}
+    scalars |= NO_EPILOGUE if pass_ == "dgrad" else epilogue(problem)
+    scalars |= named_strides("x", strides[read]) | named_strides("y", strides[written])
     grid = (made.m_blocks * made.c_blocks,)
     launch = launcher.Launch(kernels.march_kernel, grid, scalars, {"X_VECTOR": 1}, (0,), **options)
-    if transposed:
+    if pass_ == "dgrad":
         return Single(launch, problem.x_shape, strides["dx"], lambda dy, w, dx: launch(dy, w, None, None, None, dx))
     return Forward(launch, problem, strides["y"])

@@ -96,6 +96,10 @@ def low(x):
             "min.relu.s32 %r10, %r2, %r3;", (A, B),
             np.maximum(np.minimum(A.view(np.int32), B.view(np.int32)), 0).view(np.uint32),
         ),
+        (
+            "max.relu.s32 %r10, %r2, %r3;", (A, B),
+            np.maximum(np.maximum(A.view(np.int32), B.view(np.int32)), 0).view(np.uint32),
+        ),
         ("rem.s32 %r10, %r2, 7;", (A,), low(np.fmod(s64(A), 7))),
         ("div.s32 %r10, %r2, 7;", (A,), low((np.abs(s64(A)) // 7) * np.sign(s64(A)))),
         ("xor.b32 %r10, %r2, %r3;", (A, B), A ^ B),
