@@ -49,7 +49,7 @@ def spread(name: str, pass_: str, value: float) -> str:
         case = cases.Case(problem, problem.layout, "nchw", problem.layout)
         given = cases.operands(case)
         struck = given.dy if pass_ == "dgrad" else given.x
-        struck[0, 3, 4, 2] = struck[0, 3, 0, 0] = value  # within a map, and at its border
+        struck[0, 3, 0, 2] = value  # at a border, where padding is multiplied by it too
         config = cases.config(REGISTRY[name], problem, pass_, on, "few")
         found = REGISTRY[name].prepare(problem, pass_, config, on, given.strides(problem))(*given.of(pass_))
         expected = cases.references(problem, given)[pass_]
