@@ -251,6 +251,29 @@ def test_numbers_of_tensors_that_begin_anywhere(start, layout):
     assert cases.error(out, cases.references(problem, given)["fprop"]) <= cases.bound("bf16", 9)
 
 
+@pytest.mark.parametrize(
+    ("layout", "pass_"),
+    [("nchw", "fprop"), ("nchw", "wgrad"), ("nchw", "backward"), ("nhwc", "dgrad"), ("nhwc", "wgrad")],
+)
+def test_columns_past_two_to_the_31(layout, pass_):
+    """Of what is read, columns lie so far apart that those of one window do not fit 32 bits."""
+    problem, on = layer(16, (3, 13), (4, 18), batch=1, layout=layout), devices.named("sm_90")
+    config = of_rows(4, 16) if layout == "nchw" else tile()
+    given, far = cases.operands(cases.Case(problem)), 2**27
+    moved = "dy" if pass_ in ("dgrad", "backward") else "x"
+    values = getattr(given, moved)
+    c, h, w = values.shape[1:]
+    storage = torch.empty((w - 1) * far + c * h, dtype=values.dtype)  # of which few pages are touched
+    apart = (c * h, 1, c, far) if problem.layout == "nhwc" else (c * h, h, 1, far)
+    given = dataclasses.replace(given, **{moved: storage.as_strided(values.shape, apart).copy_(values)})
+    strides = given.strides(problem) | {moved: apart}
+    with softgpu.active("sm_90"), cases.guarded():
+        out = algorithm(problem).prepare(problem, pass_, config, on, strides)(*given.of(pass_))
+    expected = cases.references(problem, given)
+    for each, found in zip(cases.PRODUCES.get(pass_, (pass_,)), out if pass_ == "backward" else (out,), strict=True):
+        assert cases.error(found, expected[each]) <= cases.bound(problem.dtype, cases.terms(problem, each))
+
+
 def test_operands_go_from_memory_to_fragments():
     """wgrad stores nothing to shared memory, and fprop only its results; a thread reads all its channels at once."""
     for v, width in ((2, "v2.b16"), (4, "v4.b16"), (8, "v4.b32")):
