@@ -122,17 +122,17 @@ def tiles(problem: ConvProblem, pass_: str, target: Target) -> Iterator[list[dic
     stride = problem.stride[0]
     steps = math.ceil((problem.h_in if pass_ == "dgrad" else problem.h_out) / stride)
     width = problem.w_in if _march(pass_) == "dgrad" else problem.w_out
-    # A row that is a lane's has nothing that another lane loads, too.
-    rows_whole = width <= 16 < width + 8 and columns(problem, _march(pass_), 16)[2] <= MOST_K
+    # A row that is a lane's has nothing that another lane loads, too; but takes more registers.
+    whole = width <= 16 < width + 8 and columns(problem, _march(pass_), 16)[2] <= MOST_K
     heights = [1024] + [height for height in (32, 16, 8) if height < steps]
     shapes, rows = SHAPES if pass_ in ("fprop", "dgrad") else SUM_SHAPES, (16, 8, 4) if pass_ == "wgrad" else (16,)
-    for block_c, block_m, warps in shapes:
+    for (block_c, block_m, warps), block_w in itertools.product(shapes, (16, 8) if whole else (8,)):
         for stages, height, block_t in itertools.product((1, 2, 4), heights, rows):
             read = stages * (1 if pass_ == "dgrad" else stride)
             if (block_t >= problem.kh and block_t < rows[0]) or not 2 <= read <= max(AHEAD, stride):
                 continue
             yield [{
-                "BLOCK_C": block_c, "BLOCK_M": block_m, "BLOCK_W": 16 if rows_whole else 8, "BLOCK_H": height,
+                "BLOCK_C": block_c, "BLOCK_M": block_m, "BLOCK_W": block_w, "BLOCK_H": height,
                 "BLOCK_T": block_t, "num_warps": warps, "num_stages": stages,
             }]  # fmt: skip
 
@@ -142,7 +142,7 @@ def divisions(problem: ConvProblem, pass_: str, config: dict, target: Target, fi
     return divisions_of(problem, sums, _launched(problem, pass_, config), target, fit)
 
 
-def _l2_bytes(problem: ConvProblem, pass_: str, config: dict, made: Launched) -> float:
+def _l2_bytes(problem: ConvProblem, pass_: str, made: Launched) -> float:
     """What L2 is asked for and given, in whole sectors: what the windows of neighbouring lanes share, once; dy, or what
     is stored.
     """
@@ -192,7 +192,7 @@ def tiling(problem: ConvProblem, pass_: str, config: dict, target: Target, fit: 
     return Tiling(
         programs=programs,
         matrix_flops=2.0 * programs * march * sixteens * products * 16 * LEAST_K * 8 * (2 if half_rate else 1),
-        l2_bytes=_l2_bytes(problem, pass_, config, made) + partials,
+        l2_bytes=_l2_bytes(problem, pass_, made) + partials,
         instructions=32 * programs * (march * sixteens * step + once),
         dram_bytes=problem.min_bytes(pass_) + partials,
         resident=fit,
