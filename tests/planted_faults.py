@@ -297,10 +297,17 @@ FAULTS = [
         compiled=GLUON,
     ),
     Fault(
-        "kernels/depthwise_mma.py",
+        "kernels/fragments.py",
         "(c + v < CHANNELS) & (first_tap + r < KH)",
         "c + v < CHANNELS",
         "fragments of wgrad store filter rows past the last",
+        compiled=GLUON,
+    ),
+    Fault(
+        "kernels/fragments.py",
+        "gl.static_range((KW + K - 1) // K)",
+        "gl.static_range(1)",
+        "fragments of wgrad forget taps that a narrow map meets",
         compiled=GLUON,
     ),
     Fault(
@@ -312,7 +319,7 @@ FAULTS = [
     ),
     # --- depthwise_mma_nchw ---
     Fault(
-        "kernels/depthwise_mma_nchw.py",
+        "kernels/fragments.py",
         "column // 2 % PAIRS * 8",
         "column // 2 % PAIRS * 4",
         "wgrad of rows looks for columns in other slots",
@@ -334,8 +341,8 @@ FAULTS = [
     ),
     Fault(
         "groupconv/algorithms/depthwise_mma_nchw.py",
-        "math.gcd(8, width, *strides[:3], *columns)",
-        "math.gcd(8, width, *columns)",
+        "math.gcd(8, widths[name], *strides[name][:3], *columns)",
+        "math.gcd(8, widths[name], *columns)",
         "rows of views are read as if they were aligned",
         compiled=GLUON,
     ),
