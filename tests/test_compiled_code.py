@@ -25,13 +25,15 @@ needs_a_compiler = pytest.mark.skipif(
 )
 
 # Layers of the suite; of an algorithm that is not here, the first that it serves. On sm_90 in bf16 and channels_last,
-# where tensor cores take most; on sm_80 as below.
+# where tensor cores take most, if it serves that; on sm_80 as below.
+CONTIGUOUS = ("depthwise_mma_nchw",)
 LAYERS = {
     "implicit_gemm": ("regnety_160.s1d", "shufflenet_g3.s2c"),
     "row_block": ("regnetx_040.s3", "regnetx_032.s1d"),
     "row_block_tma": ("eca_nfnet_l0.s2", "regnety_016.s1d"),
     "row_march": ("resnext50_32x4d.s1", "resnext50_32x4d.s2d"),
     "depthwise_direct": ("mobilenetv2_100.b1d",),
+    "depthwise_mma_nchw": ("efficientnet_b0.b4",),
     "depthwise_toeplitz": ("efficientnet_b0.b4",),
     "depthwise_map": ("replknet_31b.s2",),
     "depthwise_plane": ("mobilenetv2_100.b5",),
@@ -41,14 +43,16 @@ ON_SM_80 = {
     "row_block": ("fp16", "nhwc"),
     "row_march": ("fp16", "nhwc"),
     "depthwise_direct": ("fp32", "nchw"),
+    "depthwise_mma_nchw": ("fp16", "nchw"),
     "depthwise_toeplitz": ("tf32", "nhwc"),
     "depthwise_map": ("fp16", "nhwc"),
     "depthwise_plane": ("fp16", "nchw"),
 }
 
 
-def job(layer: str, pass_: str, target: str, algorithm: str, dtype="bf16", layout="nhwc", **config):
+def job(layer: str, pass_: str, target: str, algorithm: str, dtype="bf16", layout=None, **config):
     """A pass of a layer as an algorithm would be planned for it, but for what `config` changes; None if it cannot."""
+    layout = layout or ("nchw" if algorithm in CONTIGUOUS else "nhwc")
     (problem,) = (row.problem for row in layers.suite(dtype, layout) if row.name == layer)
     if pass_ == FINISHED:
         problem, pass_ = command.ended(problem), "fprop"
