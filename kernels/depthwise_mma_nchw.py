@@ -71,6 +71,25 @@ def lane_limit(row, height, count, live, DIL_H: gl.constexpr):
 
 
 @gluon.jit
+def rows_of(
+    pointer, at, k, known, first_lane, above, count, batch, height, width, segments, col_blocks, rows,
+    stride_n, stride_h, stride_w, STRIDE_H: gl.constexpr, DIL_H: gl.constexpr,
+    FRESH: gl.constexpr, LEFT: gl.constexpr, BLOCK_M: gl.constexpr, HELD: gl.constexpr,
+):  # fmt: skip
+    """(pointers, first row, `lane_limit`, which words are on the map) of a block's lanes, which march down a map from
+    STRIDE_H times their segment's first row less `above` on, at words k from LEFT before FRESH times their block on.
+    """
+    image, row_class, segment, block = lane(first_lane + along(BLOCK_M, HELD, 1), segments, col_blocks, DIL_H)
+    row = (row_class + segment * (rows * DIL_H)) * STRIDE_H - above
+    col = block * FRESH - LEFT
+    w = spread(col, 1) + spread(k, 2)
+    # Not by `below`: the compiler sees that words of one load are in or out together.
+    inside = (w >= 0) & (w < width) & known
+    place = image * stride_n + row * stride_h + col * stride_w
+    return pointer + (spread(place, 1) + at), row, lane_limit(row, height, count, image < batch, DIL_H), inside
+
+
+@gluon.jit
 def load_row(n, at, step, row, limit, inside, DIL_H: gl.constexpr):
     """The words of row n of each lane, from `row` on: zeros where it has no such row."""
     return gl.load(at + n * step, mask=spread(below(row + n * DIL_H, limit), 1) & inside, other=0)
@@ -336,21 +355,16 @@ def wgrad_kernel(
         acc = acc + (gl.zeros([BLOCK_C, BLOCK_K, BLOCK_W], gl.float32, layout=MMA),)
     for b in range(blocks):
         first_lane = (split * blocks + b) * BLOCK_M
-        image, row_class, segment, block = lane(first_lane + along(BLOCK_M, X_HELD, 1), segments, col_blocks, DIL_H)
-        x_row = (row_class + segment * (rows * DIL_H)) * CONV_STRIDE_H - above
-        x_col = block * (BLOCK_W * CONV_STRIDE_W // X_UNIT) - LEFT // X_UNIT
-        x_limit = lane_limit(x_row, h_in, last * CONV_STRIDE_H, image < batch, DIL_H)
-        w = spread(x_col, 1) + spread(x_k, 2)
-        in_x = (w >= 0) & (w < w_in) & x_known
-        at = image * stride_x_n + x_row * stride_x_h + x_col * stride_x_w
-        x_lane = words_of(x_ptr, X_VECTOR) + (spread(at, 1) + x_at)
-        image, row_class, segment, block = lane(first_lane + along(BLOCK_M, DY_HELD, 1), segments, col_blocks, DIL_H)
-        dy_row = row_class + segment * (rows * DIL_H)
-        dy_col = block * (BLOCK_W // DY_UNIT)
-        dy_limit = lane_limit(dy_row, h_out, rows, image < batch, DIL_H)
-        in_dy = (spread(dy_col, 1) + spread(dy_j, 2) < w_out) & dy_known
-        at = image * stride_dy_n + dy_row * stride_dy_h + dy_col * stride_dy_w
-        dy_lane = words_of(dy_ptr, DY_VECTOR) + (spread(at, 1) + dy_at)
+        x_lane, x_row, x_limit, in_x = rows_of(
+            words_of(x_ptr, X_VECTOR), x_at, x_k, x_known, first_lane, above, last * CONV_STRIDE_H, batch, h_in, w_in,
+            segments, col_blocks, rows, stride_x_n, stride_x_h, stride_x_w, CONV_STRIDE_H, DIL_H,
+            BLOCK_W * CONV_STRIDE_W // X_UNIT, LEFT // X_UNIT, BLOCK_M, X_HELD,
+        )  # fmt: skip
+        dy_lane, dy_row, dy_limit, in_dy = rows_of(
+            words_of(dy_ptr, DY_VECTOR), dy_at, dy_j, dy_known, first_lane, 0, rows, batch, h_out, w_out,
+            segments, col_blocks, rows, stride_dy_n, stride_dy_h, stride_dy_w, 1, DIL_H,
+            BLOCK_W // DY_UNIT, 0, BLOCK_M, DY_HELD,
+        )  # fmt: skip
 
         dy_ahead = ()
         x_ahead = ()
@@ -463,28 +477,21 @@ def backward_kernel(
         sums = sums + (gl.zeros([BLOCK_C, BLOCK_K, BLOCK_W], gl.float32, layout=MMA),)
     for b in range(blocks):
         first_lane = (split * blocks + b) * BLOCK_M
-        image, row_class, segment, block = lane(first_lane + along(BLOCK_M, DY_HELD, 1), segments, col_blocks, DIL_H)
-        dy_row = row_class + segment * (rows * DIL_H) + PAD_H + (first - WARM) * DIL_H
-        dy_col = block * (BLOCK_W // DY_UNIT) - LEFT // DY_UNIT
-        dy_limit = lane_limit(dy_row, h_out, last - first, image < batch, DIL_H)
-        w = spread(dy_col, 1) + spread(dy_k, 2)
-        in_dy = (w >= 0) & (w < dy_width) & dy_known
-        at = image * stride_dy_n + dy_row * stride_dy_h + dy_col * stride_dy_w
-        dy_lane = words_of(dy_ptr, DY_VECTOR) + (spread(at, 1) + dy_at)
-        image, row_class, segment, block = lane(first_lane + along(BLOCK_M, X_HELD, 1), segments, col_blocks, DIL_H)
-        x_row = row_class + segment * (rows * DIL_H)
-        x_col = block * (BLOCK_W // X_UNIT)
-        x_limit = lane_limit(x_row, h_in, rows, image < batch, DIL_H)
-        in_x = (spread(x_col, 1) + spread(x_j, 2) < x_width) & x_known
-        at = image * stride_x_n + x_row * stride_x_h + x_col * stride_x_w
-        x_lane = words_of(x_ptr, X_VECTOR) + (spread(at, 1) + x_at)
-        image, row_class, segment, block = lane(first_lane + along(BLOCK_M, MMA, 1), segments, col_blocks, DIL_H)
-        dx_row = row_class + segment * (rows * DIL_H)
-        dx_col = block * BLOCK_W
-        stored = gl.maximum(lane_limit(dx_row, h_in, rows, image < batch, DIL_H) - dx_row, 0)
-        in_dx = (spread(dx_col, 1) + spread(dx_j, 2) < dx_width) & dx_known
-        at = image * stride_dx_n + dx_row * stride_dx_h + dx_col * stride_dx_w
-        dx_lane = dx_ptr + (spread(at, 1) + dx_at)
+        dy_lane, dy_row, dy_limit, in_dy = rows_of(
+            words_of(dy_ptr, DY_VECTOR), dy_at, dy_k, dy_known, first_lane, (WARM - first) * DIL_H - PAD_H,
+            last - first, batch, h_out, dy_width, segments, col_blocks, rows, stride_dy_n, stride_dy_h, stride_dy_w,
+            1, DIL_H, BLOCK_W // DY_UNIT, LEFT // DY_UNIT, BLOCK_M, DY_HELD,
+        )  # fmt: skip
+        x_lane, x_row, x_limit, in_x = rows_of(
+            words_of(x_ptr, X_VECTOR), x_at, x_j, x_known, first_lane, 0, rows, batch, h_in, x_width,
+            segments, col_blocks, rows, stride_x_n, stride_x_h, stride_x_w, 1, DIL_H,
+            BLOCK_W // X_UNIT, 0, BLOCK_M, X_HELD,
+        )  # fmt: skip
+        dx_lane, dx_row, dx_limit, in_dx = rows_of(
+            dx_ptr, dx_at, dx_j, dx_known, first_lane, 0, rows, batch, h_in, dx_width,
+            segments, col_blocks, rows, stride_dx_n, stride_dx_h, stride_dx_w, 1, DIL_H, BLOCK_W, 0, BLOCK_M, MMA,
+        )  # fmt: skip
+        stored = gl.maximum(dx_limit - dx_row, 0)
 
         dy_ahead = ()
         x_ahead = ()

@@ -24,9 +24,9 @@ needs_a_compiler = pytest.mark.skipif(
     softgpu.compiler() is None, reason="no C compiler: neither $CC nor cc nor gcc; the software GPU is in C"
 )
 
+CONTIGUOUS = ("depthwise_mma_nchw",)  # serve no channels_last
 # Layers of the suite; of an algorithm that is not here, the first that it serves. On sm_90 in bf16 and channels_last,
 # where tensor cores take most, if it serves that; on sm_80 as below.
-CONTIGUOUS = ("depthwise_mma_nchw",)
 LAYERS = {
     "implicit_gemm": ("regnety_160.s1d", "shufflenet_g3.s2c"),
     "row_block": ("regnetx_040.s3", "regnetx_032.s1d"),

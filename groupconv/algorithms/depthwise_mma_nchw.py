@@ -119,20 +119,20 @@ SUM_SHAPES = ((4, 16, 4), (4, 32, 4), (2, 16, 2), (2, 32, 2), (8, 16, 8), (4, 64
 
 
 def tiles(problem: ConvProblem, pass_: str, target: Target) -> Iterator[list[dict]]:
-    stride = problem.stride[0]
-    steps = math.ceil((problem.h_in if pass_ == "dgrad" else problem.h_out) / stride)
-    width = problem.w_in if _march(pass_) == "dgrad" else problem.w_out
+    stride, march = problem.stride[0], _march(pass_)
+    height, width = (problem.h_in, problem.w_in) if march == "dgrad" else (problem.h_out, problem.w_out)
+    steps = math.ceil(height / stride)
     # A row that is a lane's has nothing that another lane loads, too; but takes more registers.
-    whole = width <= 16 < width + 8 and columns(problem, _march(pass_), 16)[2] <= MOST_K
-    heights = [1024] + [height for height in (32, 16, 8) if height < steps]
+    whole = width <= 16 < width + 8 and columns(problem, march, 16)[2] <= MOST_K
+    heights = [1024] + [most for most in (32, 16, 8) if most < steps]
     shapes, rows = SHAPES if pass_ in ("fprop", "dgrad") else SUM_SHAPES, (16, 8, 4) if pass_ == "wgrad" else (16,)
     for (block_c, block_m, warps), block_w in itertools.product(shapes, (16, 8) if whole else (8,)):
-        for stages, height, block_t in itertools.product((1, 2, 4), heights, rows):
-            read = stages * (1 if pass_ == "dgrad" else stride)
+        for stages, block_h, block_t in itertools.product((1, 2, 4), heights, rows):
+            read = stages * (1 if march == "dgrad" else stride)
             if (block_t >= problem.kh and block_t < rows[0]) or not 2 <= read <= max(AHEAD, stride):
                 continue
             yield [{
-                "BLOCK_C": block_c, "BLOCK_M": block_m, "BLOCK_W": block_w, "BLOCK_H": height,
+                "BLOCK_C": block_c, "BLOCK_M": block_m, "BLOCK_W": block_w, "BLOCK_H": block_h,
                 "BLOCK_T": block_t, "num_warps": warps, "num_stages": stages,
             }]  # fmt: skip
 
